@@ -1,0 +1,100 @@
+"""Gradient routing: weight the gradient, per sample and per module.
+
+`route` is the whole primitive: the identity forward, a weight per sample backward (arXiv
+2410.04332, section 3). Everything else about a routing scheme is a rule that computes weights:
+a table with a row per outcome of an episode and a column per module, looked up per sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Route(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(activation: Tensor, weight: Tensor) -> Tensor:
+        return activation.view_as(activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad[0] * weight, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return tangents[0] * weight  # type: ignore[no-any-return]
+
+
+def route(activation: Tensor, weight: Tensor) -> Tensor:
+    """Identity forward; backward multiplies each sample's gradient by its weight.
+
+    Args:
+        activation: `[*batch, *features]`, any shape.
+        weight: `[*batch]`, any real numbers: 1 is ordinary backpropagation, 0 a stop-gradient.
+
+    Returns:
+        `activation`, with its gradient weighted.
+
+    Raises:
+        ValueError: the weight's shape is not a leading part of the activation's.
+
+    Source: arXiv 2410.04332, section 3.
+    """
+    if activation.shape[: weight.ndim] != weight.shape:
+        raise ValueError(
+            f"route: weight {tuple(weight.shape)} must match the leading axes of activation "
+            f"{tuple(activation.shape)}"
+        )
+    features = activation.ndim - weight.ndim
+    routed: Tensor = _Route.apply(activation, weight.reshape(weight.shape + (1,) * features))
+    return routed
+
+
+def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[list[float]]:
+    """Routes of labeled episodes: each behavior trains the expert of the same index alone.
+
+    Args:
+        experts: number of experts K, at least `behaviors`.
+        behaviors: number of behaviors that labels tell apart.
+        other: weight of the gradient into the other experts (0 in the paper).
+
+    Returns:
+        `[behaviors][K + 1]` weights; the last column is the gate, which a labeled episode teaches
+        through the gate loss and not through the policy loss.
+    """
+    return [
+        [1.0 if expert == behavior else other for expert in range(experts)] + [0.0]
+        for behavior in range(behaviors)
+    ]
+
+
+def everything(experts: int, behaviors: int) -> list[list[float]]:
+    """Routes of labeled episodes without routing: every module learns from every episode."""
+    return [[1.0] * (experts + 1) for _ in range(behaviors)]
+
+
+def lookup(table: Tensor, outcome: Tensor) -> Tensor:
+    """Look up each sample's row in its run's table.
+
+    Args:
+        table: `[R, O, *columns]`, a row per outcome.
+        outcome: `[R, ...]` int64 in `range(O)`.
+
+    Returns:
+        `[R, ..., *columns]`.
+    """
+    runs, outcomes = table.shape[:2]
+    offset = torch.arange(runs, device=table.device) * outcomes
+    row = outcome + offset.view(-1, *[1] * (outcome.ndim - 1))
+    return table.flatten(0, 1)[row]

@@ -1,0 +1,199 @@
+"""The diamond/ghost world as a finite MDP: every state enumerated, exact values, the optimum.
+
+The diamond, the ghost and the flags stay put within an episode, so the world is a family of small
+Markov chains over the agent's cell. Pushing the start distribution through the policy for
+`max_steps` steps gives, without noise, how much probability ends where and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from envs.world import ACTIONS, State, World
+
+MAX_STATES = 4_000_000
+"""Largest number of observable states that exact evaluation takes on (8x8 has 999,936)."""
+FLAGS = 4  # both flags: off/off, off/on, on/off, on/on (diamond first)
+
+
+@dataclass(frozen=True)
+class Endings:
+    """What a policy does, exactly, from a fresh start; tensors `[Q, L]` (policies, levels)."""
+
+    ground_truth_return: Tensor  # expected discount^(T-1) * (+1 diamond, -1 ghost)
+    p_diamond: Tensor
+    p_ghost: Tensor
+    p_timeout: Tensor
+    episode_length: Tensor  # steps
+    window_return: Tensor  # the published metric, see `WorldMDP.evaluate`
+
+
+class WorldMDP:
+    """Exact evaluation of one world size.
+
+    Args:
+        world: the world; its own oversight level does not matter here.
+
+    Raises:
+        ValueError: the world has spurious flags or too many states; see `why_not`.
+    """
+
+    def __init__(self, world: World) -> None:
+        reason = why_not(world)
+        if reason:
+            raise ValueError(f"no exact evaluation: {reason}")
+        self.world = world
+        cells = world.config.cells
+        cell = torch.arange(cells, device=world.device)
+        agent, diamond, ghost = torch.meshgrid(cell, cell, cell, indexing="ij")
+        distinct = (agent != diamond) & (agent != ghost) & (diamond != ghost)
+        # [P], each the index agent * S^2 + diamond * S + ghost
+        self.placements = distinct.flatten().nonzero()[:, 0]
+        self.start = distinct.double() / distinct.sum()  # [agent, diamond, ghost]
+        # of moving onto a cell; where diamond == ghost it cancels, but no such state is reached
+        self.reward = (agent == diamond).double() - (agent == ghost).double()
+        self.next_cell = world.moves.view(cells, len(ACTIONS))
+
+    @property
+    def n_states(self) -> int:
+        """Observable states: placements times flag settings."""
+        return FLAGS * len(self.placements)
+
+    def states(self, index: Tensor) -> State:
+        """The states with the given indices in `range(n_states)`; placements vary fastest."""
+        cells = self.world.config.cells
+        placement = self.placements[index % len(self.placements)]
+        flags = index // len(self.placements)
+        return State(
+            agent=placement // cells**2,
+            diamond=placement // cells % cells,
+            ghost=placement % cells,
+            diamond_flag=flags >= 2,
+            ghost_flag=flags % 2 == 1,
+            spurious=torch.zeros(*index.shape, 0, dtype=torch.bool, device=index.device),
+            time=torch.zeros_like(placement),
+        )
+
+    @torch.no_grad()
+    def policy_table(
+        self, policy: Callable[[Tensor], Tensor], chunk: int = 16_384
+    ) -> Tensor:
+        """Action probabilities of policies in every state.
+
+        Args:
+            policy: maps observations `[B, 4, rows, cols]` to probabilities `[Q, B, A]`.
+            chunk: states per call, which bounds the memory taken.
+
+        Returns:
+            `[Q, n_states, A]` float32.
+        """
+        parts = [
+            policy(self.world.observe(self.states(index)))
+            for index in torch.arange(self.n_states, device=self.world.device).split(chunk)
+        ]
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def evaluate(
+        self, table: Tensor, levels: Tensor, discount: float, window: int = 32
+    ) -> Endings:
+        """Expected return, endings and length of stationary policies, by dynamic programming.
+
+        The window return is the metric of arXiv 2410.04332, figure 6: windows of `window` steps
+        are cut out of an endless sequence of episodes, and the discounted return that follows a
+        step within its window is averaged over all steps.
+
+        Args:
+            table: `[Q, n_states, A]` action probabilities (rows sum to 1).
+            levels: `[L]` probability that each square is flagged at deployment.
+            discount: per step, in (0, 1].
+            window: steps.
+
+        Returns:
+            Endings, `[Q, L]` float64.
+        """
+        levels = levels.to(self.world.device, torch.float64)
+        on, off = levels, 1 - levels
+        flag_weight = torch.stack([off * off, off * on, on * off, on * on])  # [F, L]
+        by_flags = [self._by_flags(policy, discount, window) for policy in table]  # Q x [5, F]
+        value, p_diamond, p_ghost, length, window_sum = (
+            torch.stack(by_flags) @ flag_weight
+        ).unbind(1)  # [Q, L] each
+        timeout = 1 - p_diamond - p_ghost
+        return Endings(value, p_diamond, p_ghost, timeout, length, window_sum / length)
+
+    def _by_flags(self, policy: Tensor, discount: float, window: int) -> Tensor:
+        """What a policy `[n_states, A]` does under each flag setting.
+
+        Returns:
+            `[5, F]`: return, p_diamond, p_ghost, length, and the sum over an episode's steps of
+            the return within a window that is cut at random.
+        """
+        cells, limit = self.world.config.cells, self.world.config.max_steps
+        dense = policy.new_zeros(len(ACTIONS), cells**3, FLAGS, dtype=torch.float64)
+        dense[:, self.placements] = policy.double().view(FLAGS, -1, len(ACTIONS)).permute(2, 1, 0)
+        # axes: action, agent cell, flags, diamond cell, ghost cell
+        dense = dense.view(len(ACTIONS), cells, cells, cells, FLAGS).movedim(-1, 2).contiguous()
+
+        # values[k]: expected return of k more steps, for k = 0 ... limit
+        reward = self.reward[:, None].expand(-1, FLAGS, -1, -1)
+        values = [torch.zeros_like(dense[0])]
+        for _ in range(limit):
+            after = reward + discount * values[-1]
+            value = torch.zeros_like(after)
+            for action, probability in enumerate(dense):
+                value.addcmul_(probability, after[self.next_cell[:, action]])
+            values.append(value)  # stays 0 on the squares, where `dense` is 0
+        sums = list(accumulate(values))
+
+        mass = self.start.view(cells, 1, cells, cells).expand(-1, FLAGS, -1, -1)
+        ends, within = [], torch.zeros_like(dense[0])
+        for time in range(limit):
+            left = min(limit - time, window)  # a step sees 1, 2, ..., left, left, ... steps ahead
+            within += mass * (sums[left] + (window - left) * values[left]) / window
+            moved = torch.zeros_like(dense[0])
+            for action, probability in enumerate(dense):
+                moved.index_add_(0, self.next_cell[:, action], mass * probability)
+            at_diamond = moved.diagonal(dim1=0, dim2=2)  # [F, ghost cell, diamond cell], a view
+            at_ghost = moved.diagonal(dim1=0, dim2=3)
+            ends.append(torch.stack([at_diamond.sum((1, 2)), at_ghost.sum((1, 2))]))
+            at_diamond.zero_()
+            at_ghost.zero_()
+            mass = moved
+        diamond, ghost = torch.stack(ends, dim=1)  # [T, F] each
+        steps = torch.arange(1, limit + 1, device=policy.device, dtype=torch.float64)
+        timeout = 1 - diamond.sum(0) - ghost.sum(0)
+        return torch.stack(
+            [
+                discount ** (steps - 1) @ (diamond - ghost),
+                diamond.sum(0),
+                ghost.sum(0),
+                steps @ (diamond + ghost) + limit * timeout,
+                within.sum((0, 2, 3)),
+            ]
+        )
+
+    @torch.no_grad()
+    def optimal_return(self, discount: float) -> float:
+        """The best expected ground-truth return from a fresh start, by value iteration."""
+        value = torch.zeros_like(self.reward)
+        for _ in range(self.world.config.max_steps):
+            after = self.reward + discount * value.masked_fill(self.reward != 0, 0.0)
+            value = torch.stack([after[to] for to in self.next_cell.T]).amax(0)
+        return float((self.start * value).sum())
+
+
+def why_not(world: World) -> str | None:
+    """Why exact evaluation does not apply to a world, or None if it does."""
+    config = world.config
+    if config.spurious_oversight:
+        return "spurious flags multiply the states"
+    states = FLAGS * config.cells * (config.cells - 1) * (config.cells - 2)
+    if states > MAX_STATES:
+        return f"{states:,} states are more than {MAX_STATES:,}"
+    return None

@@ -1,0 +1,50 @@
+"""The base of all configuration models: frozen, strict, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: the rule, the value, the nearest valid choice."""
+
+
+class Settings(BaseModel):
+    """A frozen group of settings; unknown names and bad values raise `UserError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    section: ClassVar[str] = ""
+    """Name of the group within the whole configuration, for messages."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(data, dict | cls):
+            raise UserError(f"{cls.section}: expected `name: value` settings, got {data!r}")
+        try:
+            return handler(data)
+        except ValidationError as error:
+            problem = error.errors()[0]
+        name, *_ = (str(part) for part in problem["loc"])
+        setting = f"{cls.section}.{name}" if cls.section else name
+        if problem["type"] == "extra_forbidden":
+            raise UserError(f"unknown setting {setting}{nearest(name, cls.model_fields)}")
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        rule, mark, hint = (message[:1].lower() + message[1:]).partition("; ")
+        raise UserError(f"{setting}: {rule}, got {problem['input']!r}{mark}{hint}")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the choice most like `word`, or nothing."""
+    match = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

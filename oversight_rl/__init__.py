@@ -1,0 +1,1 @@
+"""Experiments on scalable oversight: configs, training runs, steering, evaluation."""

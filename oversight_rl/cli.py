@@ -1,0 +1,294 @@
+"""The commands: `train.py`, and `oversight-rl` with `evaluate` and `import-reference`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from agents.methods import METHODS
+from envs.settings import UserError
+from oversight_rl import checkpoint, reference
+from oversight_rl.config import Config, Probability, load_yaml
+from oversight_rl.evaluation import Evaluator, Row, Subject
+from oversight_rl.steering import SteeredPolicy, Steering, parse, standard
+from oversight_rl.tracking import RunFolder, check_free, find_runs, write_json
+from oversight_rl.training import Interrupted, fit
+
+BAD_INPUT, STOPPED = 2, 130  # exit codes
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an agent under partial oversight, then show what steering it does.
+
+    Settings come from the defaults, then the --config file, then the flags below.
+    """
+
+    config: Path | None = None
+    """YAML file of settings; see configs/."""
+    run_dir: Path | None = None
+    """Folder to write, new or empty; None: a new one under runs/. With several seeds, one run
+    folder for each lies below it."""
+    resume: Path | None = None
+    """Run folder to go on with, with its own settings; takes no other flag."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The flags that decide where settings come from, read before all others."""
+
+    config: Path | None = None
+    resume: Path | None = None
+
+
+def train(args: Sequence[str] | None = None) -> None:
+    """The command `train.py`."""
+    _run(_train, list(sys.argv[1:] if args is None else args))
+
+
+def _train(args: list[str]) -> None:
+    if "--help" in args or "-h" in args:
+        sources, others = _Sources(), args
+    else:
+        sources, others = tyro.cli(_Sources, args=args, return_unknown_args=True)
+    console = Console()
+    if sources.resume is not None:
+        if others or sources.config:
+            raise UserError("--resume: takes its settings from the run folder; drop other flags")
+        _resume(sources.resume, console)
+        return
+    default = Train(settings=load_yaml(sources.config)) if sources.config else Train()
+    chosen = tyro.cli(Train, prog="train.py", args=args, default=default)
+    config = chosen.settings
+    config.torch_device()  # refuses an absent one before anything is written
+    path = chosen.run_dir or _new_run_dir(config)
+    check_free(path)
+    several = len(config.seeds) > 1
+    configs = [config.single(seed) for seed in config.seeds]
+    folders = [
+        RunFolder.create(path / f"seed_{c.seeds[0]}" if several else path, c) for c in configs
+    ]
+    _fit(configs, folders, path, console)
+
+
+def _resume(path: Path, console: Console) -> None:
+    folders = [RunFolder.open(run) for run in find_runs(path)]
+    if not folders:
+        raise UserError(f"{path}: not a run folder (no config.yaml in it)")
+    configs = [folder.config() for folder in folders]
+    if all(folder.finished for folder in folders):
+        raise UserError(f"{path}: this run is finished; see it with oversight-rl evaluate {path}")
+    _fit(configs, folders, path, console, resume=True)
+
+
+def _fit(
+    configs: list[Config],
+    folders: list[RunFolder],
+    path: Path,
+    console: Console,
+    resume: bool = False,
+) -> None:
+    first = configs[0]
+    console.print(
+        f"training [bold]{first.method}[/] at {first.oversight:.2%} oversight, "
+        f"seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}"
+    )
+    try:
+        tables = fit(configs, folders, console, resume)
+    except Interrupted:
+        console.print(f"stopped and saved; go on with: python train.py --resume {path}")
+        raise SystemExit(STOPPED) from None
+    _print_summary(tables, console)
+    console.print(f"results in {path}; pictures and curves: tensorboard --logdir {path}")
+
+
+def _new_run_dir(config: Config) -> Path:
+    name = f"{config.method}-{config.oversight:g}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("runs") / name
+
+
+def evaluate(
+    run_dir: Annotated[Path, tyro.conf.Positional],
+    steer: tuple[str, ...] = (),
+    oversight: tuple[Probability, ...] = (),
+    greedy: bool = False,
+    temperature: float = 1.0,
+    json: Path | None = None,
+    export: Path | None = None,
+) -> None:
+    """Evaluate trained agents, steered as you like, at any oversight level.
+
+    Args:
+        run_dir: A run folder, a folder of runs by seed, or an exported policy file.
+        steer: Policies: mixture, an expert's name, NAME=WEIGHT,NAME=WEIGHT (a blend) or
+            without:NAME (an ablation). Default: the mixture and each expert.
+        oversight: Probabilities in [0, 1] that a square is flagged at deployment. Default: the
+            training level.
+        greedy: Take the likeliest action always.
+        temperature: Divides the logits, above 0; below 1 is greedier.
+        json: File to write the rows to.
+        export: File to write the steered policy to (one run, one --steer), for later evaluation.
+    """
+    for level in oversight:
+        if not 0 <= level <= 1:
+            raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
+    console = Console()
+    if run_dir.is_dir():
+        runs = find_runs(run_dir)
+        if not runs:
+            raise UserError(f"{run_dir}: not a run folder (no config.yaml in it)")
+        loaded = [RunFolder.open(run).load() for run in runs]
+    else:
+        loaded = [checkpoint.read_policy(run_dir)]
+    rows: list[Row] = []
+    for saved in loaded:
+        experts = saved.agent.n_experts
+        if saved.steering is not None and not steer:
+            policies: list[Steering] = [saved.steering]
+        else:
+            chosen = [parse(text, experts) for text in steer] or standard(experts)
+            policies = [policy.with_options(greedy, temperature) for policy in chosen]
+        if export is not None:
+            if len(loaded) > 1 or len(policies) > 1:
+                raise UserError("--export: takes one run and one --steer")
+            checkpoint.write_policy(export, SteeredPolicy(saved.agent, policies[0]), saved)
+        config = saved.config
+        evaluator = Evaluator(
+            config.world, config.training.discount, episodes=config.evaluation.episodes
+        )
+        subject = Subject(
+            config.method, config.seeds[0], config.oversight, saved.env_steps, saved.wall_seconds
+        )
+        levels = [list(oversight) or [config.oversight]]
+        rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
+    _print_rows(rows, console)
+    if json is not None:
+        _write_json(json, rows)
+
+
+def _write_json(path: Path, rows: Sequence[Row]) -> None:
+    try:
+        write_json(path, rows)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
+
+
+def import_reference(
+    state_dict: Annotated[Path, tyro.conf.Positional],
+    run_dir: Annotated[Path, tyro.conf.Positional],
+    oversight: float,
+    method: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Turn a policy of the paper's published code into a run folder that evaluate accepts.
+
+    Args:
+        state_dict: File of a state dict saved by torch; only tensors are read from it.
+        run_dir: Folder to write, new or empty.
+        oversight: Probability in [0, 1] that it was trained at.
+        method: What it was trained with; guessed from its networks if not given.
+        seed: To tell runs apart in tables.
+    """
+    folder = reference.import_state_dict(state_dict, run_dir, oversight, method, seed)
+    Console().print(f"imported; evaluate it with: oversight-rl evaluate {folder.path}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command `oversight-rl`."""
+    commands: dict[str, Callable[..., Any]] = {
+        "evaluate": evaluate,
+        "import-reference": import_reference,
+    }
+    _run(
+        lambda given: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="oversight-rl", args=given, description=__doc__
+        ),
+        list(sys.argv[1:] if args is None else args),
+    )
+
+
+def _run(command: Callable[[list[str]], object], args: list[str]) -> None:
+    try:
+        command(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
+
+
+def _print_summary(tables: list[list[Row]], console: Console) -> None:
+    """The steering table at the training level: over the runs, mean and range of the return."""
+    rows = [r for r in chain(*tables) if r.deploy_oversight == r.train_oversight]
+    table = Table(title=f"ground truth at {rows[0].train_oversight:.2%} oversight")
+    for heading in ("policy", "return", "greedy", "diamond", "ghost", "timeout", "steps"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    deployed = METHODS[rows[0].method].deployed
+    for policy in dict.fromkeys(row.policy for row in rows):
+        sampled = [r for r in rows if r.policy == policy and not r.greedy]
+        greedy = [r for r in rows if r.policy == policy and r.greedy]
+        table.add_row(
+            f"{policy} (deployed)" if policy == deployed else policy,
+            _spread([r.ground_truth_return for r in sampled]),
+            _spread([r.ground_truth_return for r in greedy]),
+            f"{np.mean([r.p_diamond for r in sampled]):.1%}",
+            f"{np.mean([r.p_ghost for r in sampled]):.1%}",
+            f"{np.mean([r.p_timeout for r in sampled]):.1%}",
+            f"{np.mean([r.episode_length for r in sampled]):.1f}",
+            style="bold" if policy == deployed else None,
+        )
+    optimum = rows[0].optimal_return
+    if not math.isnan(optimum):
+        table.add_row("optimum", f"{optimum:.3f}", f"{optimum:.3f}", *[""] * 4, style="dim")
+    console.print(table)
+
+
+def _spread(values: list[float]) -> str:
+    text = f"{np.mean(values):.3f}"
+    return text if len(values) == 1 else f"{text} [{min(values):.3f}, {max(values):.3f}]"
+
+
+def _print_rows(rows: Sequence[Row], console: Console) -> None:
+    table = Table(title=f"{rows[0].evaluator} evaluation, ground truth")
+    left = ("method", "policy")
+    for heading in ("method", "seed", "trained at", "deployed at", "policy", "return", "window") + (
+        "diamond",
+        "ghost",
+        "timeout",
+        "steps",
+    ):
+        table.add_column(heading, justify="left" if heading in left else "right")
+    for row in rows:
+        error = f" ± {row.return_se:.3f}" if row.return_se else ""
+        table.add_row(
+            row.method,
+            str(row.seed),
+            f"{row.train_oversight:.2%}",
+            f"{row.deploy_oversight:.2%}",
+            f"{row.policy}{' (greedy)' if row.greedy else ''}",
+            f"{row.ground_truth_return:.3f}{error}",
+            f"{row.window_return:.3f}",
+            f"{row.p_diamond:.1%}",
+            f"{row.p_ghost:.1%}",
+            f"{row.p_timeout:.1%}",
+            f"{row.episode_length:.1f}",
+        )
+    console.print(table)
+    optimum = rows[0].optimal_return
+    if math.isnan(optimum):
+        console.print("no exact evaluation of this world: figures are from rollouts")
+    else:
+        console.print(f"optimum: {optimum:.4f}")

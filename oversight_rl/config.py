@@ -1,0 +1,108 @@
+"""The configuration: one frozen model of every setting, read from YAML and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import yaml
+from pydantic import Field, field_validator
+
+from agents.methods import METHODS
+from agents.networks import AgentConfig
+from agents.reinforce import ReinforceConfig
+from envs.settings import Settings, UserError, nearest
+from envs.world import WorldConfig
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class EvaluationConfig(Settings):
+    """Evaluation while and after training."""
+
+    section: ClassVar[str] = "evaluation"
+
+    every: int = Field(50, ge=1)
+    """Updates between evaluations (and checkpoints)."""
+    oversight: tuple[Probability, ...] = (0.0, 0.01, 0.1, 1.0)
+    """Deployment oversight levels of the final table; the training level is always added."""
+    episodes: int = Field(20_000, ge=1)
+    """Episodes per policy and level where exact evaluation does not apply."""
+
+
+class Config(Settings):
+    """A training run. Every setting has a flag; a YAML file holds only what differs."""
+
+    method: str = "routing"
+    """What to train with; see the table of methods in the README."""
+    oversight: Probability = 0.1
+    """Probability that a square is flagged, so that an episode ending on it is labeled."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0,), min_length=1)
+    """Random seeds; several train side by side, a run folder each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    pictures: bool = True
+    """Whether TensorBoard gets pictures of policies and animated rollouts."""
+    world: WorldConfig = WorldConfig()
+    agent: AgentConfig = AgentConfig()
+    training: ReinforceConfig = ReinforceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"must be one of {', '.join(METHODS)}{nearest(name, METHODS)}")
+        return name
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("must be distinct")
+        return seeds
+
+    def torch_device(self) -> torch.device:
+        """The device to use.
+
+        Raises:
+            UserError: a GPU was asked for and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device: cuda was asked for, but there is no GPU here; try --device cpu")
+        use_gpu = self.device != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if use_gpu else "cpu")
+
+    def single(self, seed: int) -> Config:
+        """The configuration of one of its runs."""
+        return self.model_copy(update={"seeds": (seed,)})
+
+
+def load_yaml(path: Path) -> Config:
+    """Read a configuration file.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the file ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected settings as `name: value`, got {type(content).__name__}")
+    content.pop("provenance", None)  # written into run folders, says how the run came about
+    try:
+        return Config.model_validate(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def dump_yaml(config: Config, provenance: dict[str, Any]) -> str:
+    """A configuration and its provenance as YAML that `load_yaml` reads back."""
+    content = config.model_dump(mode="json") | {"provenance": provenance}
+    return yaml.safe_dump(content, sort_keys=False)

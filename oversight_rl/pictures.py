@@ -1,0 +1,109 @@
+"""The pictures of a run: its policies as arrows over the gate's heat, and animated rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from agents.networks import Agent
+from envs import render
+from envs.world import NO_LABEL, State, World
+from oversight_rl.steering import SteeredPolicy, Steering
+
+MOST_POLICIES = 4  # panels in a row; a page shows no more
+FRAMES = 48
+
+
+def placement(world: World, flagged: bool) -> State:
+    """Agents on all cells around one fixed diamond and ghost. Batch shape `[S]`."""
+    rows, cols = world.config.rows, world.config.cols
+    inset = (min(1, rows // 4), min(1, cols // 4))
+    diamond = inset[0] * cols + cols - 1 - inset[1]
+    ghost = (rows - 1 - inset[0]) * cols + inset[1]
+    agent = torch.arange(world.config.cells, device=world.device)
+    flags = torch.full_like(agent, flagged, dtype=torch.bool)
+    return State(
+        agent=agent,
+        diamond=torch.full_like(agent, diamond),
+        ghost=torch.full_like(agent, ghost),
+        diamond_flag=flags,
+        ghost_flag=flags,
+        spurious=flags.new_zeros(world.config.cells, world.config.cells),
+        time=torch.zeros_like(agent),
+    )
+
+
+def policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> render.Picture:
+    """Arrows of each policy, unwatched above watched; the gate's heat where there is a gate.
+
+    Args:
+        agent: a stack of one run.
+        world: its world.
+        steerings: one column each.
+    """
+    rows = []
+    for flagged in (False, True):
+        state = placement(world, flagged)
+        observation = world.observe(state)
+        panels, captions = [], []
+        for steering in steerings[:MOST_POLICIES]:
+            chances = SteeredPolicy(agent, steering)(observation).cpu().numpy()
+            heat = None
+            if agent.gate is not None:
+                with torch.no_grad():
+                    heat = agent(observation.flatten(1)[None]).gate[0, :, 0].cpu().numpy()
+            panels.append(render.policy(world.config, state.map(lambda x: x.cpu())[0], chances, heat))
+            captions.append(f"{steering.name}, {'watched' if flagged else 'unwatched'}")
+        rows.append(render.panels(panels, captions))
+    return render.stack(rows)
+
+
+def rollouts(agent: Agent, world: World, steerings: Sequence[Steering], seed: int = 0) -> bytes:
+    """Policies at work side by side, episode after episode, with a count of endings; a GIF.
+
+    Args:
+        agent: a stack of one run.
+        world: its world, at the oversight level to show; the level must be one number.
+        steerings: one panel each.
+        seed: of the starts and actions; every panel has the same.
+    """
+    columns = [
+        _rollout(agent, world, steering, seed, FRAMES) for steering in steerings[:MOST_POLICIES]
+    ]
+    frames = []
+    for step in zip(*columns, strict=True):
+        frames.append(render.panels([p for p, _ in step], [c for _, c in step]))
+    return render.gif(frames)
+
+
+def _rollout(
+    agent: Agent, world: World, steering: Steering, seed: int, frames: int
+) -> list[tuple[render.Picture, str]]:
+    """Frames of one policy with their captions; the last frame of an episode shows its end."""
+    generator = torch.Generator(world.device).manual_seed(seed)
+    policy = SteeredPolicy(agent, steering)
+    tally = {"diamond": 0, "ghost": 0, "timeout": 0}
+    shown: list[tuple[render.Picture, str]] = []
+
+    def show(state: State) -> None:
+        count = "  ".join(f"{name} {n}" for name, n in tally.items())
+        picture = render.frame(world.config, state.map(lambda x: x.cpu())[0])
+        shown.append((picture, f"{steering.name}:  {count}"))
+
+    def start() -> State:
+        noise = torch.rand(1, world.noise_channels, generator=generator, device=world.device)
+        return world.reset(noise)
+
+    state = start()
+    show(state)
+    while len(shown) < frames:
+        action = policy.act(world.observe(state), generator)
+        state, step = world.step(state, action, start())
+        if bool(step.seen.terminated | step.seen.truncated):
+            ending = int(step.truth.ending)
+            tally["timeout" if ending == NO_LABEL else ("diamond", "ghost")[ending]] += 1
+            show(step.last)
+        if len(shown) < frames:
+            show(state)
+    return shown

@@ -1,0 +1,280 @@
+"""A run folder and everything written into it: TensorBoard, metrics, result.
+
+Nothing else writes there, checkpoints apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from agents.methods import METHODS
+from envs.settings import UserError
+from oversight_rl import checkpoint
+from oversight_rl.checkpoint import write_atomically
+from oversight_rl.config import Config, dump_yaml, load_yaml
+from oversight_rl.evaluation import Row
+
+CONFIG, METRICS, RESULT, CHECKPOINTS = "config.yaml", "metrics.csv", "result.json", "checkpoints"
+LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
+_UNTRACKED = ("wall_seconds",)  # metrics.csv of a repeated run is the same to the byte
+
+
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        path: the folder; see `create` and `open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / CHECKPOINTS
+        self._writer: SummaryWriter | None = None
+        self._columns = ["update"] + [
+            field.name for field in dataclasses.fields(Row) if field.name not in _UNTRACKED
+        ]
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunFolder:
+        """Begin a run in a new folder.
+
+        Raises:
+            UserError: the folder already holds something, or cannot be made.
+        """
+        check_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / CONFIG, dump_yaml(config, provenance()).encode())
+        except OSError as error:
+            raise UserError(f"{path}: cannot write there ({error.strerror})") from None
+        folder = cls(path)
+        folder._write_metrics([])
+        folder._describe(config)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A run that is already there.
+
+        Raises:
+            UserError: the folder holds no run.
+        """
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path}: not a run folder (no {CONFIG} in it)")
+        return cls(path)
+
+    def config(self) -> Config:
+        """The configuration of the run."""
+        return load_yaml(self.path / CONFIG)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / RESULT).is_file()
+
+    def load(self) -> checkpoint.Saved:
+        """The agent of the newest checkpoint.
+
+        Raises:
+            UserError: there is none, or it is damaged or of another run.
+        """
+        updates = checkpoint.updates(self.checkpoints)
+        if not updates:
+            raise UserError(f"{self.path}: no checkpoint in it yet")
+        config = self.config()
+        tensors, facts = checkpoint.load(self.checkpoints, updates[-1])
+        agent = checkpoint.agent_from(tensors, config, self.checkpoints)
+        return checkpoint.Saved(agent, config, facts["env_steps"], facts["wall_seconds"])
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard, opened when first needed."""
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path))
+        return self._writer
+
+    def rewind(self, update: int) -> None:
+        """Forget what was logged after `update`, to go on from its checkpoint."""
+        with (self.path / METRICS).open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
+        self._write_metrics(kept)
+        self._writer = SummaryWriter(str(self.path), purge_step=update + 1)
+
+    def log(self, update: int, scalars: Mapping[str, float]) -> None:
+        """Scalars to TensorBoard."""
+        for tag, value in scalars.items():
+            if not math.isnan(value):
+                self.writer.add_scalar(tag, value, update)
+
+    def log_rows(self, update: int, rows: Sequence[Row]) -> None:
+        """An evaluation: to metrics.csv, and the returns and endings to TensorBoard."""
+        with (self.path / METRICS).open("a", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
+            writer.writerows({"update": update} | dataclasses.asdict(row) for row in rows)
+        for row in rows:
+            self.log(
+                update,
+                {
+                    f"return/{row.policy}": row.ground_truth_return,
+                    f"p_diamond/{row.policy}": row.p_diamond,
+                    f"p_ghost/{row.policy}": row.p_ghost,
+                    f"p_timeout/{row.policy}": row.p_timeout,
+                },
+            )
+        self.log(update, {"return/optimum": rows[0].optimal_return})
+        self.writer.flush()
+
+    def picture(self, tag: str, update: int, encoded: bytes) -> None:
+        """A PNG or an animated GIF to TensorBoard, as it is."""
+        width, height = Image.open(io.BytesIO(encoded)).size
+        image = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=encoded
+        )
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self.writer._get_file_writer().add_summary(summary, update)
+
+    def finish(self, config: Config, rows: Sequence[Row]) -> None:
+        """Write result.json and the hyperparameter summary, and close."""
+        write_json(self.path / RESULT, rows)
+        deployed = deployed_row(rows)
+        flat = _flat(config.model_dump(mode="json"))
+        hyperparameters = {
+            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()
+        }
+        metrics = {
+            "hparam/deployed_return": deployed.ground_truth_return,
+            "hparam/p_ghost": deployed.p_ghost,
+        }
+        # add_hparams of the writer itself would open a second event file
+        for summary in hparams(hyperparameters, metrics):
+            self.writer._get_file_writer().add_summary(summary)
+        self.log(config.training.updates, metrics)
+        self.close()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path / METRICS, text.getvalue().encode())
+
+    def _describe(self, config: Config) -> None:
+        """The text page and the chart of returns."""
+        method = METHODS[config.method]
+        settings = "\n".join(
+            f"| `{k}` | {v} |" for k, v in _flat(config.model_dump(mode="json")).items()
+        )
+        self.writer.add_text(
+            "run",
+            f"## {config.method}, {config.oversight:.2%} oversight, seed {config.seeds[0]}\n\n"
+            f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. "
+            f"Deployed policy: **{method.deployed}**.\n\n"
+            "* `return/*`: expected discounted ground-truth return per episode of the mixture and "
+            "of each expert alone, at the training oversight level, next to the optimum "
+            "(all in one chart under *Custom Scalars*)\n"
+            "* `p_diamond/*`, `p_ghost/*`, `p_timeout/*`: how episodes of each policy end\n"
+            "* `endings/*`: how training episodes ended, as the learner saw them\n"
+            "* `gate/*`: mean gate weight on the diamond expert, by the outcome of the episode\n"
+            "* `loss/*`: parts of the loss; `speed/*`: training speed\n"
+            "* images: `policies` (arrows: action probabilities; color: the gate, green for the "
+            "diamond expert, violet for the ghost expert) and `rollouts` (animated)\n\n"
+            f"| setting | value |\n| --- | --- |\n{settings}\n",
+        )
+        policies = "return/.*"
+        self.writer.add_custom_scalars(
+            {
+                "Ground truth": {
+                    "return of each policy and the optimum": ["Multiline", [policies]],
+                    "chance of the ghost": ["Multiline", ["p_ghost/.*"]],
+                },
+                "Training": {
+                    "endings as seen": ["Multiline", ["endings/.*"]],
+                    "gate by outcome": ["Multiline", ["gate/.*"]],
+                },
+            }
+        )
+
+
+def check_free(path: Path) -> None:
+    """Refuse a folder that already holds something.
+
+    Raises:
+        UserError: it does.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is not a folder")
+    if path.is_dir() and any(path.iterdir()):
+        hint = f"go on with --resume {path}, or " if find_runs(path) else ""
+        raise UserError(f"{path}: is not empty; {hint}choose another --run-dir")
+
+
+def find_runs(path: Path) -> list[Path]:
+    """Run folders at `path`: itself, or one per seed below it."""
+    if (path / CONFIG).is_file():
+        return [path]
+    seeds = [p for p in path.glob("seed_*") if (p / CONFIG).is_file()]
+    return sorted(seeds, key=lambda p: (len(p.name), p.name))
+
+
+def deployed_row(rows: Sequence[Row]) -> Row:
+    """The row of the deployed policy, sampled, at the training oversight level."""
+    (match,) = (
+        row
+        for row in rows
+        if row.policy == METHODS[row.method].deployed
+        and not row.greedy
+        and row.deploy_oversight == row.train_oversight
+    )
+    return match
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """Rows as a JSON list; nan is written as null."""
+    records = [
+        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}
+        for record in map(dataclasses.asdict, rows)
+    ]
+    write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and commit that produce a run."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    return {"commit": commit, "versions": versions}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
