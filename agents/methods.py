@@ -137,9 +137,7 @@ def tables(
     return MethodTables(
         reward=tensor([[0.0, 0.0, *m.reward] for m in methods]),
         sample_weight=tensor([[1.0, 1.0, float(m.keep_unlabeled), 1.0, 1.0] for m in methods]),
-        routes=tensor(
-            [[plain, plain, plain, *m.routes(experts, len(BEHAVIORS))] for m in methods]
-        ),
+        routes=tensor([[plain, plain, plain, *m.routes(experts, len(BEHAVIORS))] for m in methods]),
         sees_truth=torch.tensor([m.labels != "flags" for m in methods], device=device),
         label_share=tensor(
             [

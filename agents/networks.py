@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -88,8 +89,7 @@ class StackedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            StackedLinear(runs, inputs, outputs)
-            for inputs, outputs in zip(sizes, sizes[1:], strict=False)
+            StackedLinear(runs, inputs, outputs) for inputs, outputs in pairwise(sizes)
         )
         self.activation = activation
 

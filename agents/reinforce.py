@@ -248,5 +248,3 @@ def statistics(agent: Agent, rollout: Rollout, targets: Targets) -> dict[str, Te
     for k, mask in share.items():
         result[f"gate/{k}"] = weighted_mean(gate.flatten(1), mask.flatten(1).float())
     return result
-
-

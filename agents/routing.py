@@ -57,8 +57,7 @@ def route(activation: Tensor, weight: Tensor) -> Tensor:
             f"{tuple(activation.shape)}"
         )
     features = activation.ndim - weight.ndim
-    routed: Tensor = _Route.apply(activation, weight.reshape(weight.shape + (1,) * features))
-    return routed
+    return _Route.apply(activation, weight.reshape(weight.shape + (1,) * features))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[list[float]]:

@@ -23,7 +23,7 @@ Reward = Literal["reached", "ground_truth"]
 FPS = 4
 
 
-class OversightGridEnv(gym.Env[NDArray[np.float32], np.int64]):
+class OversightGridEnv(gym.Env[Any, Any]):
     """One diamond/ghost world (arXiv 2410.04332, section 4.3).
 
     Action: `Discrete(4)`: up, right, down, left; a move off the grid leaves the agent in place.
@@ -46,7 +46,10 @@ class OversightGridEnv(gym.Env[NDArray[np.float32], np.int64]):
         world: settings of `WorldConfig`: `rows`, `cols`, `max_steps`, `flags_visible`, ...
     """
 
-    metadata = {"render_modes": ["rgb_array", "ansi", "human"], "render_fps": FPS}
+    metadata = {
+        "render_modes": ["rgb_array", "ansi", "human"],
+        "render_fps": FPS,
+    }
 
     def __init__(
         self,
@@ -132,7 +135,10 @@ class OversightGridVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
     episodes, as gymnasium's own vector environments have it. Arguments as `OversightGridEnv`.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
+    metadata = {
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "render_modes": ["rgb_array"],
+    }
 
     def __init__(
         self,
@@ -209,7 +215,7 @@ class OversightGridVecEnv(VecEnv):
         self._state: State | None = None
         self._action = torch.zeros(num_envs, dtype=torch.int64)
 
-    def reset(self) -> NDArray[np.float32]:  # type: ignore[override]
+    def reset(self) -> NDArray[np.float32]:
         if self._seeds[0] is not None:
             self._rng = np.random.default_rng(self._seeds[0])
         self._reset_seeds()

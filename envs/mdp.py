@@ -80,9 +80,7 @@ class WorldMDP:
         )
 
     @torch.no_grad()
-    def policy_table(
-        self, policy: Callable[[Tensor], Tensor], chunk: int = 16_384
-    ) -> Tensor:
+    def policy_table(self, policy: Callable[[Tensor], Tensor], chunk: int = 16_384) -> Tensor:
         """Action probabilities of policies in every state.
 
         Args:
@@ -99,9 +97,7 @@ class WorldMDP:
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
-    def evaluate(
-        self, table: Tensor, levels: Tensor, discount: float, window: int = 32
-    ) -> Endings:
+    def evaluate(self, table: Tensor, levels: Tensor, discount: float, window: int = 32) -> Endings:
         """Expected return, endings and length of stationary policies, by dynamic programming.
 
         The window return is the metric of arXiv 2410.04332, figure 6: windows of `window` steps

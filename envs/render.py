@@ -26,7 +26,7 @@ class _Canvas:
     def __init__(self, rows: int, cols: int) -> None:
         self.unit = CELL * _SMOOTH
         self.rows, self.cols = rows, cols
-        self.image = Image.new("RGB", (cols * self.unit + 1, rows * self.unit + 1), PAPER)
+        self.image = Image.new("RGB", (cols * self.unit, rows * self.unit), PAPER)
         self.draw = ImageDraw.Draw(self.image)
 
     def points(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
@@ -92,8 +92,7 @@ class _Canvas:
             self.draw.polygon(self.points(tip, left, right), fill=INK)
 
     def picture(self) -> Picture:
-        size = (self.cols * CELL, self.rows * CELL)
-        return np.asarray(self.image.resize(size, Image.Resampling.LANCZOS))
+        return np.asarray(self.image.reduce(_SMOOTH))
 
 
 def _place(cell: int, config: WorldConfig) -> tuple[int, int]:
@@ -169,16 +168,19 @@ def _heat(weight: float) -> tuple[int, int, int]:
 
 
 def panels(pictures: Sequence[Picture], captions: Sequence[str], gap: int = 12) -> Picture:
-    """Pictures of one height side by side, each under its caption."""
-    font = ImageFont.load_default(size=16)
-    top = 28
+    """Pictures of one height side by side, each under its caption (of one line or several)."""
+    font = ImageFont.load_default(size=15)
+    top = 12 + 20 * max(caption.count("\n") + 1 for caption in captions)
     height = top + max(p.shape[0] for p in pictures)
-    widths = [max(p.shape[1], int(font.getlength(c)) + 4) for p, c in zip(pictures, captions, strict=True)]
+    widths = [
+        max(picture.shape[1], *(int(font.getlength(line)) + 4 for line in caption.split("\n")))
+        for picture, caption in zip(pictures, captions, strict=True)
+    ]
     sheet = Image.new("RGB", (sum(widths) + gap * (len(pictures) + 1), height + gap), PAPER)
     draw = ImageDraw.Draw(sheet)
     x = gap
     for picture, caption, width in zip(pictures, captions, widths, strict=True):
-        draw.text((x, 6), caption, INK, font=font)
+        draw.multiline_text((x, 6), caption, INK, font=font)
         sheet.paste(Image.fromarray(picture), (x, top))
         x += width + gap
     return np.asarray(sheet)
@@ -197,7 +199,11 @@ def stack(rows: Sequence[Picture]) -> Picture:
 
 def gif(frames: Sequence[Picture], fps: float = 4.0) -> bytes:
     """An animation that loops, as GIF bytes."""
-    images = [Image.fromarray(frame) for frame in frames]
+    palette = Image.fromarray(frames[0]).quantize(64)  # one for all: frames share their colors
+    images = [
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+        for frame in frames
+    ]
     buffer = io.BytesIO()
     images[0].save(
         buffer, "GIF", save_all=True, append_images=images[1:], duration=int(1000 / fps), loop=0

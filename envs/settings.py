@@ -45,6 +45,6 @@ class Settings(BaseModel):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the choice most like `word`, or nothing."""
+    """Ask "did you mean" for the choice most like `word`, or nothing."""
     match = difflib.get_close_matches(word, list(choices), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

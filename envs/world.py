@@ -228,7 +228,7 @@ class World:
         return following, Step(Seen(terminated, truncated, label), Truth(ending), last)
 
     def observe(self, state: State) -> Tensor:
-        """The observation: planes agent, ghost, diamond, oversight. `[..., 4, rows, cols]` float32"""
+        """Planes agent, ghost, diamond, oversight of each world: `[..., 4, rows, cols]` float32."""
         shown = 1.0 if self.config.flags_visible else 0.0
         one = torch.ones((), device=self.device).expand(state.agent.shape)
         cell = torch.stack(
@@ -242,7 +242,7 @@ class World:
         if self.config.spurious_oversight:
             flat[..., 3 * self.config.cells :] = state.spurious * shown
         flat.scatter_(-1, index, value)
-        return flat.unflatten(-1, (len(PLANES), self.config.rows, self.config.cols))
+        return flat.view(*state.agent.shape, len(PLANES), self.config.rows, self.config.cols)
 
 
 def _moves(rows: int, cols: int) -> Tensor:

@@ -45,7 +45,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def save(folder: Path, update: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+def save(
+    folder: Path, update: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> Path:
     """Save a checkpoint and drop all but the newest few; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"update_{update:08d}.safetensors"
@@ -81,7 +83,9 @@ def load(folder: Path, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path.with_suffix('.json')}: not a readable checkpoint ({error})") from None
+        raise UserError(
+            f"{path.with_suffix('.json')}: not a readable checkpoint ({error})"
+        ) from None
     return tensors, facts
 
 
@@ -105,9 +109,7 @@ def new_agent(
     """A stack of agents as a configuration wants them, drawn from `generators` if given."""
     method = METHODS[config.method]
     shape = (len(PLANES), config.world.rows, config.world.cols)
-    return Agent(
-        config.agent, shape, len(ACTIONS), runs, method.experts, method.gate, generators
-    )
+    return Agent(config.agent, shape, len(ACTIONS), runs, method.experts, method.gate, generators)
 
 
 def take_run(agent: Agent, config: Config, run: int) -> Agent:

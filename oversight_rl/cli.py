@@ -25,6 +25,8 @@ from oversight_rl.steering import SteeredPolicy, Steering, parse, standard
 from oversight_rl.tracking import RunFolder, check_free, find_runs, write_json
 from oversight_rl.training import Interrupted, fit
 
+DEFAULTS = Config()
+ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings
 BAD_INPUT, STOPPED = 2, 130  # exit codes
 
 
@@ -42,7 +44,7 @@ class Train:
     folder for each lies below it."""
     resume: Path | None = None
     """Run folder to go on with, with its own settings; takes no other flag."""
-    settings: Annotated[Config, tyro.conf.arg(name="")] = Config()
+    settings: Annotated[Config, tyro.conf.arg(name="")] = DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -234,8 +236,9 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
     """The steering table at the training level: over the runs, mean and range of the return."""
     rows = [r for r in chain(*tables) if r.deploy_oversight == r.train_oversight]
     table = Table(title=f"ground truth at {rows[0].train_oversight:.2%} oversight")
-    for heading in ("policy", "return", "greedy", "diamond", "ghost", "timeout", "steps"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    table.add_column("policy")
+    for heading in ("return", "greedy", *ENDINGS):
+        table.add_column(heading, justify="right")
     deployed = METHODS[rows[0].method].deployed
     for policy in dict.fromkeys(row.policy for row in rows):
         sampled = [r for r in rows if r.policy == policy and not r.greedy]
@@ -263,22 +266,18 @@ def _spread(values: list[float]) -> str:
 
 def _print_rows(rows: Sequence[Row], console: Console) -> None:
     table = Table(title=f"{rows[0].evaluator} evaluation, ground truth")
-    left = ("method", "policy")
-    for heading in ("method", "seed", "trained at", "deployed at", "policy", "return", "window") + (
-        "diamond",
-        "ghost",
-        "timeout",
-        "steps",
-    ):
-        table.add_column(heading, justify="left" if heading in left else "right")
+    for heading in ("method", "policy"):
+        table.add_column(heading)
+    for heading in ("seed", "trained at", "deployed at", "return", "window", *ENDINGS):
+        table.add_column(heading, justify="right")
     for row in rows:
         error = f" ± {row.return_se:.3f}" if row.return_se else ""
         table.add_row(
             row.method,
+            f"{row.policy}{' (greedy)' if row.greedy else ''}",
             str(row.seed),
             f"{row.train_oversight:.2%}",
             f"{row.deploy_oversight:.2%}",
-            f"{row.policy}{' (greedy)' if row.greedy else ''}",
             f"{row.ground_truth_return:.3f}{error}",
             f"{row.window_return:.3f}",
             f"{row.p_diamond:.1%}",

@@ -70,7 +70,9 @@ class Config(Settings):
             UserError: a GPU was asked for and there is none.
         """
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device: cuda was asked for, but there is no GPU here; try --device cpu")
+            raise UserError(
+                "device: cuda was asked for, but there is no GPU here; try --device cpu"
+            )
         use_gpu = self.device != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if use_gpu else "cpu")
 

@@ -53,7 +53,9 @@ def policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> rende
             if agent.gate is not None:
                 with torch.no_grad():
                     heat = agent(observation.flatten(1)[None]).gate[0, :, 0].cpu().numpy()
-            panels.append(render.policy(world.config, state.map(lambda x: x.cpu())[0], chances, heat))
+            panels.append(
+                render.policy(world.config, state.map(lambda x: x.cpu())[0], chances, heat)
+            )
             captions.append(f"{steering.name}, {'watched' if flagged else 'unwatched'}")
         rows.append(render.panels(panels, captions))
     return render.stack(rows)
@@ -87,23 +89,22 @@ def _rollout(
     shown: list[tuple[render.Picture, str]] = []
 
     def show(state: State) -> None:
-        count = "  ".join(f"{name} {n}" for name, n in tally.items())
+        count = ", ".join(f"{name} {n}" for name, n in tally.items())
         picture = render.frame(world.config, state.map(lambda x: x.cpu())[0])
-        shown.append((picture, f"{steering.name}:  {count}"))
+        shown.append((picture, f"policy: {steering.name}\nreached: {count}"))
 
-    def start() -> State:
-        noise = torch.rand(1, world.noise_channels, generator=generator, device=world.device)
-        return world.reset(noise)
-
-    state = start()
+    noise = torch.rand(frames, 1, world.noise_channels, generator=generator, device=world.device)
+    starts = world.reset(noise)  # of all episodes, so that every policy meets the same
+    episode, state = 0, starts[0]
     show(state)
     while len(shown) < frames:
         action = policy.act(world.observe(state), generator)
-        state, step = world.step(state, action, start())
+        state, step = world.step(state, action, starts[episode + 1])
         if bool(step.seen.terminated | step.seen.truncated):
             ending = int(step.truth.ending)
             tally["timeout" if ending == NO_LABEL else ("diamond", "ghost")[ending]] += 1
             show(step.last)
+            episode += 1
         if len(shown) < frames:
             show(state)
     return shown

@@ -34,7 +34,7 @@ from oversight_rl.steering import standard
 from oversight_rl.tracking import RunFolder
 
 LOG_EVERY = 10  # updates between points of the training curves
-PICTURES = 8  # evaluations with pictures, over a run (TensorBoard shows ten)
+PICTURES = 4  # evaluations with pictures over a run, beside the untrained agent's
 
 
 class Interrupted(Exception):
@@ -80,12 +80,8 @@ class Trainer:
         self.world = World(
             configs[0].world, torch.tensor(levels)[:, None, None], self.device
         )  # levels [R, 1, 1] against worlds [R, T, N]
-        self.generators = [
-            torch.Generator(self.device).manual_seed(int(seed[1])) for seed in seeds
-        ]
-        self.state: State = self.world.reset(
-            self._draw(1)[..., : self.world.noise_channels]
-        )[:, 0]
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed[1])) for seed in seeds]
+        self.state: State = self.world.reset(self._draw(1)[..., : self.world.noise_channels])[:, 0]
         self.optimizer = torch.optim.Adam(
             self.agent.parameters(), lr=self.config.learning_rate[0], fused=True
         )
@@ -112,7 +108,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = reinforce.at(self.config.learning_rate, progress)
         self.optimizer.zero_grad()
-        total.sum().backward()  # type: ignore[no-untyped-call]
+        total.sum().backward()
         self.optimizer.step()
 
     def _draw(self, steps: int) -> Tensor:
@@ -236,7 +232,9 @@ def fit(
     return _finish(trainer, folders, evaluator)
 
 
-def _finish(trainer: Trainer, folders: Sequence[RunFolder], evaluator: Evaluator) -> list[list[Row]]:
+def _finish(
+    trainer: Trainer, folders: Sequence[RunFolder], evaluator: Evaluator
+) -> list[list[Row]]:
     """The final table, sampled and greedy, at all deployment levels; result.json."""
     policies = standard(trainer.agent.n_experts)
     policies += [policy.with_options(greedy=True) for policy in policies]
