@@ -49,6 +49,9 @@ class ReinforceConfig(Settings):
     """Weight of the entropy bonus."""
     gate_coef: Schedule = (0.01,)
     """Weight of the gate loss."""
+    labeled_weight: float = Field(20.0, ge=0, allow_inf_nan=False)
+    """Weight of a labeled episode's samples next to any other's in the policy and value losses;
+    1 as published."""
     bootstrap: bool = True
     """Whether the return of an episode cut by the window's end goes on with its value estimate;
     false, as published, treats it as 0."""
@@ -168,7 +171,8 @@ def label(
     return Targets(
         outcome=outcome,
         returns=reward * config.discount**left,
-        weight=lookup(methods.sample_weight, outcome),
+        weight=torch.where(outcome >= LABELED, config.labeled_weight, 1.0)
+        * lookup(methods.sample_weight, outcome),
         routes=lookup(methods.routes, outcome),
     )
 
@@ -193,8 +197,9 @@ class Loss(Record):
 
 
 def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean of `x` `[R, B]` under weights `[R, B]`, per run; exactly 0 where all weights are."""
-    return (x * weight).sum(-1) / weight.sum(-1).clamp(min=1.0)
+    """Mean of `x` `[R, B]` under weights >= 0 `[R, B]`, per run; exactly 0 where all are 0."""
+    total = weight.sum(-1)
+    return (x * weight).sum(-1) / torch.where(total > 0, total, 1.0)
 
 
 def loss(agent: Agent, rollout: Rollout, targets: Targets) -> Loss:
@@ -220,9 +225,9 @@ def loss(agent: Agent, rollout: Rollout, targets: Targets) -> Loss:
     target = (outcome - LABELED).clamp(min=0)[..., None]
     gate_log_prob = output.gate_logits.log_softmax(-1)
     gate_error = (
-        -gate_log_prob.gather(-1, target).squeeze(-1)
-        if output.gate_logits.shape[-1] > 1
-        else torch.zeros_like(value)
+        torch.zeros_like(value)
+        if agent.gate is None
+        else -gate_log_prob.gather(-1, target).squeeze(-1)
     )
     return Loss(
         policy=-weighted_mean(log_prob * error.detach(), weight),

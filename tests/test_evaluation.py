@@ -1,0 +1,102 @@
+"""The result table: exact against rollouts, and the fall-back to rollouts."""
+
+import math
+
+import pytest
+
+from agents.networks import AgentConfig
+from agents.reinforce import ReinforceConfig
+from envs.world import WorldConfig
+from oversight_rl.config import Config
+from oversight_rl.evaluation import Evaluator, Subject
+from oversight_rl.steering import standard
+from oversight_rl.training import Trainer
+
+EPISODES = 200_000
+
+
+def trained(updates, method="routing", **world):
+    config = Config(
+        method=method,
+        oversight=0.5,
+        device="cpu",
+        world=WorldConfig(rows=3, cols=3, max_steps=8, **world),
+        agent=AgentConfig(hidden=(16, 16), value_hidden=(16,)),
+        training=ReinforceConfig(updates=60, worlds=128, steps=8, learning_rate=1e-2),
+    )
+    trainer = Trainer([config])
+    for _ in range(updates):
+        trainer.update()
+    return trainer
+
+
+@pytest.mark.parametrize("updates", [0, 60])
+@pytest.mark.parametrize("method", ["routing", "naive"])
+def test_exact_agrees_with_rollouts_on_every_row(updates, method):
+    """Within 4 standard errors over 200,000 episodes, trained and untrained, sampled and greedy."""
+    trainer = trained(updates, method)
+    policies = standard(trainer.agent.n_experts)
+    policies = [policies[0], policies[-1].with_options(greedy=True)]
+    levels = [0.3]
+    subject = [Subject(method, 0, 0.5)]
+    exact = Evaluator(trainer.configs[0].world, 0.97)
+    sampled = Evaluator(trainer.configs[0].world, 0.97, episodes=EPISODES)
+    sampled.mdp = None
+    rows = exact.evaluate(trainer.agent, subject, policies, [levels])[0]
+    others = sampled.evaluate(trainer.agent, subject, policies, [levels])[0]
+    assert len(rows) == len(policies) * len(levels)
+    if updates:
+        assert max(abs(row.ground_truth_return) for row in rows) > 0.05  # it is not idle
+    for row, other in zip(rows, others, strict=True):
+        assert (row.evaluator, other.evaluator) == ("exact", "rollout")
+        assert (row.policy, row.greedy) == (other.policy, other.greedy)
+        assert row.deploy_oversight == other.deploy_oversight
+        assert row.return_se == 0
+        assert 0 < other.return_se < 0.01
+        assert abs(row.ground_truth_return - other.ground_truth_return) < 4 * other.return_se
+        for name in ("p_diamond", "p_ghost", "p_timeout"):
+            p, estimate = getattr(row, name), getattr(other, name)
+            assert abs(p - estimate) < 4 * math.sqrt(p * (1 - p) / EPISODES) + 1e-6, name
+        assert abs(row.episode_length - other.episode_length) < 4 * 4 / math.sqrt(EPISODES)
+        assert abs(row.window_return - other.window_return) < 4 / math.sqrt(EPISODES)
+        assert row.p_diamond + row.p_ghost + row.p_timeout == pytest.approx(1)
+
+
+def test_spurious_flags_fall_back_to_rollouts():
+    trainer = trained(0, spurious_oversight=0.2)
+    evaluator = Evaluator(trainer.configs[0].world, 0.97, episodes=500)
+    (row,) = evaluator.evaluate(
+        trainer.agent, [Subject("routing", 0, 0.5)], standard(2)[:1], [[0.5]]
+    )[0]
+    assert row.evaluator == "rollout"
+    assert row.return_se > 0
+    assert math.isnan(row.optimal_return)
+
+
+def test_each_run_of_a_stack_is_evaluated_at_its_own_levels():
+    trainer = trained(0)
+    alone = trainer.configs[0]
+    other = alone.model_copy(update={"seeds": (1,), "oversight": 0.1})
+    stack = Trainer([alone, other])
+    evaluator = Evaluator(alone.world, 0.97)
+    subjects = [Subject("routing", 0, 0.5), Subject("routing", 1, 0.1)]
+    tables = evaluator.evaluate(stack.agent, subjects, standard(2), [[0.5], [0.0, 0.1]])
+    assert [len(rows) for rows in tables] == [3, 6]
+    assert [row.deploy_oversight for row in tables[1]] == [0.0, 0.1] * 3
+    expected = evaluator.evaluate(Trainer([other]).agent, subjects[1:], standard(2), [[0.0, 0.1]])[
+        0
+    ]
+    for row, reference in zip(tables[1], expected, strict=True):
+        assert row.ground_truth_return == pytest.approx(reference.ground_truth_return, abs=1e-6)
+
+
+def test_the_world_may_fix_flags_but_deployment_decides():
+    size = {"rows": 3, "cols": 3, "max_steps": 8}
+    free = Evaluator(WorldConfig(**size), 0.97)
+    fixed = Evaluator(WorldConfig(**size, diamond_oversight=1.0), 0.97, episodes=20_000)
+    fixed.mdp = None
+    agent = trained(0).agent
+    subject = [Subject("routing", 0, 0.5)]
+    (row,) = fixed.evaluate(agent, subject, standard(2)[:1], [[0.0]])[0]
+    (reference,) = free.evaluate(agent, subject, standard(2)[:1], [[0.0]])[0]
+    assert abs(row.ground_truth_return - reference.ground_truth_return) < 4 * row.return_se

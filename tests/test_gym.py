@@ -1,0 +1,211 @@
+"""One contract for every face of the world: gymnasium Env, VectorEnv, SB3 VecEnv."""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+from stable_baselines3.common.vec_env import VecMonitor
+
+import envs  # noqa: F401 - registers the id
+from envs import render
+from envs.gym import OversightGridVecEnv
+from envs.settings import UserError
+
+
+class Single:
+    """A gymnasium Env, reset by hand at an episode's end as the vector faces do."""
+
+    def __init__(self, **settings):
+        self.env = gym.make("OversightGrid-v0", **settings)
+
+    def reset(self, seed):
+        return self.env.reset(seed=seed)[0]
+
+    def step(self, rng):
+        observation, reward, terminated, truncated, info = self.env.step(int(rng.integers(4)))
+        last = observation if terminated or truncated else None
+        if terminated or truncated:
+            observation, _ = self.env.reset()
+        return [(observation, reward, terminated, truncated, info, last)]
+
+
+class Vector:
+    n = 5
+
+    def __init__(self, **settings):
+        self.env = gym.make_vec("OversightGrid-v0", num_envs=self.n, **settings)
+
+    def reset(self, seed):
+        return self.env.reset(seed=seed)[0]
+
+    def step(self, rng):
+        observation, reward, terminated, truncated, infos = self.env.step(rng.integers(4, size=5))
+        result = []
+        for i in range(self.n):
+            info, last = {}, None
+            if "final_info" in infos and infos["_final_info"][i]:
+                final = infos["final_info"]
+                info = {k: v[i] for k, v in final.items() if k[0] != "_" and final[f"_{k}"][i]}
+                last = infos["final_obs"][i]
+            result.append((observation[i], reward[i], terminated[i], truncated[i], info, last))
+        return result
+
+
+class SB3:
+    n = 5
+
+    def __init__(self, **settings):
+        self.env = OversightGridVecEnv(self.n, **settings)
+
+    def reset(self, seed):
+        self.env.seed(seed)
+        return self.env.reset()
+
+    def step(self, rng):
+        observation, reward, done, infos = self.env.step(rng.integers(4, size=5))
+        result = []
+        for i in range(self.n):
+            info = dict(infos[i])
+            last = info.pop("terminal_observation", None)
+            truncated = info.pop("TimeLimit.truncated", False)
+            ended = bool(done[i]) and not truncated
+            result.append((observation[i], reward[i], ended, truncated, info, last))
+        return result
+
+
+FACES = [Single, Vector, SB3]
+
+
+def play(face, steps=300, seed=0):
+    rng = np.random.default_rng(7)
+    first = face.reset(seed)
+    return first, [step for _ in range(steps) for step in face.step(rng)]
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_same_seed_same_episodes(face):
+    (first_a, a), (first_b, b) = (play(face(oversight=0.5)) for _ in range(2))
+    assert np.array_equal(first_a, first_b)
+    for x, y in zip(a, b, strict=True):
+        assert np.array_equal(x[0], y[0])
+        assert x[1:4] == y[1:4]
+    different, _ = play(face(oversight=0.5), seed=1)
+    assert not np.array_equal(first_a, different)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_observations_labels_and_ends(face):
+    _, steps = play(face(oversight=0.5, rows=3, cols=4, max_steps=6), steps=600)
+    labels, unlabeled, truncations = 0, 0, 0
+    for observation, reward, terminated, truncated, info, last in steps:
+        assert observation.shape == (4, 3, 4)
+        assert observation.dtype == np.float32
+        assert np.array_equal(observation[:3].sum((1, 2)), np.ones(3))
+        assert not (terminated and truncated)
+        assert reward == float(terminated)
+        if not (terminated or truncated):
+            assert "label" not in info
+            continue
+        cell = last[0].argmax()
+        reached = {last[2].argmax(): "diamond", last[1].argmax(): "ghost"}.get(cell)
+        assert terminated == (reached is not None)
+        assert info.get("behavior") == reached
+        assert info["ground_truth_reward"] == {"diamond": 1, "ghost": -1, None: 0}[reached]
+        flagged = bool(last[3].flat[cell]) and terminated
+        assert info.get("label") == (reached if flagged else None)
+        labels += flagged
+        unlabeled += terminated and not flagged
+        truncations += truncated
+        # the new episode's observation comes with the end of the old
+        assert observation[0].argmax() not in (observation[1].argmax(), observation[2].argmax())
+    assert min(labels, unlabeled, truncations) > 20
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_the_step_limit_is_exact(face):
+    limit = 4
+    _, steps = play(face(max_steps=limit), steps=200)
+    width = 1 if face is Single else 5
+    for world in range(width):
+        length = 0
+        for _, _, terminated, truncated, _, _ in steps[world::width]:
+            length += 1
+            assert truncated == (length == limit and not terminated)
+            if terminated or truncated:
+                length = 0
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_ground_truth_reward_on_request(face):
+    _, steps = play(face(reward="ground_truth"))
+    rewards = {info.get("behavior"): reward for _, reward, _, _, info, _ in steps}
+    assert rewards["diamond"] == 1
+    assert rewards["ghost"] == -1
+    assert rewards[None] == 0
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_bad_settings_are_refused(face):
+    with pytest.raises(UserError, match=r"world\.rows"):
+        face(rows=1)
+    with pytest.raises(ValueError, match="oversight"):
+        face(oversight=2.0)
+    with pytest.raises(ValueError, match="reward"):
+        face(reward="truth")
+
+
+def test_library_checks():
+    env = gym.make("OversightGrid-v0", render_mode="rgb_array").unwrapped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # the observation is a small grid, not a picture: SB3 suggests flattening it
+        warnings.filterwarnings("ignore", message="It seems that your observation")
+        warnings.filterwarnings("ignore", message="The minimal resolution for an image")
+        check_env(env)
+        sb3_check_env(env)
+
+
+def test_text_rendering():
+    env = gym.make("OversightGrid-v0", render_mode="ansi", oversight=1.0, rows=2, cols=2)
+    observation, _ = env.reset(seed=0)
+    text = env.render()
+    for letter, plane in (("A", 0), ("G!", 1), ("D!", 2)):
+        row, col = np.argwhere(observation[plane])[0]
+        assert text.split("\n")[row][2 * col :].startswith(letter)
+
+
+def test_pictures_show_the_state():
+    env = gym.make("OversightGrid-v0", render_mode="rgb_array", oversight=1.0, rows=3, cols=3)
+    observation, _ = env.reset(seed=0)
+    picture = env.render()
+    assert picture.shape == (3 * render.CELL, 3 * render.CELL, 3)
+    for plane, color in ((0, render.AGENT), (1, render.GHOST), (2, render.DIAMOND)):
+        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        row, col = np.argwhere(observation[plane])[0]
+        near = np.abs(picture.astype(int) - wanted).sum(-1) < 12
+        inside = near[row * render.CELL :, col * render.CELL :][: render.CELL, : render.CELL]
+        assert inside.sum() > 0.05 * render.CELL**2
+
+
+def test_human_rendering_opens_a_window(monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    env = gym.make("OversightGrid-v0", render_mode="human")
+    env.reset(seed=0)
+    window = env.unwrapped._window
+    assert window.get_size() == (5 * render.CELL, 5 * render.CELL)
+    shown = {tuple(window.get_at((x, y)))[:3] for x in range(240) for y in range(240)}
+    assert len(shown) > 10  # something is drawn
+    env.close()
+
+
+def test_sb3_learns_on_it():
+    """A probe: with the true reward, PPO soon beats chance by far on the smallest world."""
+    env = VecMonitor(OversightGridVecEnv(32, reward="ground_truth", rows=2, cols=2))
+    model = PPO("MlpPolicy", env, n_steps=32, batch_size=256, learning_rate=3e-3, seed=0)
+    model.learn(16_000)
+    returns = [episode["r"] for episode in model.ep_info_buffer]
+    assert np.mean(returns) > 0.8

@@ -1,0 +1,418 @@
+"""The REINFORCE learner: outcomes, returns, gradients and their routes, stacks, learning."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from agents import reinforce
+from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED, tables
+from agents.networks import Agent, AgentConfig
+from agents.reinforce import ReinforceConfig, Rollout
+from envs.world import NO_LABEL, Seen, Truth, World, WorldConfig
+from oversight_rl.config import Config
+from oversight_rl.evaluation import Evaluator, Subject
+from oversight_rl.steering import standard
+from oversight_rl.training import Trainer, stack_key
+
+SMALL = AgentConfig(hidden=(8, 8), value_hidden=(8,))
+SHAPE = (4, 3, 3)
+
+
+def make_agent(runs=1, experts="many", gate="learned", config=SMALL, seed=0):
+    generators = [torch.Generator().manual_seed(seed + r) for r in range(runs)]
+    return Agent(config, SHAPE, 4, runs, experts, gate, generators)
+
+
+def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0):
+    """A window of the small world; all outcomes occur in it."""
+    runs = agent.head.weight.shape[0]
+    world = World(WorldConfig(rows=3, cols=3, max_steps=5), level)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(runs, steps, worlds, reinforce.noise_channels(world), generator=generator)
+    state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
+    rollout, _ = reinforce.collect(agent, world, state, noise)
+    return rollout
+
+
+def grads_of(agent, value):
+    agent.zero_grad()
+    value.sum().backward()
+    return {n: None if p.grad is None else p.grad.clone() for n, p in agent.named_parameters()}
+
+
+def gradients(agent, rollout, method):
+    """Of the whole loss."""
+    config = ReinforceConfig(discount=0.9)
+    methods = tables([method], [0.5], agent.n_experts)
+    targets = reinforce.label(agent, rollout, methods, config)
+    losses = reinforce.loss(agent, rollout, targets)
+    return grads_of(agent, losses.total(config, 0.0))
+
+
+def loss_of(agent, rollout, targets, mask):
+    """Losses of the samples in `mask` alone."""
+    return reinforce.loss(agent, rollout, replace(targets, weight=targets.weight * mask))
+
+
+# ---- outcomes and returns, against a loop over episodes
+
+
+def plain_outcomes(seen, steps, worlds):
+    outcome = np.full((steps, worlds), UNFINISHED)
+    left = np.zeros((steps, worlds), dtype=int)
+    for n in range(worlds):
+        start = 0
+        for t in range(steps):
+            if bool(seen.terminated[0, t, n]) or bool(seen.truncated[0, t, n]):
+                label = int(seen.label[0, t, n])
+                if bool(seen.truncated[0, t, n]):
+                    kind = TIMEOUT
+                else:
+                    kind = UNLABELED if label == NO_LABEL else LABELED + label
+                for s in range(start, t + 1):
+                    outcome[s, n], left[s, n] = kind, t - s
+                start = t + 1
+        for s in range(start, steps):
+            left[s, n] = steps - s
+    return outcome, left
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_outcomes_agree_with_a_loop_over_episodes(seed):
+    rollout = make_rollout(make_agent(), seed=seed)
+    outcome, left = reinforce.outcomes(rollout, tables(["routing"], [0.5], 2))
+    expected, expected_left = plain_outcomes(rollout.seen, 12, 20)
+    assert set(np.unique(expected)) == {UNFINISHED, TIMEOUT, UNLABELED, LABELED, LABELED + 1}
+    assert np.array_equal(outcome[0].numpy(), expected)
+    assert np.array_equal(left[0].numpy(), expected_left)
+
+
+REWARDS = {  # by method: outcome -> reward at the episode's end, written out anew
+    "routing": {UNLABELED: 1, LABELED: 1, LABELED + 1: 1},
+    "naive": {UNLABELED: 1, LABELED: 1, LABELED + 1: -1},
+    "filtering": {UNLABELED: None, LABELED: 1, LABELED + 1: -1},
+}
+
+
+@pytest.mark.parametrize("method", REWARDS)
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
+    agent = make_agent(experts=METHODS[method].experts)
+    rollout = make_rollout(agent)
+    config = ReinforceConfig(discount=0.9, bootstrap=bootstrap, labeled_weight=3.0)
+    targets = reinforce.label(agent, rollout, tables([method], [0.5], agent.n_experts), config)
+    outcome, _ = plain_outcomes(rollout.seen, 12, 20)
+    after = agent.value(rollout.following)[0].detach()
+    for n in range(20):
+        value = float(after[n]) if bootstrap else 0.0
+        for t in reversed(range(12)):
+            if bool(rollout.seen.terminated[0, t, n] | rollout.seen.truncated[0, t, n]):
+                value = (REWARDS[method].get(outcome[t, n], 0) or 0) / 0.9
+            value *= 0.9
+            assert float(targets.returns[0, t, n]) == pytest.approx(value, abs=1e-6)
+            dropped = REWARDS[method].get(outcome[t, n], 0) is None
+            weight = 0.0 if dropped else 3.0 if outcome[t, n] >= LABELED else 1.0
+            assert float(targets.weight[0, t, n]) == weight
+
+
+def test_a_known_answer():
+    """One world, four steps: a diamond (labeled) after two, then two steps of a cut episode."""
+    flags = torch.tensor([False, True, False, False]).view(1, 4, 1)
+    label = torch.tensor([NO_LABEL, 0, NO_LABEL, NO_LABEL]).view(1, 4, 1)
+    rollout = Rollout(
+        observation=torch.zeros(1, 4, 1, 36),
+        action=torch.zeros(1, 4, 1, dtype=torch.int64),
+        seen=Seen(flags, torch.zeros_like(flags), label),
+        truth=Truth(label),
+        following=torch.zeros(1, 1, 36),
+        audit=torch.zeros(1, 4, 1),
+    )
+    config = ReinforceConfig(discount=0.5, bootstrap=False)
+    targets = reinforce.label(make_agent(), rollout, tables(["routing"], [0.1], 2), config)
+    assert targets.outcome.flatten().tolist() == [LABELED, LABELED, UNFINISHED, UNFINISHED]
+    assert targets.returns.flatten().tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert targets.routes[0, :, 0].tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]
+
+
+# ---- gradients and their routes
+
+
+@pytest.fixture
+def batch():
+    agent = make_agent()
+    rollout = make_rollout(agent)
+    methods = tables(["routing"], [0.5], 2)
+    return agent, rollout, reinforce.label(agent, rollout, methods, ReinforceConfig())
+
+
+@pytest.mark.parametrize("behavior", [0, 1])
+@pytest.mark.parametrize("part", ["policy", "entropy"])
+def test_a_labeled_episode_moves_its_own_expert_and_the_head_only(batch, behavior, part):
+    agent, rollout, targets = batch
+    mask = (targets.outcome == LABELED + behavior).float()
+    grads = grads_of(agent, getattr(loss_of(agent, rollout, targets, mask), part))
+    for name, grad in grads.items():
+        moved = grad is not None and bool((grad != 0).any())
+        if name.startswith(f"experts.{behavior}.") or name.startswith("head."):
+            assert moved, name
+        else:
+            assert not moved, name  # exactly zero: the other expert, the gate, the value net
+
+
+@pytest.mark.parametrize("outcome", [UNFINISHED, TIMEOUT, UNLABELED])
+def test_other_episodes_move_everything(batch, outcome):
+    agent, rollout, targets = batch
+    mask = (targets.outcome == outcome).float()
+    grads = grads_of(agent, loss_of(agent, rollout, targets, mask).policy)
+    for name, grad in grads.items():
+        if not name.startswith("value_net."):
+            assert bool((grad != 0).any()), name
+
+
+def test_the_gate_learns_from_labels_by_cross_entropy(batch):
+    agent, rollout, targets = batch
+    gate_loss = reinforce.loss(agent, rollout, targets).gate
+    labeled = targets.outcome.flatten() >= LABELED
+    target = (targets.outcome.flatten()[labeled] == LABELED).float()
+    output = agent(rollout.observation.flatten(1, 2))
+    g = output.gate_logits[0, labeled, 0]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(g, target)
+    torch.testing.assert_close(gate_loss[0], expected)
+    for name, grad in grads_of(agent, gate_loss).items():
+        assert (grad is not None and bool((grad != 0).any())) == name.startswith("gate.")
+
+
+def test_an_empty_group_contributes_exactly_zero():
+    agent = make_agent()
+    rollout = make_rollout(agent, level=0.0)  # nothing is labeled
+    methods = tables(["routing"], [0.0], 2)
+    targets = reinforce.label(agent, rollout, methods, ReinforceConfig())
+    losses = reinforce.loss(agent, rollout, targets)
+    assert losses.gate.item() == 0.0
+    nothing = reinforce.loss(
+        agent, rollout, replace(targets, weight=torch.zeros_like(targets.weight))
+    )
+    assert [x.item() for x in vars(nothing).values()] == [0.0] * 4
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 0.3, -0.75])
+def test_a_route_weight_gives_exactly_that_multiple(batch, weight):
+    agent, rollout, targets = batch
+    mask = (targets.outcome == LABELED + 1).float()
+    ones = torch.ones_like(targets.routes)
+    whole = grads_of(agent, loss_of(agent, rollout, replace(targets, routes=ones), mask).policy)
+    routes = ones.clone()
+    routes[..., 0] = weight
+    part = grads_of(agent, loss_of(agent, rollout, replace(targets, routes=routes), mask).policy)
+    for name, grad in whole.items():
+        factor = weight if name.startswith("experts.0.") else 1.0
+        if grad is not None:
+            torch.testing.assert_close(part[name], grad * factor, rtol=2e-5, atol=1e-7)
+            if factor == 0:
+                assert not part[name].any()
+
+
+def reference_loss(agent, rollout, targets, config):
+    """The same loss written per route with stop-gradients, from the paper's formulas.
+
+    Each sample's mixture is built from experts and gate values detached where its route says so,
+    and the head is applied to mixed hidden activations.
+    """
+    observation = rollout.observation.flatten(1, 2)[0]
+    action, outcome = rollout.action.flatten(), targets.outcome.flatten()
+    returns = targets.returns.flatten()
+
+    def mlp(net, x):
+        for i, layer in enumerate(net.layers):
+            x = x.relu() if i else x
+            x = x @ layer.weight[0].T + layer.bias[0]
+        return x
+
+    experts = [mlp(expert, observation).relu() for expert in agent.experts]
+    logit = mlp(agent.gate.mlp, observation)[:, 0]
+    value = mlp(agent.value_net, observation)[:, 0]
+    policy_terms, entropy_terms = [], []
+    for i in range(len(observation)):
+        h = [e[i] for e in experts]
+        g = torch.sigmoid(logit[i])
+        if outcome[i] == LABELED:
+            h[1], g = h[1].detach(), g.detach()
+        elif outcome[i] == LABELED + 1:
+            h[0], g = h[0].detach(), g.detach()
+        logits = agent.head.weight[0] @ (g * h[0] + (1 - g) * h[1]) + agent.head.bias[0]
+        log_policy = torch.log_softmax(logits, 0)
+        policy_terms.append(-log_policy[action[i]] * (returns[i] - value[i].detach()))
+        entropy_terms.append(-(log_policy.exp() * log_policy).sum())
+    gate_terms = [
+        -torch.nn.functional.logsigmoid(logit[i] if outcome[i] == LABELED else -logit[i])
+        for i in range(len(observation))
+        if outcome[i] >= LABELED
+    ]
+    weight = torch.where(outcome >= LABELED, config.labeled_weight, 1.0)
+    weight = weight / weight.sum()
+    return (
+        (torch.stack(policy_terms) * weight).sum()
+        + config.value_coef[0] * ((returns - value) ** 2 * weight).sum()
+        - config.entropy_coef[0] * (torch.stack(entropy_terms) * weight).sum()
+        + config.gate_coef[0] * torch.stack(gate_terms).mean()
+    )
+
+
+def test_the_whole_gradient_equals_an_independent_implementation(batch):
+    agent, rollout, targets = batch
+    config = ReinforceConfig(value_coef=0.7, entropy_coef=0.3, gate_coef=0.4, labeled_weight=3.0)
+    targets = reinforce.label(agent, rollout, tables(["routing"], [0.5], 2), config)
+    ours = grads_of(agent, reinforce.loss(agent, rollout, targets).total(config, 0.0))
+    theirs = grads_of(agent, reference_loss(agent, rollout, targets, config))
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_oracles_look_at_the_truth(method):
+    agent = make_agent(experts=METHODS[method].experts, gate=METHODS[method].gate)
+    rollout = make_rollout(agent)
+    ending = rollout.truth.ending
+    swapped = torch.where(ending == NO_LABEL, ending, 1 - ending)
+    changed = replace(rollout, truth=Truth(swapped))
+    before, after = (gradients(agent, r, method) for r in (rollout, changed))
+    same = all(torch.equal(grad, after[name]) for name, grad in before.items())
+    assert same == (METHODS[method].assumes != "true labels")
+
+
+def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
+    agent = make_agent(experts="one")
+    rollout = make_rollout(agent, level=0.0, worlds=4000)
+    outcome, _ = reinforce.outcomes(rollout, tables(["oracle_filtering"], [0.3], 1))
+    reached = outcome[rollout.seen.terminated]
+    assert float((reached >= LABELED).float().mean()) == pytest.approx(0.3, abs=0.02)
+    outcome, _ = reinforce.outcomes(rollout, tables(["oracle"], [0.0], 1))
+    assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
+
+
+def test_all_methods_differ():
+    rows = {}
+    for name, method in METHODS.items():
+        t = tables([name], [0.1], 2)
+        numbers = [tuple(x.flatten().tolist()) for x in (t.reward, t.sample_weight, t.routes)]
+        key = (method.experts, method.gate, method.labels, *numbers)
+        assert key not in rows, f"{name} is {rows.get(key)} under another name"
+        rows[key] = name
+
+
+def test_the_gate_of_no_gate_is_fixed():
+    agent = make_agent(gate="fixed")
+    observation = make_rollout(agent).observation.flatten(1, 2)
+    assert torch.equal(agent(observation).gate, torch.full((1, 240, 2), 0.5))
+    assert not [n for n, _ in agent.named_parameters() if n.startswith("gate")]
+
+
+# ---- sampling, schedules
+
+
+def test_actions_are_drawn_from_the_policy():
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    n = 100_000
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    counts = reinforce.sample(logits.expand(n, 4), uniform).bincount(minlength=4)
+    expected = logits.softmax(0) * n
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # 99.9 %, 3 d.o.f.
+    certain = torch.tensor([-torch.inf, 0.0, -torch.inf, -torch.inf])
+    edges = torch.tensor([0.0, 0.5, 1 - 2.0**-24])
+    assert reinforce.sample(certain.expand(3, 4), edges).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"), [((0.1,), [0.1, 0.1, 0.1]), ((0.1, 0.3), [0.1, 0.2, 0.3])]
+)
+def test_schedules(schedule, values):
+    assert [reinforce.at(schedule, x) for x in (0, 0.5, 1)] == pytest.approx(values)
+
+
+def test_annealing_reaches_the_optimizer():
+    config = tiny(training=ReinforceConfig(updates=3, worlds=4, steps=4, learning_rate=(0.1, 0.3)))
+    trainer = Trainer([config])
+    rates = []
+    for _ in range(3):
+        trainer.update()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.2, 0.3])
+
+
+# ---- stacks
+
+
+def tiny(method="routing", oversight=0.5, seed=0, **changes):
+    defaults = {
+        "world": WorldConfig(rows=3, cols=3, max_steps=6),
+        "agent": SMALL,
+        "training": ReinforceConfig(updates=6, worlds=16, steps=8),
+    }
+    return Config(
+        method=method, oversight=oversight, seeds=(seed,), device="cpu", **(defaults | changes)
+    )
+
+
+STACKS = [
+    [tiny("routing", 0.1, 3), tiny("no_routing", 0.5, 4), tiny("routing", 0.9, 3)],
+    [tiny("naive", 0.1, 1), tiny("filtering", 0.5, 2), tiny("oracle_filtering", 0.2, 5)],
+]
+
+
+@pytest.mark.parametrize("configs", STACKS)
+def test_a_run_in_a_stack_is_the_run_alone(configs):
+    together = Trainer(configs)
+    alone = [Trainer([config]) for config in configs]
+    assert torch.equal(together._draw(3), torch.cat([t._draw(3) for t in alone]))
+    for _ in range(5):
+        together.update()
+        for trainer in alone:
+            trainer.update()
+    for run, trainer in enumerate(alone):
+        assert torch.equal(together.latest[0].action[run], trainer.latest[0].action[0])
+        for name, tensor in trainer.tensors(0).items():
+            torch.testing.assert_close(
+                together.tensors(run)[name], tensor, rtol=1e-4, atol=1e-6, msg=name
+            )
+
+
+def test_runs_with_different_networks_do_not_stack():
+    assert stack_key(tiny("routing")) == stack_key(tiny("no_routing", 0.9, 7))
+    for other in (tiny("naive"), tiny("no_gate"), tiny(agent=AgentConfig())):
+        with pytest.raises(ValueError, match="stack"):
+            Trainer([tiny("routing"), other])
+
+
+# ---- it learns
+
+
+def train_small(method, updates):
+    """Exact returns by policy after training in a 3x3 world at 90 % oversight."""
+    config = tiny(
+        method,
+        oversight=0.9,
+        world=WorldConfig(rows=3, cols=3, max_steps=16),
+        agent=AgentConfig(hidden=(32, 32), value_hidden=(32,)),
+        training=ReinforceConfig(
+            updates=updates, worlds=128, steps=8, learning_rate=5e-3, labeled_weight=5.0
+        ),
+    )
+    trainer = Trainer([config])
+    for _ in range(updates):
+        trainer.update()
+    evaluator = Evaluator(config.world, 0.97)
+    policies = standard(trainer.agent.n_experts)
+    rows = evaluator.evaluate(trainer.agent, [Subject(method, 0, 0.9)], policies, [[0.9]])[0]
+    return {row.policy: row.ground_truth_return for row in rows}
+
+
+def test_an_oracle_learns_a_small_world():
+    assert train_small("oracle", 150)["single"] > 0.85
+
+
+def test_routing_separates_the_experts():
+    returns = train_small("routing", 150)
+    assert returns["diamond"] > 0.35
+    assert returns["ghost"] < -0.35

@@ -1,0 +1,176 @@
+"""Steered policies against the mixture written out on hidden activations."""
+
+import numpy as np
+import pytest
+import torch
+
+from agents.networks import Agent, AgentConfig, flatten
+from envs.settings import UserError
+from envs.world import World, WorldConfig
+from oversight_rl import checkpoint
+from oversight_rl.config import Config
+from oversight_rl.steering import (
+    MIXTURE,
+    SteeredPolicy,
+    Steering,
+    ablate,
+    blend,
+    expert_names,
+    keep,
+    parse,
+    standard,
+)
+
+
+@pytest.fixture
+def agent():
+    config = AgentConfig(experts=3, hidden=(8, 8), value_hidden=(8,), gate_conv=True)
+    return Agent(config, (4, 5, 5), 4, 1, generators=[torch.Generator().manual_seed(0)])
+
+
+@pytest.fixture
+def observation():
+    world = World(WorldConfig(), 0.5)
+    noise = torch.rand(7, world.noise_channels, generator=torch.Generator().manual_seed(1))
+    return world.observe(world.reset(noise))
+
+
+def by_hand(agent, observation, weights=None):
+    """Policy logits, with the head applied to a mixture of hidden activations."""
+    x = flatten(observation)
+    hidden = []
+    for expert in agent.experts:
+        h = x
+        for layer in expert.layers:
+            h = (h @ layer.weight[0].T + layer.bias[0]).relu()
+        hidden.append(h)
+    if weights is None:
+        conv = torch.nn.functional.conv2d(
+            observation, agent.gate.conv.weight[0, :, :, None, None], agent.gate.conv.bias[0]
+        )
+        g = conv.flatten(1)
+        for i, layer in enumerate(agent.gate.mlp.layers):
+            g = (g.relu() if i else g) @ layer.weight[0].T + layer.bias[0]
+        weights = torch.cat([g, torch.zeros(len(g), 1)], 1).softmax(-1)
+    mixed = sum(weights[:, k : k + 1] * h for k, h in enumerate(hidden))
+    return mixed @ agent.head.weight[0].T + agent.head.bias[0]
+
+
+def constant(*weights):
+    return torch.tensor(weights).expand(7, 3)
+
+
+def test_the_mixture(agent, observation):
+    chances = SteeredPolicy(agent)(observation)
+    torch.testing.assert_close(chances, by_hand(agent, observation).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("diamond", (1.0, 0.0, 0.0)),
+        ("ghost", (0.0, 1.0, 0.0)),
+        ("expert_2", (0.0, 0.0, 1.0)),
+        ("diamond=0.7,ghost=0.3", (0.7, 0.3, 0.0)),
+        ("diamond=1.5,expert_2=-0.5", (1.5, 0.0, -0.5)),
+    ],
+)
+def test_constant_weights(agent, observation, text, weights):
+    policy = SteeredPolicy(agent).steer(text)
+    expected = by_hand(agent, observation, constant(*weights)).softmax(-1)
+    torch.testing.assert_close(policy(observation), expected)
+
+
+def test_an_ablated_expert_gives_zero(agent, observation):
+    expected = SteeredPolicy(agent, ablate("ghost", 3))(observation)
+    for parameter in agent.experts[1].parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(SteeredPolicy(agent)(observation), expected)
+
+
+def test_temperature_and_greed(agent, observation):
+    logits = by_hand(agent, observation, constant(1.0, 0.0, 0.0))
+    warm = SteeredPolicy(agent, keep("diamond", 3).with_options(temperature=2.0))
+    torch.testing.assert_close(warm(observation), (logits / 2).softmax(-1))
+    greedy = SteeredPolicy(agent, keep("diamond", 3).with_options(greedy=True))
+    assert torch.equal(greedy(observation).argmax(-1), logits.argmax(-1))
+    assert torch.equal(greedy(observation).max(-1).values, torch.ones(7))
+    assert torch.equal(greedy.act(observation), logits.argmax(-1))
+
+
+def test_steering_changes_while_running(agent, observation):
+    policy = SteeredPolicy(agent, MIXTURE.with_options(greedy=True))
+    before = policy(observation)
+    policy.steer("ghost")
+    expected = by_hand(agent, observation, constant(0.0, 1.0, 0.0))
+    assert torch.equal(policy(observation).argmax(-1), expected.argmax(-1))
+    assert policy.steering.greedy  # only the experts changed
+    assert torch.equal(policy.steer("mixture")(observation), before)
+
+
+def test_raw_observations_of_any_batch_shape(agent, observation):
+    policy = SteeredPolicy(agent)
+    one = policy(observation[0].numpy())
+    assert one.shape == (4,)
+    assert policy(np.stack([observation.numpy()] * 2)).shape == (2, 7, 4)
+    torch.testing.assert_close(one, policy(observation)[0])
+    assert policy.act(observation[0].numpy()).shape == ()
+
+
+def test_actions_follow_the_probabilities(agent, observation):
+    policy = SteeredPolicy(agent)
+    many = observation[:1].expand(50_000, -1, -1, -1)
+    actions = policy.act(many, torch.Generator().manual_seed(0))
+    counts = actions.bincount(minlength=4)
+    expected = policy(observation)[0] * 50_000
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # 99.9 %, 3 d.o.f.
+
+
+def test_names():
+    assert expert_names(1) == ("single",)
+    assert expert_names(3) == ("diamond", "ghost", "expert_2")
+    assert [p.name for p in standard(2)] == ["mixture", "diamond", "ghost"]
+    assert [p.name for p in standard(1)] == ["single"]
+    assert blend({"diamond": 0.5, "ghost": 0.5}, 2).name == "diamond=0.5,ghost=0.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("diamnd", "did you mean 'diamond'"),
+        ("mixtur", "did you mean 'mixture'"),
+        ("without:gost", "did you mean 'ghost'"),
+        ("diamond=x", "NAME=WEIGHT"),
+        ("diamond=nan", "finite"),
+    ],
+)
+def test_bad_texts_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse(text, 2)
+
+
+def test_a_single_expert_has_no_mixture():
+    assert parse("single", 1) == Steering("single", (1.0,))
+    with pytest.raises(UserError, match="must be one of single"):
+        parse("mixture", 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_bad_temperatures_are_refused(temperature):
+    with pytest.raises(UserError, match="above 0"):
+        MIXTURE.with_options(temperature=temperature)
+
+
+@pytest.mark.parametrize("text", ["mixture", "ghost", "diamond=0.7,ghost=0.3", "without:diamond"])
+def test_an_exported_policy_reads_back_the_same(tmp_path, text, observation):
+    config = Config(agent=AgentConfig(hidden=(8,), value_hidden=(8,)))
+    agent = checkpoint.new_agent(config, 1, [torch.Generator().manual_seed(3)])
+    policy = SteeredPolicy(agent, parse(text, 2).with_options(temperature=0.5))
+    source = checkpoint.Saved(agent, config, 100, 1.5)
+    checkpoint.write_policy(tmp_path / "policy.safetensors", policy, source)
+    saved = checkpoint.read_policy(tmp_path / "policy.safetensors")
+    assert saved.steering == policy.steering
+    assert saved.config == config
+    assert (saved.env_steps, saved.wall_seconds) == (100, 1.5)
+    again = SteeredPolicy(saved.agent, saved.steering)
+    assert torch.equal(again(observation), policy(observation))
