@@ -34,9 +34,9 @@ class AgentConfig(Settings):
     experts: int = Field(2, ge=2, le=64)
     """Number of experts K of the methods that mix; the first is the diamond's, the second the
     ghost's, further ones learn from unlabeled episodes only."""
-    hidden: Sizes = (256, 256)
+    hidden: Sizes = (128, 128)
     """Units of each hidden layer of an expert and of the gate."""
-    value_hidden: Sizes = (256, 256)
+    value_hidden: Sizes = (128, 128)
     """Units of each hidden layer of the value net."""
     value_activation: Literal["relu", "none"] = "relu"
     """Activation of the value net; "none" makes it affine, as in the published code."""

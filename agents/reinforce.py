@@ -35,19 +35,19 @@ class ReinforceConfig(Settings):
 
     updates: int = Field(400, ge=1)
     """Number of updates."""
-    worlds: int = Field(512, ge=1)
+    worlds: int = Field(256, ge=1)
     """Worlds N stepped in parallel by each run."""
-    steps: int = Field(32, ge=1)
+    steps: int = Field(16, ge=1)
     """Steps T of each world per update."""
-    learning_rate: Schedule = (1e-3,)
+    learning_rate: Schedule = (3e-3, 1e-4)
     """Adam step size."""
     discount: float = Field(0.97, gt=0, le=1)
     """Discount per step, of training and of every reported return."""
     value_coef: Schedule = (0.5,)
     """Weight of the value loss."""
-    entropy_coef: Schedule = (0.02,)
+    entropy_coef: Schedule = (0.02, 0.002)
     """Weight of the entropy bonus."""
-    gate_coef: Schedule = (0.01,)
+    gate_coef: Schedule = (1.0,)
     """Weight of the gate loss."""
     labeled_weight: float = Field(20.0, ge=0, allow_inf_nan=False)
     """Weight of a labeled episode's samples next to any other's in the policy and value losses;

@@ -1,0 +1,428 @@
+"""The commands as a user types them: runs, resumes, evaluations, imports, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from agents.methods import METHODS
+from oversight_rl import checkpoint
+from oversight_rl.cli import main, train
+from oversight_rl.config import Config, load_yaml
+from oversight_rl.tracking import RunFolder
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
+COLUMNS = {
+    "method", "seed", "train_oversight", "deploy_oversight", "policy", "greedy",
+    "ground_truth_return", "p_diamond", "p_ghost", "p_timeout", "episode_length",
+    "optimal_return", "evaluator", "env_steps", "wall_seconds",
+}  # fmt: skip
+
+
+def result(path):
+    return json.loads((path / "result.json").read_text())
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+
+
+def refused(capsys, command, args):
+    """Run a command that must fail: exit code 2 and one line, returned."""
+    with pytest.raises(SystemExit) as stop:
+        command([str(a) for a in args])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train([*SMOKE, "--run-dir", str(path)])
+    return path
+
+
+def test_a_run_folder_is_complete(run):
+    rows = result(run)
+    assert set(rows[0]) >= COLUMNS
+    assert len(rows) == 3 * 2 * 4  # policies, sampled and greedy, levels
+    assert {row["policy"] for row in rows} == {"mixture", "diamond", "ghost"}
+    assert {row["deploy_oversight"] for row in rows} == {0.0, 0.01, 0.1, 1.0}
+    assert {row["evaluator"] for row in rows} == {"exact"}
+    assert rows[0]["optimal_return"] == pytest.approx(0.9317, abs=1e-4)
+    assert rows[0]["env_steps"] == 20 * 32 * 8
+    metrics = pd.read_csv(run / "metrics.csv")
+    assert list(metrics["update"]) == [0] * 3 + [10] * 3 + [20] * 3
+    last = metrics[(metrics["update"] == 20) & (metrics.policy == "diamond")].iloc[0]
+    same = next(
+        r for r in rows
+        if r["policy"] == "diamond" and not r["greedy"] and r["deploy_oversight"] == 0.1
+    )  # fmt: skip
+    assert last.ground_truth_return == pytest.approx(same["ground_truth_return"])
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["provenance"]["versions"]["torch"]
+    assert saved["seeds"] == [0]
+    assert load_yaml(run / "config.yaml").training.updates == 20
+    assert checkpoint.updates(run / "checkpoints") == [10, 20]
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+
+
+def test_the_same_seed_gives_the_same_result(run, tmp_path):
+    train([*SMOKE, "--run-dir", str(tmp_path / "again")])
+    assert timeless(result(tmp_path / "again")) == timeless(result(run))
+    assert (tmp_path / "again/metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    train([*SMOKE, "--run-dir", str(tmp_path / "other"), "--seeds", "1"])
+    assert timeless(result(tmp_path / "other")) != timeless(result(run))
+
+
+def test_several_seeds_get_a_folder_each(run, tmp_path, capsys):
+    train([*SMOKE, "--run-dir", str(tmp_path / "many"), "--seeds", "0", "7"])
+    assert "mean" not in capsys.readouterr().err
+    rows = result(tmp_path / "many/seed_0")
+    assert {row["seed"] for row in result(tmp_path / "many/seed_7")} == {7}
+    for row, alone in zip(rows, result(run), strict=True):
+        assert row["ground_truth_return"] == pytest.approx(alone["ground_truth_return"], abs=1e-3)
+    target = tmp_path / "both.json"
+    main(["evaluate", str(tmp_path / "many"), "--json", str(target)])
+    assert [r["seed"] for r in json.loads(target.read_text())] == [0] * 3 + [7] * 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_from_the_command_line(tmp_path, method):
+    train([*SMOKE, "--run-dir", str(tmp_path), "--method", method, "--training.updates", "2"])
+    rows = result(tmp_path)
+    assert {row["method"] for row in rows} == {method}
+    assert METHODS[method].deployed in {row["policy"] for row in rows}
+
+
+def test_evaluate_steers_as_asked(run, tmp_path):
+    target = tmp_path / "rows.json"
+    main([
+        "evaluate", str(run), "--steer", "diamond", "diamond=0.5,ghost=0.5", "without:ghost",
+        "--oversight", "0", "0.5", "--greedy", "--json", str(target),
+    ])  # fmt: skip
+    rows = json.loads(target.read_text())
+    assert [row["policy"] for row in rows] == [
+        "diamond", "diamond", "diamond=0.5,ghost=0.5", "diamond=0.5,ghost=0.5",
+        "without:ghost", "without:ghost",
+    ]  # fmt: skip
+    assert [row["deploy_oversight"] for row in rows] == [0, 0.5] * 3
+    assert all(row["greedy"] for row in rows)
+    greedy = [
+        row for row in result(run)
+        if row["policy"] == "diamond" and row["greedy"] and row["deploy_oversight"] == 0
+    ]  # fmt: skip
+    assert rows[0]["ground_truth_return"] == pytest.approx(greedy[0]["ground_truth_return"])
+
+
+def test_an_exported_policy_evaluates_the_same(run, tmp_path):
+    policy, a, b = tmp_path / "p.safetensors", tmp_path / "a.json", tmp_path / "b.json"
+    steer = ["--steer", "diamond=0.8,ghost=0.2", "--temperature", "0.5"]
+    main(["evaluate", str(run), *steer, "--export", str(policy), "--json", str(a)])
+    main(["evaluate", str(policy), "--json", str(b)])
+    assert json.loads(a.read_text()) == json.loads(b.read_text())
+
+
+def test_spurious_flags_are_evaluated_by_rollouts(tmp_path):
+    train([
+        *SMOKE, "--run-dir", str(tmp_path), "--world.spurious-oversight", "0.3",
+        "--training.updates", "1", "--evaluation.episodes", "200", "--evaluation.oversight", "0.1",
+    ])  # fmt: skip
+    rows = result(tmp_path)
+    assert {row["evaluator"] for row in rows} == {"rollout"}
+    assert rows[0]["optimal_return"] is None
+
+
+# ---- stopping and going on
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(run, tmp_path):
+    """SIGINT, in a process of its own: a checkpoint, the line to type, the same end."""
+    path = tmp_path / "stopped"
+    args = [*SMOKE, "--run-dir", str(path), "--training.updates", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not checkpoint.updates(path / "checkpoints"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {path}" in output.replace("\n", "")
+    (stopped_at,) = checkpoint.updates(path / "checkpoints")[-1:]
+    assert 0 < stopped_at < 2000
+    assert not (path / "result.json").exists()
+
+    # the end is the same as that of a run never stopped: shorten both to 20 more updates
+    def shorten(folder, updates):
+        file = folder / "config.yaml"
+        content = yaml.safe_load(file.read_text())
+        content["training"]["updates"] = updates
+        file.write_text(yaml.safe_dump(content))
+
+    shorten(path, stopped_at + 20)
+    train(["--resume", str(path)])
+    whole = tmp_path / "whole"
+    train([*SMOKE, "--run-dir", str(whole), "--training.updates", str(stopped_at + 20)])
+    ours, theirs = (RunFolder.open(p).load().agent.state_dict() for p in (path, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert timeless(result(path)) == timeless(result(whole))
+    assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_a_finished_run_is_not_resumed(run, capsys):
+    assert "finished" in refused(capsys, train, ["--resume", run])
+
+
+# ---- the published code's policies
+
+
+def published(single=False, fixed_gate=False):
+    """A state dict with the published keys, and the network written out as published."""
+    from torch import nn
+
+    def mlp(*sizes):
+        return [nn.Linear(a, b) for a, b in pairwise(sizes)]
+
+    torch.manual_seed(0)
+    state = {}
+
+    def put(prefix, layers):
+        for i, layer in enumerate(layers):
+            state[f"{prefix}.layers.{i}.weight"] = layer.weight.data
+            state[f"{prefix}.layers.{i}.bias"] = layer.bias.data
+
+    head = nn.Linear(256, 4)
+
+    def expert(layers, x):
+        for layer in layers:
+            x = layer(x).relu()
+        return x
+
+    if single:
+        body = mlp(100, 256, 256)
+        put("neural_net.1.1", body)
+        state["neural_net.2.weight"], state["neural_net.2.bias"] = head.weight, head.bias
+        return state, {"single": lambda o: head(expert(body, o.flatten(1)))}
+    diamond, ghost, gate = mlp(100, 256, 256), mlp(100, 256, 256), mlp(100, 256, 256, 1)
+    conv = nn.Conv2d(4, 4, 1)
+    put("diamond_expert.1", diamond)
+    put("ghost_expert.1", ghost)
+    state["shared_output.weight"], state["shared_output.bias"] = head.weight, head.bias
+    if fixed_gate:
+        state["gating.fake_param"] = torch.zeros(1)
+    else:
+        put("gating.2", gate)
+        state["gating.0.weight"], state["gating.0.bias"] = conv.weight, conv.bias
+
+    def mixture(o):
+        g = conv(o).flatten(1)
+        g = gate[2](gate[1](gate[0](g).relu()).relu())
+        g = torch.full_like(g, 0.5) if fixed_gate else torch.sigmoid(g)
+        return head(g * expert(diamond, o.flatten(1)) + (1 - g) * expert(ghost, o.flatten(1)))
+
+    return state, {
+        "mixture": mixture,
+        "diamond": lambda o: head(expert(diamond, o.flatten(1))),
+        "ghost": lambda o: head(expert(ghost, o.flatten(1))),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [({}, "routing"), ({"fixed_gate": True}, "no_gate"), ({"single": True}, "naive")],
+)
+def test_a_published_policy_is_imported(tmp_path, kind, method):
+    from oversight_rl.steering import SteeredPolicy
+
+    state, policies = published(**kind)
+    torch.save(state, tmp_path / "state.pt")
+    target = tmp_path / "imported"
+    main(["import-reference", str(tmp_path / "state.pt"), str(target), "--oversight", "0.1"])
+    saved = RunFolder.open(target).load()
+    assert saved.config.method == method
+    observation = torch.rand(9, 4, 5, 5)
+    for name, logits in policies.items():
+        ours = SteeredPolicy(saved.agent).steer(name)(observation)
+        torch.testing.assert_close(ours, logits(observation).softmax(-1).detach())
+    main(["evaluate", str(target), "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["policy"] for row in rows] == list(policies)
+    assert {row["train_oversight"] for row in rows} == {0.1}
+
+
+def test_what_is_not_a_published_policy_is_refused(tmp_path, capsys):
+    source, target = tmp_path / "state.pt", tmp_path / "imported"
+    args = ["import-reference", source, target, "--oversight", "0.1"]
+    assert "cannot read" in refused(capsys, main, args)
+    source.write_bytes(b"not a state dict")
+    assert "not a state dict" in refused(capsys, main, args)
+    torch.save({"code": print}, source)  # a pickle that names a function
+    assert "not a state dict" in refused(capsys, main, args)
+    torch.save([1, 2], source)
+    assert "dictionary of tensors" in refused(capsys, main, args)
+    state, _ = published()
+    torch.save({k: v for k, v in state.items() if k != "gating.0.bias"}, source)
+    assert "gating.0.bias" in refused(capsys, main, args)
+    torch.save(state | {"shared_output.weight": torch.zeros(3, 3)}, source)
+    assert "head.weight has shape (3, 3)" in refused(capsys, main, args)
+    torch.save(state, source)
+    assert "oversight" in refused(capsys, main, [*args[:-1], "1.5"])
+    assert "method" in refused(capsys, main, [*args, "--method", "routng"])
+    assert not target.exists()
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--method", "rooting"], "did you mean 'routing'"),
+        (["--oversight", "1.5"], "oversight: should be less than or equal to 1, got 1.5"),
+        (["--oversight", "nan"], "oversight"),
+        (["--world.ghost-oversight", "-0.5"], "world.ghost_oversight"),
+        (["--world.rows", "1"], "world.rows: should be greater than or equal to 2, got 1"),
+        (["--world.cols", "0"], "world.cols"),
+        (["--training.worlds", "0"], "training.worlds"),
+        (["--training.updates", "-3"], "training.updates"),
+        (["--training.learning-rate", "1", "2", "3"], "training.learning_rate"),
+        (["--training.updates", "many"], "many"),
+        (["--agent.hidden", "0"], "agent.hidden"),
+        (["--agent.experts", "1"], "agent.experts"),
+        (["--seeds", "1", "1"], "seeds: must be distinct"),
+        (["--world.rws", "3"], "--world.rows"),
+        (["--device", "tpu"], "cuda"),
+        (["--config", "missing.yaml"], "missing.yaml: cannot read"),
+        (["--resume", "missing", "--seeds", "1"], "takes its settings from the run folder"),
+    ],
+)
+def test_bad_flags_of_train(tmp_path, capsys, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, train, ["--run-dir", tmp_path / "run", *args])
+    assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_absent_gpu_is_refused(tmp_path, capsys):
+    error = refused(capsys, train, ["--run-dir", tmp_path / "run", "--device", "cuda"])
+    assert "no GPU" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("metod: naive", "unknown setting metod; did you mean 'method'"),
+        ("world: {row: 3}", "unknown setting world.row; did you mean 'rows'"),
+        ("oversight: 2", "oversight"),
+        ("world: 3", "world: expected"),
+        ("- a list", "expected settings"),
+        ("world: [", "not valid YAML"),
+        ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("training: {updates: 1.5}", "training.updates"),
+        ("seeds: []", "seeds"),
+    ],
+)
+def test_bad_config_files(tmp_path, capsys, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    args = ["--config", tmp_path / "bad.yaml", "--run-dir", tmp_path / "run"]
+    assert message in refused(capsys, train, args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused(run, tmp_path, capsys):
+    before = result(run)
+    error = refused(capsys, train, [*SMOKE, "--run-dir", run])
+    assert f"--resume {run}" in error
+    assert result(run) == before
+    (tmp_path / "file").write_text("mine")
+    assert "is not empty" in refused(capsys, train, [*SMOKE, "--run-dir", tmp_path])
+    assert "is not a folder" in refused(capsys, train, [*SMOKE, "--run-dir", tmp_path / "file"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--steer", "diamnd"], "did you mean 'diamond'"),
+        (["--oversight", "2"], "[0, 1]"),
+        (["--temperature", "0"], "above 0"),
+        (["--json", "/nonexistent/rows.json"], "cannot write"),
+        (["--export", "/nonexistent/policy", "--steer", "ghost"], "cannot write"),
+        (["--export", "policy"], "one --steer"),
+        (["--stear", "ghost"], "--steer"),
+    ],
+)
+def test_bad_flags_of_evaluate(run, capsys, args, message):
+    assert message in refused(capsys, main, ["evaluate", run, *args])
+
+
+def test_what_is_not_a_run_is_refused(run, tmp_path, capsys):
+    assert "not a run folder" in refused(capsys, main, ["evaluate", tmp_path])
+    missing = tmp_path / "missing"
+    assert "missing" in refused(capsys, main, ["evaluate", missing])
+    assert "not a run folder" in refused(capsys, train, ["--resume", missing])
+    assert "evaluate" in refused(capsys, main, ["evalute", run])
+
+    def copy(name):
+        target = tmp_path / name
+        (target / "checkpoints").mkdir(parents=True)
+        (target / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+        for file in (run / "checkpoints").iterdir():
+            (target / "checkpoints" / file.name).write_bytes(file.read_bytes())
+        return target
+
+    empty = copy("empty")
+    for file in (empty / "checkpoints").iterdir():
+        file.unlink()
+    assert "no checkpoint" in refused(capsys, main, ["evaluate", empty])
+    damaged = copy("damaged")
+    newest = max((damaged / "checkpoints").glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert "not a readable safetensors file" in refused(capsys, main, ["evaluate", damaged])
+    foreign = copy("foreign")
+    content = yaml.safe_load((foreign / "config.yaml").read_text())
+    content["agent"]["hidden"] = [12, 12]
+    (foreign / "config.yaml").write_text(yaml.safe_dump(content))
+    assert "does not fit its configuration" in refused(capsys, main, ["evaluate", foreign])
+    plain = next((run / "checkpoints").glob("*.safetensors"))
+    assert "exported policy" in refused(capsys, main, ["evaluate", plain])
+
+
+# ---- help, configs
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "oversight_rl", "evaluate"]])
+def test_help_is_complete(command):
+    environment = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        cwd=ROOT, capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    flags = (
+        ["--config", "--resume", "--oversight", "--world.rows", "--training.learning-rate"]
+        if command == ["train.py"]
+        else ["--steer", "--oversight", "--greedy", "--json", "--export"]
+    )
+    for flag in flags:
+        assert flag in done.stdout
+    assert done.stdout.count("default: ") > 5 or command != ["train.py"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_preset_loads(path):
+    config = load_yaml(path)
+    assert Config.model_validate(config.model_dump()) == config
+    assert (config == Config()) == (path.name == "default.yaml")
