@@ -120,7 +120,7 @@ class WorldMDP:
         value, p_diamond, p_ghost, length, window_sum = (
             torch.stack(by_flags) @ flag_weight
         ).unbind(1)  # [Q, L] each
-        timeout = 1 - p_diamond - p_ghost
+        timeout = (1 - p_diamond - p_ghost).clamp(min=0)
         return Endings(value, p_diamond, p_ghost, timeout, length, window_sum / length)
 
     def _by_flags(self, policy: Tensor, discount: float, window: int) -> Tensor:

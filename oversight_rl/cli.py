@@ -7,18 +7,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from agents.methods import METHODS
+from envs import render
 from envs.settings import UserError
+from envs.world import World
 from oversight_rl import checkpoint, reference
+from oversight_rl import pictures as drawing
 from oversight_rl.config import Config, Probability, load_yaml
 from oversight_rl.evaluation import Evaluator, Row, Subject
 from oversight_rl.steering import SteeredPolicy, Steering, parse, standard
@@ -129,6 +133,7 @@ def evaluate(
     temperature: float = 1.0,
     json: Path | None = None,
     export: Path | None = None,
+    pictures: Path | None = None,
 ) -> None:
     """Evaluate trained agents, steered as you like, at any oversight level.
 
@@ -142,6 +147,8 @@ def evaluate(
         temperature: Divides the logits, above 0; below 1 is greedier.
         json: File to write the rows to.
         export: File to write the steered policy to (one run, one --steer), for later evaluation.
+        pictures: Folder to draw the policies (policies.png) and rollouts (rollouts.gif) of one run
+            into.
     """
     for level in oversight:
         if not 0 <= level <= 1:
@@ -166,6 +173,10 @@ def evaluate(
             if len(loaded) > 1 or len(policies) > 1:
                 raise UserError("--export: takes one run and one --steer")
             checkpoint.write_policy(export, SteeredPolicy(saved.agent, policies[0]), saved)
+        if pictures is not None:
+            if len(loaded) > 1:
+                raise UserError("--pictures: takes one run")
+            _draw(pictures, saved, policies)
         config = saved.config
         evaluator = Evaluator(
             config.world, config.training.discount, episodes=config.evaluation.episodes
@@ -178,6 +189,18 @@ def evaluate(
     _print_rows(rows, console)
     if json is not None:
         _write_json(json, rows)
+
+
+def _draw(folder: Path, saved: checkpoint.Saved, policies: Sequence[Steering]) -> None:
+    world = World(saved.config.world, saved.config.oversight)
+    arrows = render.png(drawing.policies(saved.agent, world, policies))
+    animation = drawing.rollouts(saved.agent, world, policies)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "policies.png").write_bytes(arrows)
+        (folder / "rollouts.gif").write_bytes(animation)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
 
 
 def _write_json(path: Path, rows: Sequence[Row]) -> None:
@@ -233,20 +256,25 @@ def _run(command: Callable[[list[str]], object], args: list[str]) -> None:
 
 
 def _print_summary(tables: list[list[Row]], console: Console) -> None:
-    """The steering table at the training level: over the runs, mean and range of the return."""
+    """The steering table at the training level: means over the runs, and the return's range."""
     rows = [r for r in chain(*tables) if r.deploy_oversight == r.train_oversight]
-    table = Table(title=f"ground truth at {rows[0].train_oversight:.2%} oversight")
+    table = Table(
+        title=f"ground truth at {rows[0].train_oversight:.2%} oversight", box=box.SIMPLE_HEAD
+    )
     table.add_column("policy")
-    for heading in ("return", "greedy", *ENDINGS):
+    several = len(tables) > 1
+    for heading in ("return", *(["range"] if several else []), "greedy", *ENDINGS):
         table.add_column(heading, justify="right")
     deployed = METHODS[rows[0].method].deployed
     for policy in dict.fromkeys(row.policy for row in rows):
         sampled = [r for r in rows if r.policy == policy and not r.greedy]
         greedy = [r for r in rows if r.policy == policy and r.greedy]
+        returns = [r.ground_truth_return for r in sampled]
         table.add_row(
             f"{policy} (deployed)" if policy == deployed else policy,
-            _spread([r.ground_truth_return for r in sampled]),
-            _spread([r.ground_truth_return for r in greedy]),
+            f"{np.mean(returns):.3f}",
+            *([f"{min(returns):.3f} to {max(returns):.3f}"] if several else []),
+            f"{np.mean([r.ground_truth_return for r in greedy]):.3f}",
             f"{np.mean([r.p_diamond for r in sampled]):.1%}",
             f"{np.mean([r.p_ghost for r in sampled]):.1%}",
             f"{np.mean([r.p_timeout for r in sampled]):.1%}",
@@ -255,39 +283,37 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
         )
     optimum = rows[0].optimal_return
     if not math.isnan(optimum):
-        table.add_row("optimum", f"{optimum:.3f}", f"{optimum:.3f}", *[""] * 4, style="dim")
+        table.add_row("optimum", f"{optimum:.3f}", style="dim")
     console.print(table)
-
-
-def _spread(values: list[float]) -> str:
-    text = f"{np.mean(values):.3f}"
-    return text if len(values) == 1 else f"{text} [{min(values):.3f}, {max(values):.3f}]"
 
 
 def _print_rows(rows: Sequence[Row], console: Console) -> None:
-    table = Table(title=f"{rows[0].evaluator} evaluation, ground truth")
-    for heading in ("method", "policy"):
-        table.add_column(heading)
-    for heading in ("seed", "trained at", "deployed at", "return", "window", *ENDINGS):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        error = f" ± {row.return_se:.3f}" if row.return_se else ""
-        table.add_row(
-            row.method,
-            f"{row.policy}{' (greedy)' if row.greedy else ''}",
-            str(row.seed),
-            f"{row.train_oversight:.2%}",
-            f"{row.deploy_oversight:.2%}",
-            f"{row.ground_truth_return:.3f}{error}",
-            f"{row.window_return:.3f}",
-            f"{row.p_diamond:.1%}",
-            f"{row.p_ghost:.1%}",
-            f"{row.p_timeout:.1%}",
-            f"{row.episode_length:.1f}",
-        )
-    console.print(table)
+    """A table for each run."""
+    for (method, seed, level), own in groupby(
+        rows, key=lambda row: (row.method, row.seed, row.train_oversight)
+    ):
+        table = Table(title=f"{method} trained at {level:.2%}, seed {seed}", box=box.SIMPLE_HEAD)
+        table.add_column("policy")
+        for heading in ("oversight", "return", "window", *ENDINGS):
+            table.add_column(heading, justify="right")
+        for row in own:
+            error = f" ± {row.return_se:.3f}" if row.return_se else ""
+            table.add_row(
+                f"{row.policy}{' (greedy)' if row.greedy else ''}",
+                f"{row.deploy_oversight:.2%}",
+                f"{row.ground_truth_return:.3f}{error}",
+                f"{row.window_return:.3f}",
+                f"{row.p_diamond:.1%}",
+                f"{row.p_ghost:.1%}",
+                f"{row.p_timeout:.1%}",
+                f"{row.episode_length:.1f}",
+            )
+        console.print(table)
     optimum = rows[0].optimal_return
     if math.isnan(optimum):
         console.print("no exact evaluation of this world: figures are from rollouts")
     else:
-        console.print(f"optimum: {optimum:.4f}")
+        console.print(
+            f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"
+        )
+    console.print("window: the published metric, mean discounted return per visited step")

@@ -130,13 +130,13 @@ class RunFolder:
             self.log(
                 update,
                 {
-                    f"return/{row.policy}": row.ground_truth_return,
-                    f"p_diamond/{row.policy}": row.p_diamond,
-                    f"p_ghost/{row.policy}": row.p_ghost,
-                    f"p_timeout/{row.policy}": row.p_timeout,
+                    f"evaluation/return/{row.policy}": row.ground_truth_return,
+                    f"evaluation/p_diamond/{row.policy}": row.p_diamond,
+                    f"evaluation/p_ghost/{row.policy}": row.p_ghost,
+                    f"evaluation/p_timeout/{row.policy}": row.p_timeout,
                 },
             )
-        self.log(update, {"return/optimum": rows[0].optimal_return})
+        self.log(update, {"evaluation/return/optimum": rows[0].optimal_return})
         self.writer.flush()
 
     def picture(self, tag: str, update: int, encoded: bytes) -> None:
@@ -152,7 +152,7 @@ class RunFolder:
         """Write result.json and the hyperparameter summary, and close."""
         write_json(self.path / RESULT, rows)
         deployed = deployed_row(rows)
-        flat = _flat(config.model_dump(mode="json"))
+        flat = _flat(config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"}))
         hyperparameters = {
             k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()
         }
@@ -190,27 +190,30 @@ class RunFolder:
             f"## {config.method}, {config.oversight:.2%} oversight, seed {config.seeds[0]}\n\n"
             f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. "
             f"Deployed policy: **{method.deployed}**.\n\n"
-            "* `return/*`: expected discounted ground-truth return per episode of the mixture and "
-            "of each expert alone, at the training oversight level, next to the optimum "
-            "(all in one chart under *Custom Scalars*)\n"
-            "* `p_diamond/*`, `p_ghost/*`, `p_timeout/*`: how episodes of each policy end\n"
-            "* `endings/*`: how training episodes ended, as the learner saw them\n"
-            "* `gate/*`: mean gate weight on the diamond expert, by the outcome of the episode\n"
-            "* `loss/*`: parts of the loss; `speed/*`: training speed\n"
-            "* images: `policies` (arrows: action probabilities; color: the gate, green for the "
-            "diamond expert, violet for the ghost expert) and `rollouts` (animated)\n\n"
+            "* `evaluation/return`: expected discounted ground-truth return per episode of the "
+            "mixture and of each expert alone, at the training oversight level, next to the "
+            "optimum (all in one chart under *Custom Scalars*)\n"
+            "* `evaluation/p_diamond`, `p_ghost`, `p_timeout`: how episodes of each policy end\n"
+            "* `pictures/policies`: arrows are action probabilities; the color is the gate, teal "
+            "where it trusts the diamond expert and violet where it trusts the ghost expert\n"
+            "* `pictures/rollouts`: each policy at work on the same starts, animated\n"
+            "* `training/endings`: how training episodes ended, as the learner saw them\n"
+            "* `training/gate`: mean gate weight on the diamond expert, by the episode's outcome\n"
+            "* `training/loss`, `training/env_steps_per_second`\n\n"
             f"| setting | value |\n| --- | --- |\n{settings}\n",
         )
-        policies = "return/.*"
         self.writer.add_custom_scalars(
             {
                 "Ground truth": {
-                    "return of each policy and the optimum": ["Multiline", [policies]],
-                    "chance of the ghost": ["Multiline", ["p_ghost/.*"]],
+                    "return of each policy and the optimum": [
+                        "Multiline",
+                        ["evaluation/return/.*"],
+                    ],
+                    "chance of the ghost": ["Multiline", ["evaluation/p_ghost/.*"]],
                 },
                 "Training": {
-                    "endings as seen": ["Multiline", ["endings/.*"]],
-                    "gate by outcome": ["Multiline", ["gate/.*"]],
+                    "endings as seen": ["Multiline", ["training/endings/.*"]],
+                    "gate by outcome": ["Multiline", ["training/gate/.*"]],
                 },
             }
         )

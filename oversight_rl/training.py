@@ -211,9 +211,9 @@ def fit(
                 speed = timer.lap()
                 for name, values in trainer.curves().items():
                     for folder, value in zip(folders, values, strict=True):
-                        folder.log(n, {name: value})
+                        folder.log(n, {f"training/{name}": value})
                 for folder in folders:
-                    folder.log(n, {"speed/env_steps_per_second": speed})
+                    folder.log(n, {"training/env_steps_per_second": speed})
                 progress.update(task, speed=speed)
                 timer.start()
             progress.update(task, completed=n)
@@ -268,9 +268,9 @@ def _draw_pictures(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
             agent = checkpoint.take_run(trainer.agent, config, run)
             world = World(config.world, config.oversight)
             arrows = render.png(pictures.policies(agent, world, policies))
-            folder.picture("policies", trainer.updates, arrows)
+            folder.picture("pictures/policies", trainer.updates, arrows)
             animation = pictures.rollouts(agent, world, policies)
-            folder.picture("rollouts", trainer.updates, animation)
+            folder.picture("pictures/rollouts", trainer.updates, animation)
 
 
 class _Stopwatch:

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from agents.methods import METHODS
 from oversight_rl import checkpoint
@@ -135,6 +136,12 @@ def test_an_exported_policy_evaluates_the_same(run, tmp_path):
     assert json.loads(a.read_text()) == json.loads(b.read_text())
 
 
+def test_evaluate_draws_pictures(run, tmp_path):
+    main(["evaluate", str(run), "--pictures", str(tmp_path / "pictures")])
+    for name, kind in (("policies.png", "PNG"), ("rollouts.gif", "GIF")):
+        assert Image.open(tmp_path / "pictures" / name).format == kind
+
+
 def test_spurious_flags_are_evaluated_by_rollouts(tmp_path):
     train([
         *SMOKE, "--run-dir", str(tmp_path), "--world.spurious-oversight", "0.3",
@@ -151,7 +158,9 @@ def test_spurious_flags_are_evaluated_by_rollouts(tmp_path):
 def test_a_stopped_run_goes_on_to_the_same_end(run, tmp_path):
     """SIGINT, in a process of its own: a checkpoint, the line to type, the same end."""
     path = tmp_path / "stopped"
-    args = [*SMOKE, "--run-dir", str(path), "--training.updates", "2000"]
+    # no annealing: the two runs below differ in their number of updates
+    steady = [*SMOKE, "--training.learning-rate", "1e-3", "--training.entropy-coef", "0.02"]
+    args = [*steady, "--run-dir", str(path), "--training.updates", "2000"]
     process = subprocess.Popen(
         [sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -175,7 +184,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(run, tmp_path):
     shorten(path, stopped_at + 20)
     train(["--resume", str(path)])
     whole = tmp_path / "whole"
-    train([*SMOKE, "--run-dir", str(whole), "--training.updates", str(stopped_at + 20)])
+    train([*steady, "--run-dir", str(whole), "--training.updates", str(stopped_at + 20)])
     ours, theirs = (RunFolder.open(p).load().agent.state_dict() for p in (path, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert timeless(result(path)) == timeless(result(whole))
@@ -362,6 +371,7 @@ def test_a_folder_in_use_is_refused(run, tmp_path, capsys):
         (["--json", "/nonexistent/rows.json"], "cannot write"),
         (["--export", "/nonexistent/policy", "--steer", "ghost"], "cannot write"),
         (["--export", "policy"], "one --steer"),
+        (["--pictures", "/proc/pictures"], "cannot write"),
         (["--stear", "ghost"], "--steer"),
     ],
 )
