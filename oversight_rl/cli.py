@@ -258,10 +258,7 @@ def _run(command: Callable[[list[str]], object], args: list[str]) -> None:
 def _print_summary(tables: list[list[Row]], console: Console) -> None:
     """The steering table at the training level: means over the runs, and the return's range."""
     rows = [r for r in chain(*tables) if r.deploy_oversight == r.train_oversight]
-    table = Table(
-        title=f"ground truth at {rows[0].train_oversight:.2%} oversight", box=box.SIMPLE_HEAD
-    )
-    table.add_column("policy")
+    table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
     several = len(tables) > 1
     for heading in ("return", *(["range"] if several else []), "greedy", *ENDINGS):
         table.add_column(heading, justify="right")
@@ -273,7 +270,7 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
         table.add_row(
             f"{policy} (deployed)" if policy == deployed else policy,
             f"{np.mean(returns):.3f}",
-            *([f"{min(returns):.3f} to {max(returns):.3f}"] if several else []),
+            *([f"{min(returns):.2f} to {max(returns):.2f}"] if several else []),
             f"{np.mean([r.ground_truth_return for r in greedy]):.3f}",
             f"{np.mean([r.p_diamond for r in sampled]):.1%}",
             f"{np.mean([r.p_ghost for r in sampled]):.1%}",
@@ -287,13 +284,19 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
     console.print(table)
 
 
+def _table(title: str) -> Table:
+    """A table that fits 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("policy")
+    return table
+
+
 def _print_rows(rows: Sequence[Row], console: Console) -> None:
     """A table for each run."""
     for (method, seed, level), own in groupby(
         rows, key=lambda row: (row.method, row.seed, row.train_oversight)
     ):
-        table = Table(title=f"{method} trained at {level:.2%}, seed {seed}", box=box.SIMPLE_HEAD)
-        table.add_column("policy")
+        table = _table(f"{method} trained at {level:.2%}, seed {seed}")
         for heading in ("oversight", "return", "window", *ENDINGS):
             table.add_column(heading, justify="right")
         for row in own:
