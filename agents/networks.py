@@ -1,6 +1,8 @@
 """Experts, gate, mixture and value net: one definition for every learner.
 
-All parameters carry a leading run axis R, so that one module trains R independent runs.
+All parameters carry a leading run axis R, so that one module trains R independent runs. The
+experts, the gate and the value net have the same hidden layers, so they are J parallel *trunks*
+that take part in the same batched products.
 
 The mixture is g_1 h_1 + ... + g_K h_K of the experts' activations under one shared linear head.
 The head is linear, so the mixture is taken after it instead, over A logits and not H activations:
@@ -10,10 +12,11 @@ blend, an ablation, another gate) is then a set of mixing weights on the same ex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -22,6 +25,7 @@ from torch.nn import functional as F
 
 from agents.routing import route
 from envs.settings import Settings
+from envs.world import Record
 
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
@@ -35,26 +39,63 @@ class AgentConfig(Settings):
     """Number of experts K of the methods that mix; the first is the diamond's, the second the
     ghost's, further ones learn from unlabeled episodes only."""
     hidden: Sizes = (128, 128)
-    """Units of each hidden layer of an expert and of the gate."""
-    value_hidden: Sizes = (128, 128)
-    """Units of each hidden layer of the value net."""
+    """Units of each hidden layer of the experts, the gate and the value net."""
     value_activation: Literal["relu", "none"] = "relu"
     """Activation of the value net; "none" makes it affine, as in the published code."""
     gate_conv: bool = False
     """Whether the gate starts with a 1x1 convolution over the planes, as in the published code."""
 
 
-@dataclass(frozen=True)
-class PolicyOutput:
-    """What the policy network computes for a batch of B observations in R runs."""
+PER_OBSERVATION = ("expert_logits", "head_logits", "gate_logits", "value")
 
-    expert_logits: Tensor  # [R, K, B, A], each expert under the shared head's weight
-    bias: Tensor  # [R, A], the shared head's bias
-    gate_logits: Tensor  # [R, B, K], not routed; the last is 0 by definition
+
+@dataclass(frozen=True)
+class Output(Record):
+    """What an agent computes for B observations in each of R runs."""
+
+    expert_logits: Tensor  # [R, B, K, A], W h_k; a gradient into it reaches the expert only
+    head_logits: Tensor  # [R, B, K, A], the same numbers; a gradient into it reaches W only
+    bias: Tensor  # [R, 1, A], the shared head's bias
+    gate_logits: Tensor  # [R, B, K], the last is 0 by definition
+    value: Tensor  # [R, B]
+
+    @classmethod
+    def cat(cls, outputs: Sequence[Output]) -> Output:
+        """Join batches of the same agents."""
+        joined = {n: torch.cat([vars(o)[n] for o in outputs], dim=1) for n in PER_OBSERVATION}
+        return cls(bias=outputs[0].bias, **joined)
+
+    def rows(self, index: Tensor) -> Output:
+        """The output for other batches: `index` `[R, ...]` into B, per run."""
+        runs, batch = self.value.shape
+        more = [1] * (index.ndim - 1)
+        row = index + (torch.arange(runs, device=index.device) * batch).view(-1, *more)
+        parts = [vars(self)[name] for name in PER_OBSERVATION]
+        table = torch.cat([part.reshape(runs * batch, -1) for part in parts], dim=-1)
+        # an embedding's gradient sums what belongs to the same row, fast and in a fixed order
+        columns = F.embedding(row, table).split([part[0, 0].numel() for part in parts], dim=-1)
+        taken = {
+            name: column.reshape(*index.shape, *part.shape[2:])
+            for name, column, part in zip(PER_OBSERVATION, columns, parts, strict=True)
+        }
+        return Output(bias=self.bias.view(runs, *more, -1), **taken)
+
+    def routed(self, routes: Tensor) -> Output:
+        """Weight each sample's gradient per module: routes `[R, B, K + 1]`, the last the gate's.
+
+        The shared head always learns.
+        """
+        *experts, gate = routes.unbind(-1)
+        return replace(
+            self,
+            expert_logits=route(self.expert_logits, torch.stack(experts, dim=-1)),
+            gate_logits=route(self.gate_logits, gate),
+        )
 
     def mix(self, weights: Tensor) -> Tensor:
         """Policy logits of a mixture: weights `[R, B, K]` (broadcastable) -> `[R, B, A]`."""
-        return torch.einsum("rbk,rkba->rba", weights, self.expert_logits) + self.bias[:, None]
+        logits = self.expert_logits + (self.head_logits - self.head_logits.detach())
+        return (weights[..., None] * logits).sum(-2) + self.bias
 
     @property
     def gate(self) -> Tensor:
@@ -62,73 +103,40 @@ class PolicyOutput:
         return self.gate_logits.softmax(-1)
 
 
-class StackedLinear(nn.Module):
-    """R independent affine maps: `[R, B, in]` (or `[1, B, in]`, shared) -> `[R, B, out]`."""
+class Linear(nn.Module):
+    """Parameters of independent affine maps with leading axes `[*stack]`; see `affine`."""
 
-    def __init__(self, runs: int, inputs: int, outputs: int, bias: bool = True) -> None:
+    def __init__(self, stack: Sequence[int], inputs: int, outputs: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(runs, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(runs, outputs)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        runs = self.weight.shape[0]
-        if runs == 1:  # one large product beats a batched product of one on a CPU
-            bias = None if self.bias is None else self.bias[0]
-            return F.linear(x[0], self.weight[0], bias)[None]
-        x = x.expand(runs, -1, -1)
-        if self.bias is None:
-            return torch.bmm(x, self.weight.mT)
-        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+        self.weight = nn.Parameter(torch.empty(*stack, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(*stack, outputs))
 
 
-class StackedMLP(nn.Module):
-    """R independent multilayer perceptrons; the activation follows every layer but the last."""
-
-    def __init__(
-        self, runs: int, sizes: Sequence[int], activation: Literal["relu", "none"] = "relu"
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            StackedLinear(runs, inputs, outputs) for inputs, outputs in pairwise(sizes)
-        )
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            if i and self.activation == "relu":
-                x = F.relu(x)
-            x = layer(x)
-        return x
+def _linears(stack: Sequence[int], sizes: Sequence[int]) -> Sequence[Linear]:
+    """Layers of the given sizes, as a registered sequence."""
+    layers = nn.ModuleList(Linear(stack, *pair) for pair in pairwise(sizes))
+    return cast(Sequence[Linear], layers)
 
 
-class Gate(nn.Module):
-    """The gate: planes -> optional 1x1 convolution -> MLP -> K logits, the last fixed at 0.
-
-    With K = 2 the first logit goes through a sigmoid, as in the paper.
-    """
-
-    def __init__(self, runs: int, planes: int, cells: int, config: AgentConfig) -> None:
-        super().__init__()
-        self.planes = planes
-        self.conv = StackedLinear(runs, planes, planes) if config.gate_conv else None
-        self.mlp = StackedMLP(runs, [planes * cells, *config.hidden, config.experts - 1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None:
-            pixels = x.unflatten(-1, (self.planes, -1)).mT.flatten(1, 2)  # [R, B * S, planes]
-            mixed = self.conv(pixels).unflatten(1, (x.shape[1], -1))  # [R, B, S, planes]
-            x = mixed.mT.flatten(2)
-        return F.pad(self.mlp(x), (0, 1))
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Independent affine maps: `[*stack, B, in]`, `[*stack, out, in]` -> `[*stack, B, out]`."""
+    product = torch.baddbmm(
+        bias.flatten(0, -2)[:, None], x.flatten(0, -3), weight.flatten(0, -3).mT
+    )
+    return product.view(*weight.shape[:-2], *product.shape[1:])
 
 
 class Agent(nn.Module):
     """A stack of R agents: K experts under one shared linear head, a gate, and a value net.
 
+    Observations are the world's planes, flattened: F = planes * rows * cols inputs, either dense
+    (float) or as the indices of those that are 1 (int64), padded with F. See `World.active`.
+
     Args:
         config: sizes; `config.experts` is used where `experts` is "many".
         shape: of an observation, `(planes, rows, cols)`.
         actions: number of actions A.
-        seeds: one per run; a run's parameters depend on its own seed only.
+        runs: number of runs R.
         experts: "many" for a mixture, "one" for a single-expert policy (K = 1, no gate).
         gate: "learned", or "fixed" for the constant gate 1/K.
         generators: streams to draw the initial parameters from, one per run; with none the
@@ -146,19 +154,23 @@ class Agent(nn.Module):
         generators: Sequence[torch.Generator] | None = None,
     ) -> None:
         super().__init__()
-        planes, rows, cols = shape
-        inputs = planes * rows * cols
-        self.n_experts = config.experts if experts == "many" else 1
+        self.planes, self.inputs = shape[0], math.prod(shape)
         self.n_actions = actions
-        self.experts = nn.ModuleList(
-            StackedMLP(runs, [inputs, *config.hidden]) for _ in range(self.n_experts)
+        self.n_experts = config.experts if experts == "many" else 1
+        self.has_gate = self.n_experts > 1 and gate == "learned"
+        self.affine_value = config.value_activation == "none"
+        trunks = self.n_experts + self.has_gate + (not self.affine_value)
+        # trunk j: the experts in order, then the gate, then the value net
+        sizes = [self.inputs, *config.hidden]
+        self.trunks: Sequence[Linear] = _linears([runs, trunks], sizes)
+        width = config.hidden[-1]
+        self.head = Linear([runs], width, actions)
+        self.gate_out = Linear([runs], width, self.n_experts - 1) if self.has_gate else None
+        self.gate_conv = (
+            Linear([runs], self.planes, self.planes) if self.has_gate and config.gate_conv else None
         )
-        self.head = StackedLinear(runs, config.hidden[-1], actions)
-        learned = self.n_experts > 1 and gate == "learned"
-        self.gate = Gate(runs, planes, rows * cols, config) if learned else None
-        self.value_net = StackedMLP(
-            runs, [inputs, *config.value_hidden, 1], config.value_activation
-        )
+        value_sizes = [*sizes, 1] if self.affine_value else [width, 1]
+        self.value_layers: Sequence[Linear] = _linears([runs], value_sizes)
         if generators is not None:
             self._initialize(generators)
 
@@ -166,41 +178,112 @@ class Agent(nn.Module):
     def _initialize(self, generators: Sequence[torch.Generator]) -> None:
         """Draw weights and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default."""
         for module in self.modules():
-            if isinstance(module, StackedLinear):
+            if isinstance(module, Linear):
                 bound = module.weight.shape[-1] ** -0.5
                 for run, generator in enumerate(generators):
                     for parameter in module.parameters(recurse=False):
                         parameter[run].uniform_(-bound, bound, generator=generator)
 
-    def forward(self, observation: Tensor, routes: Tensor | None = None) -> PolicyOutput:
-        """Expert and gate logits.
+    def prepare(self) -> Prepared:
+        """Compose what can be composed, once for all forwards until the parameters change."""
+        return Prepared(self)
 
-        Args:
-            observation: `[R, B, planes * rows * cols]`, or `[1, B, ...]` shared by all runs.
-            routes: `[R, B, K]` weight of each sample's gradient into each expert; None: all 1.
-        """
-        logits = []
-        for k, expert in enumerate(self.experts):
-            hidden = F.relu(expert(observation))  # [R, B, H]
-            if routes is not None:
-                hidden = route(hidden, routes[..., k])
-            logits.append(hidden @ self.head.weight.mT)
-        expert_logits = torch.stack(logits, dim=1)
-        if self.gate is None:
-            gate_logits = expert_logits.new_zeros(1, 1, 1).expand(
-                *expert_logits.shape[:1], observation.shape[1], self.n_experts
-            )
+    def forward(self, observation: Tensor) -> Output:
+        """Everything that the agent computes: `[R or 1, B, F]` or active inputs -> Output."""
+        return self.prepare()(observation)
+
+
+class Prepared:
+    """An agent's forward pass, with all that can be composed beforehand composed.
+
+    Layers with no activation between them compose: the gate's convolution with its first layer,
+    and all of an affine value net.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        weight, bias = agent.trunks[0].weight, agent.trunks[0].bias  # [R, J, H, F], [R, J, H]
+        if agent.gate_conv is not None:
+            j = agent.n_experts
+            planes = weight[:, j].unflatten(-1, (agent.planes, -1))  # [R, H, planes out, S]
+            mixed = torch.einsum("rhos,roi->rhis", planes, agent.gate_conv.weight).flatten(2)
+            shift = torch.einsum("rhos,ro->rh", planes, agent.gate_conv.bias)
+            weight = torch.cat([weight[:, :j], mixed[:, None], weight[:, j + 1 :]], dim=1)
+            bias = torch.cat([bias[:, :j], (bias[:, j] + shift)[:, None], bias[:, j + 1 :]], dim=1)
+        self.first = FirstLayer(weight, bias)
+        if agent.affine_value:
+            *before, last = agent.value_layers
+            row, constant = last.weight, last.bias  # [R, 1, H], [R, 1]
+            for layer in reversed(before):
+                constant = constant + (row @ layer.bias[:, :, None]).squeeze(-1)
+                row = row @ layer.weight
+            self.affine_value = FirstLayer(row[:, None], constant[:, None])
+
+    def __call__(self, observation: Tensor) -> Output:
+        """Everything that the agent computes: see `Agent` for what an observation is."""
+        agent, k = self.agent, self.agent.n_experts
+        hidden = self._hidden(observation)  # [R, J, B, H]
+        runs, _, batch, _ = hidden.shape
+        experts = hidden[:, :k].reshape(runs, k * batch, -1)
+        weight = agent.head.weight.mT
+        expert_logits = experts @ weight.detach()
+        head_logits = experts.detach() @ weight
+        if agent.gate_out is None:
+            gate_logits = hidden.new_zeros(runs, batch, k)
         else:
-            gate_logits = self.gate(observation)
-        assert self.head.bias is not None
-        return PolicyOutput(expert_logits, self.head.bias, gate_logits)
+            gate_logits = affine(hidden[:, k], agent.gate_out.weight, agent.gate_out.bias)
+            gate_logits = F.pad(gate_logits, (0, 1))
+        return Output(
+            expert_logits=expert_logits.unflatten(1, (k, batch)).transpose(1, 2),
+            head_logits=head_logits.unflatten(1, (k, batch)).transpose(1, 2),
+            bias=agent.head.bias[:, None],
+            gate_logits=gate_logits,
+            value=self.value(observation, hidden),
+        )
 
-    def value(self, observation: Tensor) -> Tensor:
-        """Value estimates: `[R, B, F]` -> `[R, B]`."""
-        estimate: Tensor = self.value_net(observation).squeeze(-1)
-        return estimate
+    def value(self, observation: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Value estimates `[R, B]`, from the trunks' activations if they are known."""
+        if self.agent.affine_value:
+            return self.affine_value(observation)[:, 0, :, 0]
+        if hidden is None:
+            hidden = self._hidden(observation, start=-1)
+        layer = self.agent.value_layers[0]
+        return affine(hidden[:, -1], layer.weight, layer.bias).squeeze(-1)
+
+    def _hidden(self, observation: Tensor, start: int = 0) -> Tensor:
+        """Activations of the trunks from `start` on. [R, J, B, H]"""
+        x = self.first(observation, start).relu()
+        _, *later = self.agent.trunks
+        for layer in later:
+            x = affine(x, layer.weight[:, start:], layer.bias[:, start:]).relu()
+        return x
 
 
-def flatten(observation: Tensor) -> Tensor:
-    """Planes to features: `[..., planes, rows, cols]` -> `[..., planes * rows * cols]`."""
-    return observation.flatten(-3)
+class FirstLayer:
+    """First layers of J nets in R runs, laid out as a table of rows.
+
+    An observation has a few ones among many zeros, so the product with it is a sum of few rows.
+
+    Args:
+        weight: `[R, J, H, F]`.
+        bias: `[R, J, H]`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+        runs, nets, _, inputs = weight.shape
+        self.table = F.pad(weight.mT.flatten(0, 2), (0, 0, 0, 1))  # the last row is zero
+        nets_first = torch.arange(runs * nets, device=weight.device) * inputs
+        self.offset = nets_first.view(runs, nets, 1, 1)
+
+    def __call__(self, observation: Tensor, start: int = 0) -> Tensor:
+        """Before the activation, nets from `start` on: `[R or 1, B, ...]` -> `[R, J, B, H]`."""
+        bias = self.bias[:, start:, None]
+        if observation.is_floating_point():
+            return observation[:, None] @ self.weight[:, start:].mT + bias
+        nowhere = observation[:, None] == self.weight.shape[-1]
+        row = (observation[:, None] + self.offset[:, start:]).masked_fill(
+            nowhere, len(self.table) - 1
+        )  # [R, J, B, active]
+        product = F.embedding_bag(row.flatten(0, 2), self.table, mode="sum")
+        return product.view(*row.shape[:3], -1) + bias

@@ -14,8 +14,8 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables
-from agents.networks import Agent, PolicyOutput, flatten
-from agents.routing import lookup, route
+from agents.networks import Agent, Output
+from agents.routing import lookup
 from envs.settings import Settings
 from envs.world import NO_LABEL, Record, Seen, State, Truth, World
 
@@ -64,13 +64,20 @@ def at(schedule: tuple[float, ...], progress: float) -> float:
 
 @dataclass(frozen=True)
 class Rollout(Record):
-    """A window of experience."""
+    """A window of experience.
 
-    observation: Tensor  # [R, T, N, F]
+    The agent is evaluated once per distinct state of the window, while the window is collected;
+    `output` keeps the graph for the loss. There are U such states; padding included, where the
+    runs of a stack met different numbers of them.
+    """
+
+    active: Tensor  # [R, U, 5 or 3 + S], observations as active inputs
+    output: Output  # [R, U], what the agent computed for them
+    slot: Tensor  # [R, T, N], which of them each step started from
     action: Tensor  # [R, T, N]
     seen: Seen  # [R, T, N], what the learner may see
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
-    following: Tensor  # [R, N, F], observation after the window
+    following: Tensor  # [R, N, 5 or 3 + S], observations after the window
     audit: Tensor  # [R, T, N] uniform in [0, 1), decides which endings an oracle labels
 
 
@@ -84,18 +91,25 @@ class Targets(Record):
     routes: Tensor  # [R, T, N, K + 1], gradient weights of the experts and the gate
 
 
+MOST_KEYS = 2**20
+"""States up to which equal ones are merged (a table of them is kept for each run)."""
+
+
 def noise_channels(world: World) -> int:
     """Uniform random numbers per world and step: those of a reset, the action, the audit."""
     return world.noise_channels + 2
 
 
-def sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draw actions by inverse transform: logits `[..., A]`, uniform `[...]` -> `[...]` int64."""
-    cumulative = logits.softmax(-1).cumsum(-1)[..., :-1]
-    return (uniform[..., None] >= cumulative).sum(-1)
+def cumulative(probabilities: Tensor) -> Tensor:
+    """The inner edges of the actions' shares of [0, 1]: `[..., A]` -> `[..., A - 1]`."""
+    return probabilities.cumsum(-1)[..., :-1]
 
 
-@torch.no_grad()
+def sample(edges: Tensor, uniform: Tensor) -> Tensor:
+    """Draw actions by inverse transform: `cumulative` `[..., A - 1]`, uniform `[...]` -> int64."""
+    return (uniform[..., None] >= edges).sum(-1)
+
+
 def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Rollout, State]:
     """Step the worlds through one window under the agent's mixture.
 
@@ -108,28 +122,81 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
     Returns:
         The window, and the worlds after it.
     """
-    fresh = world.reset(noise[..., : world.noise_channels])
     runs, steps, worlds, _ = noise.shape
-    observation = flatten(world.observe(state))
-    observations = observation.new_empty(runs, steps, worlds, observation.shape[-1])
-    actions, taken = [], []
+    fresh = world.reset(noise[..., : world.noise_channels])
+    forward = agent.prepare()
+    states = _Distinct(world, runs, worlds)
+    edges = noise.new_empty(runs, steps * worlds, agent.n_actions - 1)  # by slot
+    outputs, slots, actions, taken = [], [], [], []
+    run = torch.arange(runs, device=noise.device)[:, None]
     for t in range(steps):
-        observations[:, t] = observation
-        output = agent(observation)
-        action = sample(output.mix(output.gate), noise[:, t, :, -2])
+        slot, active = states.look_up(state)
+        if active.shape[1]:
+            output = forward(active)
+            chances = output.mix(output.gate).detach().softmax(-1)
+            edges[:, states.count - active.shape[1] : states.count] = cumulative(chances)
+            outputs.append(output)
+        action = sample(edges[run, slot], noise[:, t, :, -2])
         state, step = world.step(state, action, fresh[:, t])
-        observation = flatten(world.observe(state))
+        slots.append(slot)
         actions.append(action)
         taken.append(step)
     rollout = Rollout(
-        observation=observations,
+        active=torch.cat(states.met, dim=1),
+        output=Output.cat(outputs),
+        slot=torch.stack(slots, dim=1),
         action=torch.stack(actions, dim=1),
         seen=Seen.stack([step.seen for step in taken], dim=1),
         truth=Truth.stack([step.truth for step in taken], dim=1),
-        following=observation,
+        following=world.active(state),
         audit=noise[..., -1],
     )
     return rollout, state
+
+
+class _Distinct:
+    """The distinct states that worlds `[R, N]` have met, numbered in *slots* as they are met.
+
+    On a GPU, where counting them would make the host wait, and in worlds with too many states,
+    every state counts as new.
+    """
+
+    def __init__(self, world: World, runs: int, worlds: int) -> None:
+        self.world, self.runs, self.worlds = world, runs, worlds
+        self.met: list[Tensor] = []  # active inputs of new states, step by step
+        self.count = 0  # slots in use in each run
+        self.merging = world.device.type == "cpu" and 0 < world.n_keys <= MOST_KEYS
+        if self.merging:
+            self.slots = torch.full((runs, world.n_keys), -1)
+
+    def look_up(self, state: State) -> tuple[Tensor, Tensor]:
+        """Slots `[R, N]` of states, and active inputs `[R, new, ...]` of those not met before."""
+        if not self.merging:
+            slot = torch.arange(self.worlds, device=self.world.device) + self.count
+            active = self.world.active(state)
+            self.count += self.worlds
+            self.met.append(active)
+            return slot.expand(self.runs, -1), active
+        key = self.world.key(state)
+        known = self.slots.gather(1, key)
+        if self.runs > 1:
+            key = key + torch.arange(self.runs)[:, None] * self.world.n_keys
+        new = key[known < 0].unique()  # sorted, so by run
+        run = new // self.world.n_keys
+        per_run = run.bincount(minlength=self.runs)
+        rank = torch.arange(len(new)) - (per_run.cumsum(0) - per_run)[run]
+        self.slots.view(-1)[new] = rank + self.count
+        width = int(per_run.max())
+        active = self.world.active(self.world.unkey(new % self.world.n_keys))
+        if self.runs > 1:
+            padded = torch.full((self.runs, width, active.shape[-1]), self.world.inputs)
+            padded[run, rank] = active
+            active = padded
+        else:
+            active = active[None]
+        self.count += width
+        self.met.append(active)
+        return self.slots.view(-1).take(key), active
 
 
 def outcomes(rollout: Rollout, methods: MethodTables) -> tuple[Tensor, Tensor]:
@@ -166,7 +233,7 @@ def label(
     outcome, left = outcomes(rollout, methods)
     reward = lookup(methods.reward, outcome)
     if config.bootstrap:
-        after = agent.value(rollout.following)[:, None]  # [R, 1, N]
+        after = agent.prepare().value(rollout.following)[:, None]  # [R, 1, N]
         reward = torch.where(outcome == UNFINISHED, after, reward)
     return Targets(
         outcome=outcome,
@@ -209,25 +276,20 @@ def loss(agent: Agent, rollout: Rollout, targets: Targets) -> Loss:
     through `route`, weighted per sample; the shared head always learns; the gate loss (cross
     entropy of the gate against the label of labeled episodes) reaches the gate unweighted.
     """
-    observation = rollout.observation.flatten(1, 2)  # [R, B, F]
-    outcome = targets.outcome.flatten(1)
+    outcome = targets.outcome.flatten(1)  # [R, B]
     weight = targets.weight.flatten(1)
-    routes = targets.routes.flatten(1, 2)  # [R, B, K + 1]
-
-    output: PolicyOutput = agent(observation, routes[..., :-1])
-    mixing = route(output.gate_logits, routes[..., -1]).softmax(-1)
-    log_policy = output.mix(mixing).log_softmax(-1)  # [R, B, A]
+    output = rollout.output.rows(rollout.slot.flatten(1))
+    routed = output.routed(targets.routes.flatten(1, 2))
+    log_policy = routed.mix(routed.gate).log_softmax(-1)  # [R, B, A]
     log_prob = log_policy.gather(-1, rollout.action.flatten(1)[..., None]).squeeze(-1)
-    value = agent.value(observation)
+    value = output.value
     error = targets.returns.flatten(1) - value
 
     labeled = outcome >= LABELED
     target = (outcome - LABELED).clamp(min=0)[..., None]
     gate_log_prob = output.gate_logits.log_softmax(-1)
     gate_error = (
-        torch.zeros_like(value)
-        if agent.gate is None
-        else -gate_log_prob.gather(-1, target).squeeze(-1)
+        -gate_log_prob.gather(-1, target).squeeze(-1) if agent.has_gate else torch.zeros_like(value)
     )
     return Loss(
         policy=-weighted_mean(log_prob * error.detach(), weight),
@@ -238,7 +300,7 @@ def loss(agent: Agent, rollout: Rollout, targets: Targets) -> Loss:
 
 
 @torch.no_grad()
-def statistics(agent: Agent, rollout: Rollout, targets: Targets) -> dict[str, Tensor]:
+def statistics(rollout: Rollout, targets: Targets) -> dict[str, Tensor]:
     """Diagnostics of a window per run: endings as seen, and the gate by outcome. `[R]` each."""
     done = rollout.seen.terminated | rollout.seen.truncated
     share = {
@@ -249,7 +311,7 @@ def statistics(agent: Agent, rollout: Rollout, targets: Targets) -> dict[str, Te
     }
     ended = done.sum((1, 2)).clamp(min=1)
     result = {f"endings/{k}": (mask & done).sum((1, 2)) / ended for k, mask in share.items()}
-    gate = agent(rollout.observation.flatten(1, 2)).gate[..., 0].view_as(rollout.audit)
+    gate = rollout.output.rows(rollout.slot).gate[..., 0]
     for k, mask in share.items():
         result[f"gate/{k}"] = weighted_mean(gate.flatten(1), mask.flatten(1).float())
     return result

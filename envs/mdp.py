@@ -14,11 +14,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from envs.world import ACTIONS, State, World
+from envs.world import ACTIONS, FLAGS, State, World
 
 MAX_STATES = 4_000_000
 """Largest number of observable states that exact evaluation takes on (8x8 has 999,936)."""
-FLAGS = 4  # both flags: off/off, off/on, on/off, on/on (diamond first)
 
 
 @dataclass(frozen=True)
@@ -66,32 +65,23 @@ class WorldMDP:
 
     def states(self, index: Tensor) -> State:
         """The states with the given indices in `range(n_states)`; placements vary fastest."""
-        cells = self.world.config.cells
         placement = self.placements[index % len(self.placements)]
-        flags = index // len(self.placements)
-        return State(
-            agent=placement // cells**2,
-            diamond=placement // cells % cells,
-            ghost=placement % cells,
-            diamond_flag=flags >= 2,
-            ghost_flag=flags % 2 == 1,
-            spurious=torch.zeros(*index.shape, 0, dtype=torch.bool, device=index.device),
-            time=torch.zeros_like(placement),
-        )
+        return self.world.unkey(placement * FLAGS + index // len(self.placements))
 
     @torch.no_grad()
-    def policy_table(self, policy: Callable[[Tensor], Tensor], chunk: int = 16_384) -> Tensor:
+    def policy_table(self, policy: Callable[[Tensor], Tensor], chunk: int = 2048) -> Tensor:
         """Action probabilities of policies in every state.
 
         Args:
-            policy: maps observations `[B, 4, rows, cols]` to probabilities `[Q, B, A]`.
+            policy: maps observations, as `[B, 5]` active inputs (see `World.active`), to
+                probabilities `[Q, B, A]`.
             chunk: states per call, which bounds the memory taken.
 
         Returns:
             `[Q, n_states, A]` float32.
         """
         parts = [
-            policy(self.world.observe(self.states(index)))
+            policy(self.world.active(self.states(index)))
             for index in torch.arange(self.n_states, device=self.world.device).split(chunk)
         ]
         return torch.cat(parts, dim=1)

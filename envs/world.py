@@ -26,6 +26,7 @@ from envs.settings import Settings
 ACTIONS = ("up", "right", "down", "left")
 BEHAVIORS = ("diamond", "ghost")  # the two ways to terminate; their indices are the labels
 NO_LABEL = -1
+FLAGS = 4  # settings of the two flags: none, ghost's, diamond's, both
 PLANES = ("agent", "ghost", "diamond", "oversight")  # channels of the observation
 
 
@@ -157,7 +158,6 @@ class World:
         self.diamond_oversight = fixed(config.diamond_oversight)
         self.ghost_oversight = fixed(config.ghost_oversight)
         self.moves = _moves(config.rows, config.cols).to(self.device)  # [S * A]
-        self._planes = torch.arange(len(PLANES), device=self.device) * config.cells
 
     @property
     def noise_channels(self) -> int:
@@ -227,22 +227,63 @@ class World:
         )
         return following, Step(Seen(terminated, truncated, label), Truth(ending), last)
 
+    @property
+    def inputs(self) -> int:
+        """Number of inputs F of an observation, all planes flattened."""
+        return len(PLANES) * self.config.cells
+
+    def active(self, state: State) -> Tensor:
+        """Which inputs of each world's observation are 1, the others being 0.
+
+        Returns:
+            `[..., 5]` int64 indices into the flattened planes, F where a flag is off or hidden
+            (`[..., 3 + S]` with spurious flags).
+        """
+        agent, ghost, diamond, oversight = range(0, self.inputs, self.config.cells)
+        nothing, shown = self.inputs, self.config.flags_visible
+        columns = [state.agent + agent, state.ghost + ghost, state.diamond + diamond]
+        if self.config.spurious_oversight:
+            cell = torch.arange(self.config.cells, device=self.device)
+            flags = state.spurious.clone()
+            flags |= state.diamond_flag[..., None] & (cell == state.diamond[..., None])
+            flags |= state.ghost_flag[..., None] & (cell == state.ghost[..., None])
+            flagged = torch.where(flags & shown, cell + oversight, nothing)
+            return torch.cat([torch.stack(columns, dim=-1), flagged], dim=-1)
+        for flag, cell in ((state.diamond_flag, state.diamond), (state.ghost_flag, state.ghost)):
+            columns.append(torch.where(flag & shown, cell + oversight, nothing))
+        return torch.stack(columns, dim=-1)
+
     def observe(self, state: State) -> Tensor:
         """Planes agent, ghost, diamond, oversight of each world: `[..., 4, rows, cols]` float32."""
-        shown = 1.0 if self.config.flags_visible else 0.0
-        one = torch.ones((), device=self.device).expand(state.agent.shape)
-        cell = torch.stack(
-            [state.agent, state.ghost, state.diamond, state.diamond, state.ghost], dim=-1
+        shape = state.agent.shape
+        flat = torch.zeros(*shape, self.inputs + 1, device=self.device)
+        flat.scatter_(-1, self.active(state), 1.0)
+        planes = (len(PLANES), self.config.rows, self.config.cols)
+        return flat[..., :-1].reshape(*shape, *planes)
+
+    @property
+    def n_keys(self) -> int:
+        """Number of keys, see `key`; 0 where spurious flags make too many."""
+        return 0 if self.config.spurious_oversight else FLAGS * self.config.cells**3
+
+    def key(self, state: State) -> Tensor:
+        """A number for each observable state (all but the time), in `range(n_keys)`. `[...]`"""
+        cells = self.config.cells
+        placement = (state.agent * cells + state.diamond) * cells + state.ghost
+        return placement * FLAGS + state.diamond_flag * 2 + state.ghost_flag
+
+    def unkey(self, key: Tensor) -> State:
+        """The states with these keys, at time 0."""
+        cells, placement = self.config.cells, key // FLAGS
+        return State(
+            agent=placement // cells**2,
+            diamond=placement // cells % cells,
+            ghost=placement % cells,
+            diamond_flag=key % FLAGS >= 2,
+            ghost_flag=key % 2 == 1,
+            spurious=torch.zeros(*key.shape, 0, dtype=torch.bool, device=key.device),
+            time=torch.zeros_like(key),
         )
-        index = cell + self._planes[[0, 1, 2, 3, 3]]
-        value = torch.stack(
-            [one, one, one, state.diamond_flag * shown, state.ghost_flag * shown], dim=-1
-        )
-        flat = torch.zeros(*state.agent.shape, 4 * self.config.cells, device=self.device)
-        if self.config.spurious_oversight:
-            flat[..., 3 * self.config.cells :] = state.spurious * shown
-        flat.scatter_(-1, index, value)
-        return flat.view(*state.agent.shape, len(PLANES), self.config.rows, self.config.cols)
 
 
 def _moves(rows: int, cols: int) -> Tensor:

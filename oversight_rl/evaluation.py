@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agents.networks import Agent, flatten
-from agents.reinforce import sample
+from agents.networks import Agent
+from agents.reinforce import cumulative, sample
 from envs.mdp import Endings, WorldMDP, why_not
 from envs.world import World, WorldConfig
 from oversight_rl.steering import Steering
@@ -143,8 +143,10 @@ class Evaluator:
     def _exact(self, agent: Agent, policies: Sequence[Steering], levels: list[float]) -> Endings:
         assert self.mdp is not None
 
-        def table(observation: Tensor) -> Tensor:
-            output = agent(flatten(observation)[None])
+        forward = agent.prepare()
+
+        def table(active: Tensor) -> Tensor:
+            output = forward(active[None])
             steered = torch.stack([p.probabilities(output) for p in policies], dim=1)
             return steered.flatten(0, 1)  # [R * Q, B, A]
 
@@ -177,6 +179,7 @@ class Evaluator:
         """
         generator = torch.Generator(self.device).manual_seed(self.seed)
         limit, channels = self.config.max_steps, world.noise_channels
+        forward = agent.prepare()
         batches = []
         for start in range(0, self.episodes, ROLLOUT_WORLDS):
             n = min(ROLLOUT_WORLDS, self.episodes - start)
@@ -191,8 +194,8 @@ class Evaluator:
             rewards, dones = [], []
             for t in range(limit + WINDOW):
                 fresh = world.reset(noise((1, n, channels)).expand(runs, -1, -1))
-                chances = policy.probabilities(agent(flatten(world.observe(state))))
-                action = sample(chances.log(), noise((1, n)).expand(runs, -1))
+                chances = policy.probabilities(forward(world.active(state)))
+                action = sample(cumulative(chances), noise((1, n)).expand(runs, -1))
                 state, step = world.step(state, action, fresh)
                 done = step.seen.terminated | step.seen.truncated
                 ending = torch.where(first & done, step.truth.ending, ending)

@@ -50,7 +50,7 @@ def policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> rende
         for steering in steerings[:MOST_POLICIES]:
             chances = SteeredPolicy(agent, steering)(observation).cpu().numpy()
             heat = None
-            if agent.gate is not None:
+            if agent.has_gate:
                 with torch.no_grad():
                     heat = agent(observation.flatten(1)[None]).gate[0, :, 0].cpu().numpy()
             panels.append(

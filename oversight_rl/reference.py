@@ -17,7 +17,8 @@ from oversight_rl.config import Config
 from oversight_rl.tracking import RunFolder
 
 EXPERTS = ("diamond_expert.1", "ghost_expert.1")  # in the order of our experts
-SINGLE, FIXED_GATE = "neural_net.1.1", "gating.fake_param"
+SINGLE, HEAD = "neural_net.1.1", "shared_output"
+GATE, GATE_CONV, FIXED_GATE = "gating.2", "gating.0", "gating.fake_param"
 
 
 def import_state_dict(
@@ -39,26 +40,47 @@ def import_state_dict(
     """
     state = _read(source)
     single = f"{SINGLE}.layers.0.weight" in state
-    renamed = _single(state, source) if single else _mixture(state, source)
-    guess = "naive" if single else ("no_gate" if FIXED_GATE in state else "routing")
-    hidden, inputs = renamed["experts.0.layers.0.weight"].shape
-    side = math.isqrt(inputs // len(PLANES))
-    if side * side * len(PLANES) != inputs:
-        raise UserError(f"{source}: {inputs} inputs are not {len(PLANES)} planes of a square grid")
-    outputs = renamed["experts.0.layers.1.weight"].shape[0]
+    learned = not single and FIXED_GATE not in state
+    trunks = [SINGLE] if single else [*EXPERTS, *([GATE] if learned else [])]
+
+    def take(name: str) -> Tensor:
+        if name not in state:
+            raise UserError(f"{source}: not a policy of the published code: no key {name!r}")
+        return state[name].float()
+
+    first = take(f"{trunks[0]}.layers.0.weight")
+    side = math.isqrt(first.shape[-1] // len(PLANES))
+    if first.ndim != 2 or side * side * len(PLANES) != first.shape[1]:
+        raise UserError(
+            f"{source}: {trunks[0]}.layers.0.weight has shape {tuple(first.shape)}, not the "
+            f"{len(PLANES)} planes of a square grid"
+        )
     config = Config(
-        method=method or guess,
+        method=method or ("naive" if single else "routing" if learned else "no_gate"),
         oversight=oversight,
         seeds=(seed,),
         world=WorldConfig(rows=side, cols=side),
         agent=AgentConfig(
-            hidden=(hidden, outputs), value_hidden=(1,), gate_conv="gate.conv.weight" in renamed
+            hidden=(len(first), len(take(f"{trunks[0]}.layers.1.weight"))),
+            value_activation="none",
+            gate_conv=learned,
         ),
     )
+    tensors = {}
+    for kind in ("weight", "bias"):
+        for i in range(2):
+            parts = [take(f"{trunk}.layers.{i}.{kind}") for trunk in trunks]
+            if len({part.shape for part in parts}) > 1:
+                raise UserError(f"{source}: {', '.join(trunks)} differ in their layers' shapes")
+            tensors[f"agent.trunks.{i}.{kind}"] = torch.stack(parts)
+        tensors[f"agent.head.{kind}"] = take(f"neural_net.2.{kind}" if single else f"{HEAD}.{kind}")
+        if learned:
+            tensors[f"agent.gate_out.{kind}"] = take(f"{GATE}.layers.2.{kind}")
+            convolution = take(f"{GATE_CONV}.{kind}")  # [out, in, 1, 1] and [out]
+            tensors[f"agent.gate_conv.{kind}"] = convolution.flatten(1 if kind == "weight" else 0)
     for name, parameter in checkpoint.new_agent(config, 1).named_parameters():
-        if name.startswith("value_net."):
-            renamed[name] = torch.zeros(parameter.shape[1:])
-    tensors = {f"agent.{name}": tensor.float() for name, tensor in renamed.items()}
+        if name.startswith("value_layers."):
+            tensors[f"agent.{name}"] = torch.zeros(parameter.shape[1:])
     checkpoint.agent_from(tensors, config, source)  # refuses what does not fit
     folder = RunFolder.create(run_dir, config)
     facts = {"env_steps": 0, "wall_seconds": 0.0, "imported": True}
@@ -77,39 +99,3 @@ def _read(source: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{source}: expected a dictionary of tensors")
     return state
-
-
-def _take(state: dict[str, Tensor], name: str, source: Path) -> Tensor:
-    if name not in state:
-        raise UserError(f"{source}: not a policy of the published code: no key {name!r}")
-    return state[name]
-
-
-def _layers(
-    state: dict[str, Tensor], old: str, new: str, count: int, source: Path
-) -> dict[str, Tensor]:
-    return {
-        f"{new}.layers.{i}.{kind}": _take(state, f"{old}.layers.{i}.{kind}", source)
-        for i in range(count)
-        for kind in ("weight", "bias")
-    }
-
-
-def _single(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    renamed = _layers(state, SINGLE, "experts.0", 2, source)
-    return renamed | {
-        f"head.{kind}": _take(state, f"neural_net.2.{kind}", source) for kind in ("weight", "bias")
-    }
-
-
-def _mixture(state: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    renamed = {
-        f"head.{kind}": _take(state, f"shared_output.{kind}", source) for kind in ("weight", "bias")
-    }
-    for k, expert in enumerate(EXPERTS):
-        renamed |= _layers(state, expert, f"experts.{k}", 2, source)
-    if FIXED_GATE not in state:
-        renamed |= _layers(state, "gating.2", "gate.mlp", 3, source)
-        renamed["gate.conv.weight"] = _take(state, "gating.0.weight", source).flatten(1)
-        renamed["gate.conv.bias"] = _take(state, "gating.0.bias", source)
-    return renamed

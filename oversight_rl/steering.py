@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.networks import Agent, PolicyOutput, flatten
-from agents.reinforce import sample
+from agents.networks import Agent, Output
+from agents.reinforce import cumulative, sample
 from envs.settings import UserError, nearest
 from envs.world import BEHAVIORS
 
@@ -40,7 +40,7 @@ class Steering:
     greedy: bool = False
     """Whether the likeliest action is taken always."""
 
-    def probabilities(self, output: PolicyOutput) -> Tensor:
+    def probabilities(self, output: Output) -> Tensor:
         """Action probabilities of the steered policy: `[R, B, A]`."""
         weights = output.gate
         if self.weights is not None:
@@ -160,7 +160,7 @@ class SteeredPolicy:
         """Action probabilities: observations `[..., 4, rows, cols]` -> `[..., A]`."""
         device = self.agent.head.weight.device
         planes = torch.as_tensor(observation, dtype=torch.float32, device=device)
-        flat = flatten(planes)
+        flat = planes.flatten(-3)
         output = self.agent(flat.reshape(1, -1, flat.shape[-1]))
         probabilities = self.steering.probabilities(output)
         return probabilities.view(*flat.shape[:-1], probabilities.shape[-1])
@@ -173,4 +173,4 @@ class SteeredPolicy:
         uniform = torch.rand(
             probabilities.shape[:-1], generator=generator, device=probabilities.device
         )
-        return sample(probabilities.log(), uniform)
+        return sample(cumulative(probabilities), uniform)

@@ -124,7 +124,7 @@ class Trainer:
         rollout, targets, losses = self.latest
         points = {f"loss/{name}": getattr(losses, name) for name in ("policy", "value", "gate")}
         points |= {"loss/entropy": losses.entropy}
-        points |= reinforce.statistics(self.agent, rollout, targets)
+        points |= reinforce.statistics(rollout, targets)
         return {name: value.tolist() for name, value in points.items()}
 
     def tensors(self, run: int) -> dict[str, Tensor]:

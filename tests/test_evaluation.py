@@ -21,7 +21,7 @@ def trained(updates, method="routing", **world):
         oversight=0.5,
         device="cpu",
         world=WorldConfig(rows=3, cols=3, max_steps=8, **world),
-        agent=AgentConfig(hidden=(16, 16), value_hidden=(16,)),
+        agent=AgentConfig(hidden=(16, 16)),
         training=ReinforceConfig(updates=60, worlds=128, steps=8, learning_rate=1e-2),
     )
     trainer = Trainer([config])

@@ -1,8 +1,10 @@
 """The REINFORCE learner: outcomes, returns, gradients and their routes, stacks, learning."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import plain
 import pytest
 import torch
 
@@ -11,12 +13,12 @@ from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED, tab
 from agents.networks import Agent, AgentConfig
 from agents.reinforce import ReinforceConfig, Rollout
 from envs.world import NO_LABEL, Seen, Truth, World, WorldConfig
-from oversight_rl.config import Config
+from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.steering import standard
 from oversight_rl.training import Trainer, stack_key
 
-SMALL = AgentConfig(hidden=(8, 8), value_hidden=(8,))
+SMALL = AgentConfig(hidden=(8, 8))
 SHAPE = (4, 3, 3)
 
 
@@ -25,10 +27,10 @@ def make_agent(runs=1, experts="many", gate="learned", config=SMALL, seed=0):
     return Agent(config, SHAPE, 4, runs, experts, gate, generators)
 
 
-def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0):
+def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0, rows=3):
     """A window of the small world; all outcomes occur in it."""
     runs = agent.head.weight.shape[0]
-    world = World(WorldConfig(rows=3, cols=3, max_steps=5), level)
+    world = World(WorldConfig(rows=rows, cols=rows, max_steps=5), level)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(runs, steps, worlds, reinforce.noise_channels(world), generator=generator)
     state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
@@ -38,7 +40,7 @@ def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0):
 
 def grads_of(agent, value):
     agent.zero_grad()
-    value.sum().backward()
+    value.sum().backward(retain_graph=True)
     return {n: None if p.grad is None else p.grad.clone() for n, p in agent.named_parameters()}
 
 
@@ -104,7 +106,7 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
     config = ReinforceConfig(discount=0.9, bootstrap=bootstrap, labeled_weight=3.0)
     targets = reinforce.label(agent, rollout, tables([method], [0.5], agent.n_experts), config)
     outcome, _ = plain_outcomes(rollout.seen, 12, 20)
-    after = agent.value(rollout.following)[0].detach()
+    after = plain.forward(agent, plain.planes(rollout.following[0], SHAPE))[2].detach()
     for n in range(20):
         value = float(after[n]) if bootstrap else 0.0
         for t in reversed(range(12)):
@@ -121,16 +123,20 @@ def test_a_known_answer():
     """One world, four steps: a diamond (labeled) after two, then two steps of a cut episode."""
     flags = torch.tensor([False, True, False, False]).view(1, 4, 1)
     label = torch.tensor([NO_LABEL, 0, NO_LABEL, NO_LABEL]).view(1, 4, 1)
+    agent = make_agent()
+    nothing = torch.full((1, 1, 5), 36)
     rollout = Rollout(
-        observation=torch.zeros(1, 4, 1, 36),
+        active=nothing,
+        output=agent(nothing),
+        slot=torch.zeros(1, 4, 1, dtype=torch.int64),
         action=torch.zeros(1, 4, 1, dtype=torch.int64),
         seen=Seen(flags, torch.zeros_like(flags), label),
         truth=Truth(label),
-        following=torch.zeros(1, 1, 36),
+        following=nothing,
         audit=torch.zeros(1, 4, 1),
     )
     config = ReinforceConfig(discount=0.5, bootstrap=False)
-    targets = reinforce.label(make_agent(), rollout, tables(["routing"], [0.1], 2), config)
+    targets = reinforce.label(agent, rollout, tables(["routing"], [0.1], 2), config)
     assert targets.outcome.flatten().tolist() == [LABELED, LABELED, UNFINISHED, UNFINISHED]
     assert targets.returns.flatten().tolist() == [0.5, 1.0, 0.0, 0.0]
     assert targets.routes[0, :, 0].tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]
@@ -147,18 +153,34 @@ def batch():
     return agent, rollout, reinforce.label(agent, rollout, methods, ReinforceConfig())
 
 
+def by_module(agent, grads):
+    """Gradients by module: the trunks taken apart into experts, gate and value net."""
+    names = [f"expert {k}" for k in range(agent.n_experts)]
+    names += ["gate"] * agent.has_gate + ["value"]
+    parts = {name: [] for name in [*names, "head"]}
+    for parameter, grad in grads.items():
+        module = {"head": "head", "gate_out": "gate", "value_layers": "value"}
+        kind = parameter.split(".")[0]
+        if grad is None:
+            continue
+        if kind == "trunks":
+            for j, name in enumerate(names):
+                parts[name].append(grad[:, j])
+        else:
+            parts[module[kind]].append(grad)
+    return parts
+
+
 @pytest.mark.parametrize("behavior", [0, 1])
 @pytest.mark.parametrize("part", ["policy", "entropy"])
 def test_a_labeled_episode_moves_its_own_expert_and_the_head_only(batch, behavior, part):
     agent, rollout, targets = batch
     mask = (targets.outcome == LABELED + behavior).float()
     grads = grads_of(agent, getattr(loss_of(agent, rollout, targets, mask), part))
-    for name, grad in grads.items():
-        moved = grad is not None and bool((grad != 0).any())
-        if name.startswith(f"experts.{behavior}.") or name.startswith("head."):
-            assert moved, name
-        else:
-            assert not moved, name  # exactly zero: the other expert, the gate, the value net
+    for name, found in by_module(agent, grads).items():
+        for grad in found:
+            # exactly zero in the other expert, the gate and the value net
+            assert bool((grad != 0).any()) == (name in (f"expert {behavior}", "head")), name
 
 
 @pytest.mark.parametrize("outcome", [UNFINISHED, TIMEOUT, UNLABELED])
@@ -166,9 +188,9 @@ def test_other_episodes_move_everything(batch, outcome):
     agent, rollout, targets = batch
     mask = (targets.outcome == outcome).float()
     grads = grads_of(agent, loss_of(agent, rollout, targets, mask).policy)
-    for name, grad in grads.items():
-        if not name.startswith("value_net."):
-            assert bool((grad != 0).any()), name
+    for name, found in by_module(agent, grads).items():
+        for grad in found:
+            assert bool((grad != 0).any()) == (name != "value"), name
 
 
 def test_the_gate_learns_from_labels_by_cross_entropy(batch):
@@ -176,12 +198,13 @@ def test_the_gate_learns_from_labels_by_cross_entropy(batch):
     gate_loss = reinforce.loss(agent, rollout, targets).gate
     labeled = targets.outcome.flatten() >= LABELED
     target = (targets.outcome.flatten()[labeled] == LABELED).float()
-    output = agent(rollout.observation.flatten(1, 2))
-    g = output.gate_logits[0, labeled, 0]
+    observation = plain.planes(rollout.active[0], SHAPE)[rollout.slot.flatten()]
+    g = plain.forward(agent, observation)[1][labeled, 0]
     expected = torch.nn.functional.binary_cross_entropy_with_logits(g, target)
     torch.testing.assert_close(gate_loss[0], expected)
-    for name, grad in grads_of(agent, gate_loss).items():
-        assert (grad is not None and bool((grad != 0).any())) == name.startswith("gate.")
+    for name, found in by_module(agent, grads_of(agent, gate_loss)).items():
+        for grad in found:
+            assert bool((grad != 0).any()) == (name == "gate"), name
 
 
 def test_an_empty_group_contributes_exactly_zero():
@@ -206,68 +229,60 @@ def test_a_route_weight_gives_exactly_that_multiple(batch, weight):
     routes = ones.clone()
     routes[..., 0] = weight
     part = grads_of(agent, loss_of(agent, rollout, replace(targets, routes=routes), mask).policy)
-    for name, grad in whole.items():
-        factor = weight if name.startswith("experts.0.") else 1.0
-        if grad is not None:
-            torch.testing.assert_close(part[name], grad * factor, rtol=2e-5, atol=1e-7)
+    whole, part = by_module(agent, whole), by_module(agent, part)
+    for name, found in whole.items():
+        factor = weight if name == "expert 0" else 1.0
+        for grad, other in zip(found, part[name], strict=True):
+            torch.testing.assert_close(other, grad * factor, rtol=2e-5, atol=1e-7)
             if factor == 0:
-                assert not part[name].any()
+                assert not other.any()
 
 
-def reference_loss(agent, rollout, targets, config):
-    """The same loss written per route with stop-gradients, from the paper's formulas.
-
-    Each sample's mixture is built from experts and gate values detached where its route says so,
-    and the head is applied to mixed hidden activations.
-    """
-    observation = rollout.observation.flatten(1, 2)[0]
-    action, outcome = rollout.action.flatten(), targets.outcome.flatten()
-    returns = targets.returns.flatten()
-
-    def mlp(net, x):
-        for i, layer in enumerate(net.layers):
-            x = x.relu() if i else x
-            x = x @ layer.weight[0].T + layer.bias[0]
-        return x
-
-    experts = [mlp(expert, observation).relu() for expert in agent.experts]
-    logit = mlp(agent.gate.mlp, observation)[:, 0]
-    value = mlp(agent.value_net, observation)[:, 0]
-    policy_terms, entropy_terms = [], []
-    for i in range(len(observation)):
-        h = [e[i] for e in experts]
-        g = torch.sigmoid(logit[i])
-        if outcome[i] == LABELED:
-            h[1], g = h[1].detach(), g.detach()
-        elif outcome[i] == LABELED + 1:
-            h[0], g = h[0].detach(), g.detach()
-        logits = agent.head.weight[0] @ (g * h[0] + (1 - g) * h[1]) + agent.head.bias[0]
-        log_policy = torch.log_softmax(logits, 0)
-        policy_terms.append(-log_policy[action[i]] * (returns[i] - value[i].detach()))
-        entropy_terms.append(-(log_policy.exp() * log_policy).sum())
-    gate_terms = [
-        -torch.nn.functional.logsigmoid(logit[i] if outcome[i] == LABELED else -logit[i])
-        for i in range(len(observation))
-        if outcome[i] >= LABELED
-    ]
-    weight = torch.where(outcome >= LABELED, config.labeled_weight, 1.0)
-    weight = weight / weight.sum()
-    return (
-        (torch.stack(policy_terms) * weight).sum()
-        + config.value_coef[0] * ((returns - value) ** 2 * weight).sum()
-        - config.entropy_coef[0] * (torch.stack(entropy_terms) * weight).sum()
-        + config.gate_coef[0] * torch.stack(gate_terms).mean()
-    )
+def agree(ours, theirs, tolerance=1e-4):
+    """Gradients equal within a relative tolerance, tensor by tensor."""
+    for name, grad in ours.items():
+        error = (grad - theirs[name]).norm() / theirs[name].norm()
+        assert float(error) < tolerance, name
 
 
-def test_the_whole_gradient_equals_an_independent_implementation(batch):
-    agent, rollout, targets = batch
+PRESETS = {
+    "small": (SMALL, (4, 3, 3), 12, 20),
+    "paper": (load_yaml(Path("configs/paper.yaml")).agent, (4, 5, 5), 32, 64),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_whole_gradient_equals_the_plain_implementation(preset):
+    """Merged states, composed layers and row sums against net by net, sample by sample."""
+    network, shape, steps, worlds = PRESETS[preset]
+    agent = Agent(network, shape, 4, 1, generators=[torch.Generator().manual_seed(0)])
+    rollout = make_rollout(agent, steps=steps, worlds=worlds, rows=shape[1])
     config = ReinforceConfig(value_coef=0.7, entropy_coef=0.3, gate_coef=0.4, labeled_weight=3.0)
     targets = reinforce.label(agent, rollout, tables(["routing"], [0.5], 2), config)
     ours = grads_of(agent, reinforce.loss(agent, rollout, targets).total(config, 0.0))
-    theirs = grads_of(agent, reference_loss(agent, rollout, targets, config))
-    for name, grad in ours.items():
-        torch.testing.assert_close(grad, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+    observation = plain.planes(rollout.active[0], shape)[rollout.slot.flatten()]
+    agree(ours, grads_of(agent, plain.loss(agent, observation, rollout, targets, config)))
+    assert rollout.active.shape[1] < 0.9 * steps * worlds  # states were merged
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+def test_merging_equal_states_changes_nothing(monkeypatch, runs):
+    agent = make_agent(runs)
+    config = ReinforceConfig()
+    methods = tables(["routing"] * runs, [0.5] * runs, 2)
+    results = []
+    for most in (reinforce.MOST_KEYS, 0):
+        monkeypatch.setattr(reinforce, "MOST_KEYS", most)
+        rollout = make_rollout(agent)
+        targets = reinforce.label(agent, rollout, methods, config)
+        total = reinforce.loss(agent, rollout, targets).total(config, 0.0)
+        results.append((rollout, grads_of(agent, total)))
+    (merged, grads), (apart, others) = results
+    assert merged.active.shape[1] < apart.active.shape[1] == 240
+    assert torch.equal(merged.action, apart.action)
+    run = torch.arange(runs)[:, None, None]
+    assert torch.equal(merged.active[run, merged.slot], apart.active[run, apart.slot])
+    agree(grads, others)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -304,8 +319,8 @@ def test_all_methods_differ():
 
 def test_the_gate_of_no_gate_is_fixed():
     agent = make_agent(gate="fixed")
-    observation = make_rollout(agent).observation.flatten(1, 2)
-    assert torch.equal(agent(observation).gate, torch.full((1, 240, 2), 0.5))
+    rollout = make_rollout(agent)
+    assert torch.equal(rollout.output.gate, torch.full_like(rollout.output.gate, 0.5))
     assert not [n for n, _ in agent.named_parameters() if n.startswith("gate")]
 
 
@@ -316,12 +331,13 @@ def test_actions_are_drawn_from_the_policy():
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
     n = 100_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    counts = reinforce.sample(logits.expand(n, 4), uniform).bincount(minlength=4)
+    edges = reinforce.cumulative(logits.softmax(-1))
+    counts = reinforce.sample(edges.expand(n, 3), uniform).bincount(minlength=4)
     expected = logits.softmax(0) * n
     assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # 99.9 %, 3 d.o.f.
-    certain = torch.tensor([-torch.inf, 0.0, -torch.inf, -torch.inf])
-    edges = torch.tensor([0.0, 0.5, 1 - 2.0**-24])
-    assert reinforce.sample(certain.expand(3, 4), edges).tolist() == [1, 1, 1]
+    certain = reinforce.cumulative(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    extremes = torch.tensor([0.0, 0.5, 1 - 2.0**-24])
+    assert reinforce.sample(certain.expand(3, 3), extremes).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -394,7 +410,7 @@ def train_small(method, updates):
         method,
         oversight=0.9,
         world=WorldConfig(rows=3, cols=3, max_steps=16),
-        agent=AgentConfig(hidden=(32, 32), value_hidden=(32,)),
+        agent=AgentConfig(hidden=(32, 32)),
         training=ReinforceConfig(
             updates=updates, worlds=128, steps=8, learning_rate=5e-3, labeled_weight=5.0
         ),

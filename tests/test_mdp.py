@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from agents.reinforce import sample
+from agents.reinforce import cumulative, sample
 from envs.mdp import WorldMDP, why_not
 from envs.world import World, WorldConfig
 
@@ -135,8 +135,8 @@ def test_exact_figures_agree_with_40_000_episodes():
     episodes, windows = [], []
     rewards, dones = [], []
     for t in range(32 * 3):
-        logits = table[0, row_of(state)].log()
-        action = sample(logits, torch.rand(worlds, generator=generator))
+        edges = cumulative(table[0, row_of(state)])
+        action = sample(edges, torch.rand(worlds, generator=generator))
         state, step = world.step(state, action, world.reset(noise()))
         done = step.seen.terminated | step.seen.truncated
         rewards.append(step.truth.reward)

@@ -1,10 +1,11 @@
 """Steered policies against the mixture written out on hidden activations."""
 
 import numpy as np
+import plain
 import pytest
 import torch
 
-from agents.networks import Agent, AgentConfig, flatten
+from agents.networks import Agent, AgentConfig
 from envs.settings import UserError
 from envs.world import World, WorldConfig
 from oversight_rl import checkpoint
@@ -24,7 +25,7 @@ from oversight_rl.steering import (
 
 @pytest.fixture
 def agent():
-    config = AgentConfig(experts=3, hidden=(8, 8), value_hidden=(8,), gate_conv=True)
+    config = AgentConfig(experts=3, hidden=(8, 8), gate_conv=True)
     return Agent(config, (4, 5, 5), 4, 1, generators=[torch.Generator().manual_seed(0)])
 
 
@@ -36,23 +37,11 @@ def observation():
 
 
 def by_hand(agent, observation, weights=None):
-    """Policy logits, with the head applied to a mixture of hidden activations."""
-    x = flatten(observation)
-    hidden = []
-    for expert in agent.experts:
-        h = x
-        for layer in expert.layers:
-            h = (h @ layer.weight[0].T + layer.bias[0]).relu()
-        hidden.append(h)
+    """Policy logits, with the head applied to a mixture of activations."""
+    experts, gate, _ = plain.forward(agent, observation)
     if weights is None:
-        conv = torch.nn.functional.conv2d(
-            observation, agent.gate.conv.weight[0, :, :, None, None], agent.gate.conv.bias[0]
-        )
-        g = conv.flatten(1)
-        for i, layer in enumerate(agent.gate.mlp.layers):
-            g = (g.relu() if i else g) @ layer.weight[0].T + layer.bias[0]
-        weights = torch.cat([g, torch.zeros(len(g), 1)], 1).softmax(-1)
-    mixed = sum(weights[:, k : k + 1] * h for k, h in enumerate(hidden))
+        weights = torch.cat([gate, torch.zeros(len(gate), 1)], 1).softmax(-1)
+    mixed = sum(weights[:, k : k + 1] * h for k, h in enumerate(experts))
     return mixed @ agent.head.weight[0].T + agent.head.bias[0]
 
 
@@ -83,8 +72,9 @@ def test_constant_weights(agent, observation, text, weights):
 
 def test_an_ablated_expert_gives_zero(agent, observation):
     expected = SteeredPolicy(agent, ablate("ghost", 3))(observation)
-    for parameter in agent.experts[1].parameters():
-        parameter.data.zero_()
+    for layer in agent.trunks:
+        layer.weight.data[:, 1] = 0
+        layer.bias.data[:, 1] = 0
     torch.testing.assert_close(SteeredPolicy(agent)(observation), expected)
 
 
@@ -163,7 +153,7 @@ def test_bad_temperatures_are_refused(temperature):
 
 @pytest.mark.parametrize("text", ["mixture", "ghost", "diamond=0.7,ghost=0.3", "without:diamond"])
 def test_an_exported_policy_reads_back_the_same(tmp_path, text, observation):
-    config = Config(agent=AgentConfig(hidden=(8,), value_hidden=(8,)))
+    config = Config(agent=AgentConfig(hidden=(8,)))
     agent = checkpoint.new_agent(config, 1, [torch.Generator().manual_seed(3)])
     policy = SteeredPolicy(agent, parse(text, 2).with_options(temperature=0.5))
     source = checkpoint.Saved(agent, config, 100, 1.5)
