@@ -1,9 +1,10 @@
 # make train   train the default agent and show what steering it does
 # make test    lint, import rules, types and tests: what CI runs
+# make bench   how fast it is here, as ratios
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test clean
+.PHONY: train test bench clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
@@ -14,6 +15,9 @@ test: .venv/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/speed.py
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -202,7 +202,8 @@ class Prepared:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        weight, bias = agent.trunks[0].weight, agent.trunks[0].bias  # [R, J, H, F], [R, J, H]
+        weight: Tensor = agent.trunks[0].weight  # [R, J, H, F]
+        bias: Tensor = agent.trunks[0].bias  # [R, J, H]
         if agent.gate_conv is not None:
             j = agent.n_experts
             planes = weight[:, j].unflatten(-1, (agent.planes, -1))  # [R, H, planes out, S]
@@ -213,7 +214,8 @@ class Prepared:
         self.first = FirstLayer(weight, bias)
         if agent.affine_value:
             *before, last = agent.value_layers
-            row, constant = last.weight, last.bias  # [R, 1, H], [R, 1]
+            row: Tensor = last.weight  # [R, 1, H]
+            constant: Tensor = last.bias  # [R, 1]
             for layer in reversed(before):
                 constant = constant + (row @ layer.bias[:, :, None]).squeeze(-1)
                 row = row @ layer.weight
