@@ -14,12 +14,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.methods import METHODS
+from agents.networks import AgentConfig
 from oversight_rl import checkpoint
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
-from oversight_rl.tracking import RunFolder
+from oversight_rl.tracking import RunFolder, find_runs
+from oversight_rl.training import _stop_requested
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -102,8 +105,10 @@ def test_several_seeds_get_a_folder_each(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_from_the_command_line(tmp_path, method):
-    train([*SMOKE, "--run-dir", str(tmp_path), "--method", method, "--training.updates", "2"])
+    few = ["--training.updates", "2", "--oversight", "0.3"]
+    train([*SMOKE, "--run-dir", str(tmp_path), "--method", method, *few])
     rows = result(tmp_path)
+    assert 0.3 in {row["deploy_oversight"] for row in rows}
     assert {row["method"] for row in rows} == {method}
     assert METHODS[method].deployed in {row["policy"] for row in rows}
 
@@ -155,40 +160,134 @@ def test_spurious_flags_are_evaluated_by_rollouts(tmp_path):
 # ---- stopping and going on
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(run, tmp_path):
-    """SIGINT, in a process of its own: a checkpoint, the line to type, the same end."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
+    """In a process of its own: a checkpoint, the line to type, the same end."""
     path = tmp_path / "stopped"
     # no annealing: the two runs below differ in their number of updates
     steady = [*SMOKE, "--training.learning-rate", "1e-3", "--training.entropy-coef", "0.02"]
-    args = [*steady, "--run-dir", str(path), "--training.updates", "2000"]
+    args = [*steady, "--run-dir", str(path), "--training.updates", "20000"]
     process = subprocess.Popen(
         [sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     while process.poll() is None and not checkpoint.updates(path / "checkpoints"):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"--resume {path}" in output.replace("\n", "")
     (stopped_at,) = checkpoint.updates(path / "checkpoints")[-1:]
-    assert 0 < stopped_at < 2000
+    assert 0 < stopped_at < 20000
     assert not (path / "result.json").exists()
 
     # the end is the same as that of a run never stopped: shorten both to 20 more updates
-    def shorten(folder, updates):
-        file = folder / "config.yaml"
-        content = yaml.safe_load(file.read_text())
-        content["training"]["updates"] = updates
-        file.write_text(yaml.safe_dump(content))
-
-    shorten(path, stopped_at + 20)
+    set_updates(path, stopped_at + 20)
     train(["--resume", str(path)])
     whole = tmp_path / "whole"
     train([*steady, "--run-dir", str(whole), "--training.updates", str(stopped_at + 20)])
+    same_run(path, whole)
+
+
+def set_updates(folder, updates):
+    file = folder / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["training"]["updates"] = updates
+    file.write_text(yaml.safe_dump(content))
+
+
+def same_run(path, whole):
     ours, theirs = (RunFolder.open(p).load().agent.state_dict() for p in (path, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert timeless(result(path)) == timeless(result(whole))
     assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_a_stop_is_saved_at_once_and_not_at_the_next_evaluation(tmp_path):
+    path = tmp_path / "stopped"
+    rare = ["--evaluation.every", "1000000", "--training.updates", "1000000"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *SMOKE, "--run-dir", str(path), *rare],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not (
+        (path / "metrics.csv").exists() and "mixture" in (path / "metrics.csv").read_text()
+    ):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    (update,) = checkpoint.updates(path / "checkpoints")
+    assert 0 < update < 1_000_000
+
+
+def test_seeds_that_were_saved_apart_go_on_together(tmp_path):
+    """A crash between two folders' checkpoints: both go on from the newest that they share."""
+    steady = [*SMOKE, "--seeds", "2", "10", "--training.learning-rate", "1e-3"]
+    steady += ["--training.entropy-coef", "0.02", "--evaluation.every", "5"]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    train([*steady, "--run-dir", str(broken), "--training.updates", "20"])
+    assert [p.name for p in find_runs(broken)] == ["seed_2", "seed_10"]
+    for seed in (2, 10):
+        (broken / f"seed_{seed}/result.json").unlink()
+        set_updates(broken / f"seed_{seed}", 30)
+    for file in (broken / "seed_10/checkpoints").glob("*20.*"):
+        file.unlink()
+    train(["--resume", str(broken)])
+    train([*steady, "--run-dir", str(whole), "--training.updates", "30"])
+    for seed in (2, 10):
+        same_run(broken / f"seed_{seed}", whole / f"seed_{seed}")
+        events = EventAccumulator(str(broken / f"seed_{seed}")).Reload()
+        steps = [event.step for event in events.Scalars("evaluation/return/diamond")]
+        assert steps == [0, 5, 10, 15, 20, 25, 30]  # none twice, none missing
+
+
+# ---- checkpoints
+
+
+def test_only_the_newest_complete_checkpoints_are_kept(tmp_path):
+    for update in (1, 2, 3):
+        checkpoint.save(tmp_path, update, {"x": torch.full((2,), update)}, {"env_steps": update})
+    assert checkpoint.updates(tmp_path) == [2, 3]
+    assert len(list(tmp_path.iterdir())) == 4
+    tensors, facts = checkpoint.load(tmp_path, 3)
+    assert tensors["x"].tolist() == [3, 3]
+    assert facts == {"update": 3, "env_steps": 3}
+    (tmp_path / "update_00000003.json").unlink()  # as if killed before it was written
+    assert checkpoint.updates(tmp_path) == [2]
+    (tmp_path / "update_00000002.safetensors").unlink()
+    assert checkpoint.updates(tmp_path) == []
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, b"old")
+
+    def full_disk(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_a_run_is_taken_out_of_its_stack():
+    config = Config(agent=AgentConfig(hidden=(4,)))
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    stack = checkpoint.new_agent(config, 2, generators)
+    for run in (0, 1):
+        alone = checkpoint.take_run(stack, config, run)
+        for name, parameter in alone.named_parameters():
+            assert torch.equal(parameter[0], dict(stack.named_parameters())[name][run])
+
+
+def test_a_second_signal_acts_at_once():
+    with _stop_requested() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert stopping()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_finished_run_is_not_resumed(run, capsys):

@@ -90,6 +90,28 @@ def test_each_run_of_a_stack_is_evaluated_at_its_own_levels():
         assert row.ground_truth_return == pytest.approx(reference.ground_truth_return, abs=1e-6)
 
 
+def test_rows_come_in_the_order_asked():
+    trainer = trained(0)
+    evaluator = Evaluator(trainer.configs[0].world, 0.97)
+    rows = evaluator.evaluate(
+        trainer.agent, [Subject("routing", 0, 0.5)], standard(2)[::-1], [[0.5, 0.0]]
+    )[0]
+    assert [row.deploy_oversight for row in rows] == [0.5, 0.0] * 3
+    assert [row.policy for row in rows] == ["ghost"] * 2 + ["diamond"] * 2 + ["mixture"] * 2
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    trainer = trained(0)
+    evaluator = Evaluator(trainer.configs[0].world, 1.0, episodes=5_000)
+    evaluator.mdp = None
+    (row,) = evaluator.evaluate(
+        trainer.agent, [Subject("routing", 0, 0.5)], standard(2)[:1], [[0.5]]
+    )[0]
+    # undiscounted, a return is 1, -1 or 0
+    variance = row.p_diamond + row.p_ghost - row.ground_truth_return**2
+    assert row.return_se == pytest.approx(math.sqrt(variance / 5_000), rel=1e-3)
+
+
 def test_the_world_may_fix_flags_but_deployment_decides():
     size = {"rows": 3, "cols": 3, "max_steps": 8}
     free = Evaluator(WorldConfig(**size), 0.97)

@@ -202,6 +202,26 @@ def test_human_rendering_opens_a_window(monkeypatch):
     env.close()
 
 
+def test_sb3_conventions():
+    env = OversightGridVecEnv(5)
+    env.seed(0)
+    first, second = env.reset(), env.reset()
+    assert not np.array_equal(first, second)  # a seed serves one reset
+    with pytest.raises(ValueError, match="share their attributes"):
+        env.set_attr("reward", "ground_truth", indices=[0])
+    env.set_attr("reward", "ground_truth")
+    assert env.get_attr("reward") == ["ground_truth"] * 5
+
+
+def test_vector_faces_draw_every_world():
+    env = gym.make_vec("OversightGrid-v0", num_envs=4, render_mode="rgb_array")
+    env.reset(seed=0)
+    sb3 = OversightGridVecEnv(4)
+    sb3.reset()
+    for frames in (env.render(), sb3.get_images()):
+        assert len({frame.tobytes() for frame in frames}) == 4
+
+
 def test_sb3_learns_on_it():
     """A probe: with the true reward, PPO soon beats chance by far on the smallest world."""
     env = VecMonitor(OversightGridVecEnv(32, reward="ground_truth", rows=2, cols=2))

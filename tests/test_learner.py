@@ -307,6 +307,66 @@ def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
 
+KEPT, DROPPED = 1.0, 0.0
+ROUTED, OPEN = [[1, 0, 0], [0, 1, 0]], [[1, 1, 1], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "rewards", "unlabeled", "routes", "deployed"),
+    [
+        ("routing", [1, 1, 1], KEPT, ROUTED, "diamond"),
+        ("no_routing", [1, 1, 1], KEPT, OPEN, "diamond"),
+        ("no_gate", [1, 1, 1], KEPT, ROUTED, "diamond"),
+        ("naive", [1, 1, -1], KEPT, OPEN, "single"),
+        ("filtering", [0, 1, -1], DROPPED, OPEN, "single"),
+        ("oracle", [0, 1, -1], KEPT, OPEN, "single"),
+        ("oracle_filtering", [0, 1, -1], DROPPED, OPEN, "single"),
+    ],
+)
+def test_methods_are_as_published(name, rewards, unlabeled, routes, deployed):
+    row = tables([name], [0.1], 2)
+    assert row.reward[0].tolist() == [0, 0, *rewards]
+    assert row.sample_weight[0].tolist() == [1, 1, unlabeled, 1, 1]
+    assert row.routes[0].tolist() == [[1, 1, 1]] * 3 + routes
+    assert METHODS[name].deployed == deployed
+
+
+def test_what_an_oracle_labels_does_not_hang_on_the_actions():
+    agent, world = make_agent(), World(WorldConfig(rows=3, cols=3), 0.5)
+    noise = torch.rand(1, 6, 50, reinforce.noise_channels(world))
+    state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
+    other = noise.clone()
+    other[..., -1] = torch.rand(1, 6, 50)
+    (a, _), (b, _) = (reinforce.collect(agent, world, state, n) for n in (noise, other))
+    assert torch.equal(a.action, b.action)
+    assert torch.equal(a.audit, noise[..., -1])
+    assert torch.equal(b.audit, other[..., -1])
+
+
+def test_statistics_of_a_window(batch):
+    agent, rollout, targets = batch
+    found = reinforce.statistics(rollout, targets)
+    observation = plain.planes(rollout.active[0], SHAPE)[rollout.slot.flatten()]
+    gate = torch.sigmoid(plain.forward(agent, observation)[1][:, 0]).view(12, 20)
+    outcome = targets.outcome[0]
+    done = (rollout.seen.terminated | rollout.seen.truncated)[0]
+    kinds = {"timeout": 1, "unlabeled": 2, "labeled_diamond": 3, "labeled_ghost": 4}
+    for name, kind in kinds.items():
+        share = (outcome[done] == kind).float().mean()
+        assert float(found[f"endings/{name}"]) == pytest.approx(float(share), abs=1e-6)
+        mean = gate[outcome == kind].mean()
+        assert float(found[f"gate/{name}"]) == pytest.approx(float(mean), abs=1e-5)
+
+
+def test_every_coefficient_is_annealed():
+    one = torch.ones(1)
+    losses = reinforce.Loss(policy=one, value=one * 10, entropy=one * 100, gate=one * 1000)
+    config = ReinforceConfig(value_coef=(0.1, 0.3), entropy_coef=(0.2, 0.4), gate_coef=(0.5, 0.7))
+    for progress, (value, entropy, gate) in {0: (0.1, 0.2, 0.5), 1: (0.3, 0.4, 0.7)}.items():
+        expected = 1 + 10 * value - 100 * entropy + 1000 * gate
+        assert float(losses.total(config, progress)) == pytest.approx(expected)
+
+
 def test_all_methods_differ():
     rows = {}
     for name, method in METHODS.items():

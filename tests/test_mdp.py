@@ -56,6 +56,11 @@ def test_the_optimum_of_a_square_of_four():
     assert mdp.optimal_return(0.9) == pytest.approx((1 + 1 + 0.9) / 3)
 
 
+def test_the_optimum_minds_the_step_limit():
+    mdp = WorldMDP(World(WorldConfig(rows=2, cols=2, max_steps=1)))
+    assert mdp.optimal_return(0.9) == pytest.approx(2 / 3)
+
+
 def test_going_up_always_in_a_square_of_four():
     # The agent starts on the lower row half the time, and then ends on the cell above if that is
     # a square: diamond or ghost 1/3 each. Otherwise it stays on the upper row until the limit.
@@ -101,6 +106,49 @@ def test_against_a_recursion_over_single_episodes(rows, cols, limit):
     assert float(exact.p_diamond) == pytest.approx(float(diamond), abs=1e-6)
     assert float(exact.p_ghost) == pytest.approx(float(ghost), abs=1e-6)
     assert float(exact.episode_length) == pytest.approx(float(length), abs=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_the_window_return_against_single_steps(window):
+    """Where an endless sequence of episodes is at a step, times what follows within the window."""
+    limit, discount, level = 3, 0.9, 0.35
+    mdp = WorldMDP(World(WorldConfig(rows=2, cols=2, max_steps=limit)))
+    table = random_table(mdp, seed=4).double()[0]
+    row_of = lookup_from(mdp)
+    state = mdp.states(torch.arange(mdp.n_states))
+    chance = torch.where(state.diamond_flag, level, 1 - level)
+    chance = chance.double() * torch.where(state.ghost_flag, level, 1 - level)
+    chance = chance / chance.sum()
+
+    def following(state, steps):
+        """Expected discounted return of each state over the next steps of its episode."""
+        total = torch.zeros(len(state.agent), dtype=torch.float64)
+        if steps == 0:
+            return total
+        for action in range(4):
+            _, step = mdp.world.step(state, torch.full_like(state.agent, action), state)
+            ended = step.seen.terminated | step.seen.truncated
+            value = step.truth.reward.double()
+            if not ended.all():
+                value[~ended] += discount * following(step.last[~ended], steps - 1)
+            total += table[row_of(state), action] * value
+        return total
+
+    def visits(state, weight):
+        """Sum over the steps of an episode of the mean return within a window cut at random."""
+        ahead = sum(following(state, h) for h in range(1, window + 1)) / window
+        total = torch.stack([(weight * ahead).sum(), weight.sum()])  # and the episode's length
+        for action in range(4):
+            _, step = mdp.world.step(state, torch.full_like(state.agent, action), state)
+            alive = ~(step.seen.terminated | step.seen.truncated)
+            if alive.any():
+                share = weight * table[row_of(state), action]
+                total += visits(step.last[alive], share[alive])
+        return total
+
+    summed, length = visits(state, chance)
+    exact = mdp.evaluate(table[None], torch.tensor([level]).double(), discount, window)
+    assert float(exact.window_return) == pytest.approx(float(summed / length), abs=1e-6)
 
 
 def test_levels_mix_the_flag_settings():
@@ -169,18 +217,6 @@ def test_exact_figures_agree_with_40_000_episodes():
     agree(ending == -1, exact.p_timeout)
     agree(length, exact.episode_length)
     agree(torch.stack(windows).mean(0), exact.window_return)
-
-
-def test_a_time_limit_shorter_or_longer_than_the_window_changes_only_the_window_return():
-    mdp = WorldMDP(World(WorldConfig(rows=3, cols=3, max_steps=6)))
-    table = random_table(mdp)
-    level = torch.tensor([0.2])
-    short, long = (mdp.evaluate(table, level, 0.97, window) for window in (3, 50))
-    assert float(short.ground_truth_return) == float(long.ground_truth_return)
-    # with an endless window every step sees its own episode to the end
-    endless = mdp.evaluate(table, level, 0.97, 10_000)
-    assert abs(float(endless.window_return) - float(long.window_return)) < 0.05
-    assert float(short.window_return) != float(long.window_return)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def test_temperature_and_greed(agent, observation):
 
 
 def test_steering_changes_while_running(agent, observation):
+    warm = SteeredPolicy(agent, MIXTURE.with_options(temperature=2.0)).steer("ghost")
+    assert warm.steering.temperature == 2.0
     policy = SteeredPolicy(agent, MIXTURE.with_options(greedy=True))
     before = policy(observation)
     policy.steer("ghost")

@@ -54,7 +54,8 @@ def test_pictures_move_and_have_the_panels(page):
 def test_hyperparameters_and_text(page):
     tensors = set(page.Tags()["tensors"])
     assert {"run/text_summary", "custom_scalars__config__"} <= tensors
-    assert "hparam/deployed_return" in page.Tags()["scalars"]
+    deployed = page.Scalars("hparam/deployed_return")[-1].value
+    assert deployed == page.Scalars("evaluation/return/diamond")[-1].value
     text = page.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "gradient routing" in text
     assert "10.00% oversight" in text
