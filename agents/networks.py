@@ -19,15 +19,19 @@ from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.routing import route
-from envs.settings import Settings
+from envs.settings import Settings, as_sequence
 from envs.world import Record
 
-Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+Sizes = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=2**14)], ...],
+    BeforeValidator(as_sequence),
+    Field(min_length=1),
+]
 
 
 class AgentConfig(Settings):

@@ -16,13 +16,13 @@ from torch import Tensor
 from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables
 from agents.networks import Agent, Output
 from agents.routing import lookup
-from envs.settings import Settings
+from envs.settings import Settings, as_sequence
 from envs.world import NO_LABEL, Record, Seen, State, Truth, World
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Schedule = Annotated[
     tuple[NonNegative, ...],
-    BeforeValidator(lambda x: (x,) if isinstance(x, int | float) else x),
+    BeforeValidator(as_sequence),
     Field(min_length=1, max_length=2),
 ]
 """One number: constant; two: linear from the first update to the last."""
@@ -33,11 +33,11 @@ class ReinforceConfig(Settings):
 
     section: ClassVar[str] = "training"
 
-    updates: int = Field(400, ge=1)
+    updates: int = Field(400, ge=1, le=2**31)
     """Number of updates."""
-    worlds: int = Field(256, ge=1)
+    worlds: int = Field(256, ge=1, le=2**20)
     """Worlds N stepped in parallel by each run."""
-    steps: int = Field(16, ge=1)
+    steps: int = Field(16, ge=1, le=2**16)
     """Steps T of each world per update."""
     learning_rate: Schedule = (3e-3, 1e-4)
     """Adam step size."""
@@ -311,7 +311,8 @@ def statistics(rollout: Rollout, targets: Targets) -> dict[str, Tensor]:
     }
     ended = done.sum((1, 2)).clamp(min=1)
     result = {f"endings/{k}": (mask & done).sum((1, 2)) / ended for k, mask in share.items()}
-    gate = rollout.output.rows(rollout.slot).gate[..., 0]
-    for k, mask in share.items():
-        result[f"gate/{k}"] = weighted_mean(gate.flatten(1), mask.flatten(1).float())
+    if rollout.output.gate_logits.shape[-1] > 1:
+        gate = rollout.output.rows(rollout.slot).gate[..., 0]
+        for k, mask in share.items():  # nan where there is no such sample
+            result[f"gate/{k}"] = (gate * mask).sum((1, 2)) / mask.sum((1, 2))
     return result

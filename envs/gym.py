@@ -5,7 +5,7 @@ All three are thin views on `envs.world`; the specification is the docstring of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -81,7 +81,7 @@ class OversightGridEnv(gym.Env[Any, Any]):
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         if self._state is None:
             raise gym.error.ResetNeeded("call reset() before step()")
-        _, step = self.world.step(self._state, torch.tensor([int(action)]), self._state)
+        _, step = self.world.step(self._state, _actions([action], 1), self._state)
         self._state = step.last
         info = _infos(step).get(0, {})
         reward = _rewards(step, self.reward).item()
@@ -171,7 +171,7 @@ class OversightGridVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
         if self._state is None:
             raise gym.error.ResetNeeded("call reset() before step()")
         fresh = _start(self.world, self.np_random, self.num_envs)
-        self._state, step = self.world.step(self._state, _actions(actions), fresh)
+        self._state, step = self.world.step(self._state, _actions(actions, self.num_envs), fresh)
         ended = _infos(step)
         infos: dict[str, Any] = {}
         if ended:
@@ -208,6 +208,8 @@ class OversightGridVecEnv(VecEnv):
         render_mode: str | None = None,
         **world: Any,
     ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.world, self.reward = _world(oversight, reward, world)
         self.render_mode = render_mode
         super().__init__(num_envs, *_spaces(self.world))
@@ -225,7 +227,7 @@ class OversightGridVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        self._action = _actions(actions)
+        self._action = _actions(actions, self.num_envs)
 
     def step_wait(self) -> Any:
         if self._state is None:
@@ -285,8 +287,17 @@ def _start(world: World, rng: np.random.Generator, n: int) -> State:
     return world.reset(torch.from_numpy(rng.random((n, world.noise_channels), dtype=np.float32)))
 
 
-def _actions(actions: Iterable[int] | NDArray[Any]) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(actions), dtype=torch.int64)
+def _actions(actions: Any, n: int) -> torch.Tensor:
+    """Actions as a tensor.
+
+    Raises:
+        ValueError: there are not `n` of them, or one is not the index of an action.
+    """
+    given = np.asarray(actions)
+    valid = given.dtype.kind in "iu" and ((given >= 0) & (given < len(ACTIONS))).all()
+    if given.shape != (n,) or not valid:
+        raise ValueError(f"expected {n} actions from 0 to {len(ACTIONS) - 1}, got {actions!r}")
+    return torch.as_tensor(given, dtype=torch.int64)
 
 
 def _rewards(step: Step, reward: Reward) -> torch.Tensor:

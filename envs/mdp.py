@@ -126,10 +126,10 @@ class WorldMDP:
         # axes: action, agent cell, flags, diamond cell, ghost cell
         dense = dense.view(len(ACTIONS), cells, cells, cells, FLAGS).movedim(-1, 2).contiguous()
 
-        # values[k]: expected return of k more steps, for k = 0 ... limit
+        # values[k]: expected return of k more steps, as far ahead as a window sees
         reward = self.reward[:, None].expand(-1, FLAGS, -1, -1)
         values = [torch.zeros_like(dense[0])]
-        for _ in range(limit):
+        for _ in range(min(limit, window)):
             after = reward + discount * values[-1]
             value = torch.zeros_like(after)
             for action, probability in enumerate(dense):

@@ -44,6 +44,11 @@ class Settings(BaseModel):
         raise UserError(f"{setting}: {rule}, got {problem['input']!r}{mark}{hint}")
 
 
+def as_sequence(value: Any) -> Any:
+    """One value where several may stand: `128` for `[128]`."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Ask "did you mean" for the choice most like `word`, or nothing."""
     match = difflib.get_close_matches(word, list(choices), n=1)

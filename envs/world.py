@@ -112,7 +112,7 @@ class WorldConfig(Settings):
     """Grid height in cells, at least 2."""
     cols: int = Field(5, ge=2, le=64)
     """Grid width in cells, at least 2."""
-    max_steps: int = Field(32, ge=1)
+    max_steps: int = Field(32, ge=1, le=10_000)
     """Step limit of an episode, exact."""
     diamond_oversight: float | None = Field(None, ge=0, le=1)
     """Chance that the diamond is flagged; None: the overall oversight level."""

@@ -33,11 +33,15 @@ KEEP = 2  # newest checkpoints left in a folder: runs of one stack may be one ap
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is either there as a whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -86,6 +90,11 @@ def load(folder: Path, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{path.with_suffix('.json')}: not a readable checkpoint ({error})"
         ) from None
+    wanted = {"update": int, "env_steps": int, "wall_seconds": float}
+    if not isinstance(facts, dict) or any(
+        not isinstance(facts.get(name), kind) for name, kind in wanted.items()
+    ):
+        raise UserError(f"{path.with_suffix('.json')}: not of a checkpoint of this program")
     return tensors, facts
 
 

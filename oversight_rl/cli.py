@@ -27,7 +27,7 @@ from oversight_rl.config import Config, Probability, load_yaml
 from oversight_rl.evaluation import Evaluator, Row, Subject
 from oversight_rl.steering import SteeredPolicy, Steering, parse, standard
 from oversight_rl.tracking import RunFolder, check_free, find_runs, write_json
-from oversight_rl.training import Interrupted, fit
+from oversight_rl.training import Interrupted, fit, stack_key
 
 DEFAULTS = Config()
 ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings
@@ -83,10 +83,8 @@ def _train(args: list[str]) -> None:
     check_free(path)
     several = len(config.seeds) > 1
     configs = [config.single(seed) for seed in config.seeds]
-    folders = [
-        RunFolder.create(path / f"seed_{c.seeds[0]}" if several else path, c) for c in configs
-    ]
-    _fit(configs, folders, path, console)
+    paths = [path / f"seed_{c.seeds[0]}" if several else path for c in configs]
+    _fit(configs, paths, path, console)
 
 
 def _resume(path: Path, console: Console) -> None:
@@ -94,30 +92,39 @@ def _resume(path: Path, console: Console) -> None:
     if not folders:
         raise UserError(f"{path}: not a run folder (no config.yaml in it)")
     configs = [folder.config() for folder in folders]
+    if len({stack_key(config).model_dump_json() for config in configs}) > 1:
+        raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
     if all(folder.finished for folder in folders):
         raise UserError(f"{path}: this run is finished; see it with oversight-rl evaluate {path}")
-    _fit(configs, folders, path, console, resume=True)
+    _fit(configs, [folder.path for folder in folders], path, console, resume=True)
 
 
 def _fit(
     configs: list[Config],
-    folders: list[RunFolder],
+    paths: list[Path],
     path: Path,
     console: Console,
     resume: bool = False,
 ) -> None:
     first = configs[0]
-    console.print(
-        f"training [bold]{first.method}[/] at {first.oversight:.2%} oversight, "
-        f"seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}"
+    _say(
+        console,
+        f"training {first.method} at {first.oversight:.2%} oversight, "
+        f"seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}",
     )
     try:
-        tables = fit(configs, folders, console, resume)
+        tables = fit(configs, paths, console, resume)
     except Interrupted:
-        console.print(f"stopped and saved; go on with: python train.py --resume {path}")
+        _say(console, f"stopped and saved; go on with: python train.py --resume {path}")
         raise SystemExit(STOPPED) from None
     _print_summary(tables, console)
-    console.print(f"results in {path}; pictures and curves: tensorboard --logdir {path}")
+    _say(console, f"results in {path}")
+    _say(console, f"pictures and curves: tensorboard --logdir {path}")
+
+
+def _say(console: Console, line: str) -> None:
+    """A line as it is, so that a command in it can be copied."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _new_run_dir(config: Config) -> Path:
@@ -166,6 +173,8 @@ def evaluate(
         experts = saved.agent.n_experts
         if saved.steering is not None and not steer:
             policies: list[Steering] = [saved.steering]
+            if greedy or temperature != 1.0:
+                policies = [saved.steering.with_options(greedy, temperature)]
         else:
             chosen = [parse(text, experts) for text in steer] or standard(experts)
             policies = [policy.with_options(greedy, temperature) for policy in chosen]
@@ -227,7 +236,7 @@ def import_reference(
         seed: To tell runs apart in tables.
     """
     folder = reference.import_state_dict(state_dict, run_dir, oversight, method, seed)
-    Console().print(f"imported; evaluate it with: oversight-rl evaluate {folder.path}")
+    _say(Console(), f"imported; evaluate it with: oversight-rl evaluate {folder.path}")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from agents.methods import METHODS
 from agents.networks import AgentConfig
 from agents.reinforce import ReinforceConfig
-from envs.settings import Settings, UserError, nearest
+from envs.settings import Settings, UserError, as_sequence, nearest
 from envs.world import WorldConfig
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -38,7 +38,9 @@ class Config(Settings):
     """What to train with; see the table of methods in the README."""
     oversight: Probability = 0.1
     """Probability that a square is flagged, so that an episode ending on it is labeled."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field((0,), min_length=1)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(as_sequence)
+    ] = Field((0,), min_length=1)
     """Random seeds; several train side by side, a run folder each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""

@@ -88,7 +88,10 @@ class Evaluator:
         self.episodes, self.seed = episodes, seed
         world = World(self.config, device=device)
         self.mdp = None if why_not(world) else WorldMDP(world)
-        self.optimal_return = self.mdp.optimal_return(discount) if self.mdp else math.nan
+        plain = World(self.config.model_copy(update={"spurious_oversight": 0.0}), device=device)
+        self.optimal_return = (  # flags, spurious ones too, change nothing about it
+            math.nan if why_not(plain) else WorldMDP(plain).optimal_return(discount)
+        )
 
     @torch.no_grad()
     def evaluate(
@@ -173,9 +176,10 @@ class Evaluator:
     def _episodes(self, agent: Agent, policy: Steering, world: World, runs: int) -> Tensor:
         """Figures of one policy at one level by rollouts: the fields of Endings, then the error.
 
-        One batch of worlds is stepped through two step limits. Each world's first episode gives
-        the figures per episode, so that short episodes are not over-represented; the second half
-        gives the window return, as published: episodes running on, cut at the window's edges.
+        Each world's first episode gives the figures per episode, so that short episodes are not
+        over-represented. The window return is published as it is: episodes running on, cut at the
+        window's edges. A window starts at a random phase after the first episodes, for worlds
+        that mostly time out stay in step with each other.
         """
         generator = torch.Generator(self.device).manual_seed(self.seed)
         limit, channels = self.config.max_steps, world.noise_channels
@@ -191,8 +195,9 @@ class Evaluator:
             first = torch.ones(runs, n, dtype=torch.bool, device=self.device)
             ending = torch.full((runs, n), -1, device=self.device)
             length = torch.full((runs, n), limit, device=self.device)
+            opening = limit + (noise((1, n)) * limit).long()  # when each world's window starts
             rewards, dones = [], []
-            for t in range(limit + WINDOW):
+            for t in range(2 * limit + WINDOW):
                 fresh = world.reset(noise((1, n, channels)).expand(runs, -1, -1))
                 chances = policy.probabilities(forward(world.active(state)))
                 action = sample(cumulative(chances), noise((1, n)).expand(runs, -1))
@@ -201,14 +206,15 @@ class Evaluator:
                 ending = torch.where(first & done, step.truth.ending, ending)
                 length = torch.where(first & done, t + 1, length)
                 first = first & ~done
-                if t >= limit:
-                    rewards.append(step.truth.reward)
-                    dones.append(done)
+                rewards.append(step.truth.reward)
+                dones.append(done)
             diamond, ghost = (ending == 0).double(), (ending == 1).double()
             value = self.discount ** (length - 1) * (diamond - ghost)
             following, within = torch.zeros_like(value), torch.zeros_like(value)
-            for reward, done in zip(reversed(rewards), reversed(dones), strict=True):
-                following = reward + self.discount * following.masked_fill(done, 0.0)
+            for t in reversed(range(limit, len(rewards))):
+                inside = (opening <= t) & (t < opening + WINDOW)
+                following = rewards[t] + self.discount * following.masked_fill(dones[t], 0.0)
+                following = following * inside
                 within += following / WINDOW
             timeout = 1 - diamond - ghost
             batches.append(torch.stack([value, diamond, ghost, timeout, length.double(), within]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from agents.methods import METHODS
 from agents.networks import AgentConfig
 from envs.settings import UserError
 from envs.world import PLANES, WorldConfig
@@ -46,11 +47,13 @@ def import_state_dict(
     def take(name: str) -> Tensor:
         if name not in state:
             raise UserError(f"{source}: not a policy of the published code: no key {name!r}")
+        if state[name].ndim == 0 or not state[name].isfinite().all():
+            raise UserError(f"{source}: {name} must hold finite numbers")
         return state[name].float()
 
     first = take(f"{trunks[0]}.layers.0.weight")
-    side = math.isqrt(first.shape[-1] // len(PLANES))
-    if first.ndim != 2 or side * side * len(PLANES) != first.shape[1]:
+    side = math.isqrt(first.shape[-1] // len(PLANES)) if first.ndim == 2 else 0
+    if not side or side * side * len(PLANES) != first.shape[1]:
         raise UserError(
             f"{source}: {trunks[0]}.layers.0.weight has shape {tuple(first.shape)}, not the "
             f"{len(PLANES)} planes of a square grid"
@@ -66,6 +69,11 @@ def import_state_dict(
             gate_conv=learned,
         ),
     )
+    made_by = METHODS[config.method]
+    if (made_by.experts == "one") != single or (
+        not single and (made_by.gate == "learned") != learned
+    ):
+        raise UserError(f"method: {config.method} does not train the networks in {source}")
     tensors = {}
     for kind in ("weight", "bias"):
         for i in range(2):
@@ -82,7 +90,8 @@ def import_state_dict(
         if name.startswith("value_layers."):
             tensors[f"agent.{name}"] = torch.zeros(parameter.shape[1:])
     checkpoint.agent_from(tensors, config, source)  # refuses what does not fit
-    folder = RunFolder.create(run_dir, config)
+    origin = f"{source.name}: training settings not named in it are this program's defaults"
+    folder = RunFolder.create(run_dir, config, imported=origin)
     facts = {"env_steps": 0, "wall_seconds": 0.0, "imported": True}
     checkpoint.save(folder.checkpoints, 0, tensors, facts)
     folder.close()

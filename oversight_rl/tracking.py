@@ -50,8 +50,8 @@ class RunFolder:
         ]
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> RunFolder:
-        """Begin a run in a new folder.
+    def create(cls, path: Path, config: Config, imported: str | None = None) -> RunFolder:
+        """Begin a run in a new folder; `imported` says where its policy comes from, if not trained.
 
         Raises:
             UserError: the folder already holds something, or cannot be made.
@@ -59,7 +59,8 @@ class RunFolder:
         check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / CONFIG, dump_yaml(config, provenance()).encode())
+            facts = provenance() | ({"imported": imported} if imported else {})
+            write_atomically(path / CONFIG, dump_yaml(config, facts).encode())
         except OSError as error:
             raise UserError(f"{path}: cannot write there ({error.strerror})") from None
         folder = cls(path)
@@ -110,8 +111,11 @@ class RunFolder:
 
     def rewind(self, update: int) -> None:
         """Forget what was logged after `update`, to go on from its checkpoint."""
-        with (self.path / METRICS).open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
+        try:
+            with (self.path / METRICS).open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path / METRICS}: cannot be gone on with ({error})") from None
         self._write_metrics(kept)
         self._writer = SummaryWriter(str(self.path), purge_step=update + 1)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
@@ -85,6 +86,12 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.agent.parameters(), lr=self.config.learning_rate[0], fused=True
         )
+        for parameter in self.agent.parameters():  # as Adam has it before its first step
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0, device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         self.latest: tuple[reinforce.Rollout, reinforce.Targets, reinforce.Loss] | None = None
 
     @property
@@ -137,7 +144,16 @@ class Trainer:
         return found | {"generator": self.generators[run].get_state()}
 
     def restore(self, runs: Sequence[dict[str, Tensor]], update: int, seconds: float) -> None:
-        """Go on from saved tensors, one dictionary per run."""
+        """Go on from saved tensors, one dictionary per run.
+
+        Raises:
+            UserError: a tensor is missing or has another shape or type.
+        """
+        for run, tensors in enumerate(runs):
+            for name, ours in self.tensors(run).items():
+                theirs = tensors.get(name)
+                if theirs is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
+                    raise UserError(f"the checkpoint does not fit the configuration: {name}")
 
         def joined(name: str) -> Tensor:
             return torch.stack([tensors[name] for tensors in runs]).to(self.device)
@@ -145,11 +161,10 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.agent.named_parameters():
                 parameter.copy_(joined(f"agent.{name}"))
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(update), device=self.device),
-                    "exp_avg": joined(f"adam.exp_avg.{name}"),
-                    "exp_avg_sq": joined(f"adam.exp_avg_sq.{name}"),
-                }
+                state = self.optimizer.state[parameter]
+                state["step"].fill_(update)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment].copy_(joined(f"adam.{moment}.{name}"))
         self.state = State(**{name: joined(f"world.{name}") for name in vars(self.state)})
         for generator, tensors in zip(self.generators, runs, strict=True):
             generator.set_state(tensors["generator"])
@@ -164,13 +179,13 @@ class Trainer:
 
 
 def fit(
-    configs: Sequence[Config], folders: Sequence[RunFolder], console: Console, resume: bool = False
+    configs: Sequence[Config], paths: Sequence[Path], console: Console, resume: bool = False
 ) -> list[list[Row]]:
     """Train a stack to its end, writing its run folders.
 
     Args:
         configs: one per run, with one seed each.
-        folders: where each run is kept.
+        paths: folder of each run, new or empty, or one to go on with.
         console: shows a progress bar, if it is a terminal.
         resume: go on from the newest checkpoint that all folders have.
 
@@ -179,12 +194,35 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
-        UserError: there is nothing to resume from.
+        UserError: there is nothing to resume from, or too little memory.
     """
-    trainer = Trainer(configs)
-    if resume:
-        _resume(trainer, folders)
-    settings = configs[0]
+    with _stop_requested() as stopping:
+        try:
+            trainer = Trainer(configs)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise UserError("too little memory for these worlds and networks") from None
+        if resume:
+            folders = [RunFolder.open(path) for path in paths]
+            _resume(trainer, folders)
+        else:
+            folders = [RunFolder.create(*run) for run in zip(paths, configs, strict=True)]
+            _save(trainer, folders)
+        try:
+            return _train(trainer, folders, console, stopping)
+        finally:
+            for folder in folders:
+                folder.close()
+
+
+def _train(
+    trainer: Trainer,
+    folders: Sequence[RunFolder],
+    console: Console,
+    stopping: Callable[[], bool],
+) -> list[list[Row]]:
+    settings = trainer.configs[0]
     total, every = trainer.config.updates, settings.evaluation.every
     evaluator = Evaluator(
         settings.world, trainer.config.discount, trainer.device, settings.evaluation.episodes
@@ -192,19 +230,23 @@ def fit(
     policies = standard(trainer.agent.n_experts)
 
     def evaluate() -> list[list[Row]]:
-        levels = [[config.oversight] for config in configs]
+        levels = [[config.oversight] for config in trainer.configs]
         tables = evaluator.evaluate(trainer.agent, trainer.subjects(), policies, levels)
         for folder, rows in zip(folders, tables, strict=True):
             folder.log_rows(trainer.updates, rows)
         return tables
 
-    with _stop_requested() as stopping, _progress(console) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("", total=total, completed=trainer.updates, speed=0.0, note="")
         if trainer.updates == 0:
             _show(progress, task, evaluate())
             _draw_pictures(trainer, folders)
         timer = _Stopwatch(trainer)
         while trainer.updates < total:
+            if stopping():
+                timer.lap()
+                _save(trainer, folders)
+                raise Interrupted
             trainer.update()
             n = trainer.updates
             if n % LOG_EVERY == 0:
@@ -217,18 +259,13 @@ def fit(
                 progress.update(task, speed=speed)
                 timer.start()
             progress.update(task, completed=n)
-            if n % every == 0 or n == total or stopping():
+            if n % every == 0 or n == total:
                 timer.lap()
-                if n % every == 0 or n == total:
-                    _show(progress, task, evaluate())
-                    if n == total or n // every % max(1, total // every // PICTURES) == 0:
-                        _draw_pictures(trainer, folders)
+                _show(progress, task, evaluate())
+                if n == total or n // every % max(1, total // every // PICTURES) == 0:
+                    _draw_pictures(trainer, folders)
                 _save(trainer, folders)
                 timer.start()
-            if stopping() and n < total:
-                for folder in folders:
-                    folder.close()
-                raise Interrupted
     return _finish(trainer, folders, evaluator)
 
 
@@ -248,11 +285,13 @@ def _finish(
 def _resume(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
     common = set.intersection(*(set(checkpoint.updates(f.checkpoints)) for f in folders))
     if not common:
-        raise UserError(f"{folders[0].path}: no checkpoint to resume from; train anew")
+        raise UserError(
+            f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
+        )
     saved = [checkpoint.load(folder.checkpoints, max(common)) for folder in folders]
     trainer.restore([t for t, _ in saved], max(common), saved[0][1]["wall_seconds"])
-    for folder in folders:
-        folder.rewind(trainer.updates)
+    for folder in folders:  # at update 0 the first evaluation is still to come
+        folder.rewind(trainer.updates if trainer.updates else -1)
 
 
 def _save(trainer: Trainer, folders: Sequence[RunFolder]) -> None:

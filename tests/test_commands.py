@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_a_run_folder_is_complete(run):
     assert saved["seeds"] == [0]
     assert load_yaml(run / "config.yaml").training.updates == 20
     assert checkpoint.updates(run / "checkpoints") == [10, 20]
+    assert not list(run.rglob("*.tmp"))
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
 
 
@@ -139,6 +141,8 @@ def test_an_exported_policy_evaluates_the_same(run, tmp_path):
     main(["evaluate", str(run), *steer, "--export", str(policy), "--json", str(a)])
     main(["evaluate", str(policy), "--json", str(b)])
     assert json.loads(a.read_text()) == json.loads(b.read_text())
+    main(["evaluate", str(policy), "--greedy", "--json", str(b)])
+    assert json.loads(b.read_text())[0]["greedy"]
 
 
 def test_evaluate_draws_pictures(run, tmp_path):
@@ -154,7 +158,7 @@ def test_spurious_flags_are_evaluated_by_rollouts(tmp_path):
     ])  # fmt: skip
     rows = result(tmp_path)
     assert {row["evaluator"] for row in rows} == {"rollout"}
-    assert rows[0]["optimal_return"] is None
+    assert rows[0]["optimal_return"] == pytest.approx(0.9317, abs=1e-4)  # flags do not matter
 
 
 # ---- stopping and going on
@@ -170,12 +174,12 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    while process.poll() is None and not checkpoint.updates(path / "checkpoints"):
+    while process.poll() is None and max(checkpoint.updates(path / "checkpoints"), default=0) < 10:
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"--resume {path}" in output.replace("\n", "")
+    assert f"--resume {path}" in output
     (stopped_at,) = checkpoint.updates(path / "checkpoints")[-1:]
     assert 0 < stopped_at < 20000
     assert not (path / "result.json").exists()
@@ -217,8 +221,8 @@ def test_a_stop_is_saved_at_once_and_not_at_the_next_evaluation(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    (update,) = checkpoint.updates(path / "checkpoints")
-    assert 0 < update < 1_000_000
+    started, update = checkpoint.updates(path / "checkpoints")
+    assert started == 0 < update < 1_000_000
 
 
 def test_seeds_that_were_saved_apart_go_on_together(tmp_path):
@@ -242,17 +246,66 @@ def test_seeds_that_were_saved_apart_go_on_together(tmp_path):
         assert steps == [0, 5, 10, 15, 20, 25, 30]  # none twice, none missing
 
 
+def test_a_run_killed_at_its_start_can_go_on(run, tmp_path):
+    path = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "train.py", *SMOKE, "--run-dir", path], cwd=ROOT)
+    while process.poll() is None and not checkpoint.updates(path / "checkpoints"):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    if not (path / "result.json").exists():
+        train(["--resume", str(path)])
+    same_run(path, run)
+
+
+def test_what_cannot_be_gone_on_with_is_refused(run, tmp_path, capsys):
+    def copy(name):
+        target = tmp_path / name
+        shutil.copytree(run, target)
+        (target / "result.json").unlink()
+        return target
+
+    metrics = copy("metrics")
+    (metrics / "metrics.csv").unlink()
+    assert "metrics.csv" in refused(capsys, train, ["--resume", metrics])
+    facts = copy("facts")
+    for file in (facts / "checkpoints").glob("*.json"):
+        file.write_text("[]")
+    assert "not of a checkpoint" in refused(capsys, train, ["--resume", facts])
+    assert "not of a checkpoint" in refused(capsys, main, ["evaluate", facts])
+    other = copy("other")
+    content = yaml.safe_load((other / "config.yaml").read_text())
+    content["training"]["worlds"] = 7
+    (other / "config.yaml").write_text(yaml.safe_dump(content))
+    assert "does not fit" in refused(capsys, train, ["--resume", other])
+    both = tmp_path / "both"
+    shutil.copytree(run, both / "seed_0")
+    (both / "seed_0/result.json").unlink()
+    shutil.copytree(other, both / "seed_1")
+    assert "differ in more than" in refused(capsys, train, ["--resume", both])
+    state, _ = published()
+    torch.save(state, tmp_path / "state.pt")
+    imported = tmp_path / "imported"
+    main(["import-reference", str(tmp_path / "state.pt"), str(imported), "--oversight", "0.1"])
+    assert "does not fit" in refused(capsys, train, ["--resume", imported])
+
+
 # ---- checkpoints
+
+
+FACTS = {"wall_seconds": 0.5}
 
 
 def test_only_the_newest_complete_checkpoints_are_kept(tmp_path):
     for update in (1, 2, 3):
-        checkpoint.save(tmp_path, update, {"x": torch.full((2,), update)}, {"env_steps": update})
+        checkpoint.save(
+            tmp_path, update, {"x": torch.full((2,), update)}, FACTS | {"env_steps": update}
+        )
     assert checkpoint.updates(tmp_path) == [2, 3]
     assert len(list(tmp_path.iterdir())) == 4
     tensors, facts = checkpoint.load(tmp_path, 3)
     assert tensors["x"].tolist() == [3, 3]
-    assert facts == {"update": 3, "env_steps": 3}
+    assert facts == {"update": 3, "env_steps": 3, "wall_seconds": 0.5}
     (tmp_path / "update_00000003.json").unlink()  # as if killed before it was written
     assert checkpoint.updates(tmp_path) == [2]
     (tmp_path / "update_00000002.safetensors").unlink()
@@ -389,6 +442,11 @@ def test_what_is_not_a_published_policy_is_refused(tmp_path, capsys):
     torch.save(state, source)
     assert "oversight" in refused(capsys, main, [*args[:-1], "1.5"])
     assert "method" in refused(capsys, main, [*args, "--method", "routng"])
+    assert "does not train" in refused(capsys, main, [*args, "--method", "naive"])
+    torch.save(state | {"gating.2.layers.0.weight": torch.zeros(())}, source)
+    assert "gating.2.layers.0.weight" in refused(capsys, main, args)
+    torch.save(state | {"shared_output.bias": torch.full((4,), torch.nan)}, source)
+    assert "finite" in refused(capsys, main, args)
     assert not target.exists()
 
 
@@ -405,6 +463,9 @@ def test_what_is_not_a_published_policy_is_refused(tmp_path, capsys):
         (["--world.rows", "1"], "world.rows: should be greater than or equal to 2, got 1"),
         (["--world.cols", "0"], "world.cols"),
         (["--training.worlds", "0"], "training.worlds"),
+        (["--training.worlds", "1000000000"], "training.worlds"),
+        (["--agent.hidden", "10000000"], "agent.hidden"),
+        (["--world.max-steps", "1000000"], "world.max_steps"),
         (["--training.updates", "-3"], "training.updates"),
         (["--training.learning-rate", "1", "2", "3"], "training.learning_rate"),
         (["--training.updates", "many"], "many"),
@@ -442,6 +503,7 @@ def test_an_absent_gpu_is_refused(tmp_path, capsys):
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
         ("training: {updates: 1.5}", "training.updates"),
         ("seeds: []", "seeds"),
+        ("agent: {hidden: 0}", "agent.hidden"),
     ],
 )
 def test_bad_config_files(tmp_path, capsys, text, message):

@@ -202,6 +202,19 @@ def test_human_rendering_opens_a_window(monkeypatch):
     env.close()
 
 
+@pytest.mark.parametrize("action", [-1, 4, 1.9])
+def test_actions_that_do_not_exist_are_refused(action):
+    single = gym.make("OversightGrid-v0").unwrapped
+    single.reset(seed=0)
+    with pytest.raises(ValueError, match="from 0 to 3"):
+        single.step(action)
+    for env in (gym.make_vec("OversightGrid-v0", num_envs=2), OversightGridVecEnv(2)):
+        env.reset()
+        for actions in ([0, action], [0]):
+            with pytest.raises(ValueError, match="expected 2 actions from 0 to 3"):
+                env.step(actions)
+
+
 def test_sb3_conventions():
     env = OversightGridVecEnv(5)
     env.seed(0)
