@@ -279,7 +279,7 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
         table.add_row(
             f"{policy} (deployed)" if policy == deployed else policy,
             f"{np.mean(returns):.3f}",
-            *([f"{min(returns):.2f} to {max(returns):.2f}"] if several else []),
+            *([f"{min(returns):.2f}..{max(returns):.2f}"] if several else []),
             f"{np.mean([r.ground_truth_return for r in greedy]):.3f}",
             f"{np.mean([r.p_diamond for r in sampled]):.1%}",
             f"{np.mean([r.p_ghost for r in sampled]):.1%}",
@@ -295,7 +295,7 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
 
 def _table(title: str) -> Table:
     """A table that fits 80 columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("policy")
     return table
 
