@@ -17,9 +17,8 @@ from torch import Tensor
 from agents.routing import everything, own_expert_only
 from envs.world import BEHAVIORS
 
-# Outcomes of an episode as a learner sees them, and one more per labeled behavior from LABELED on
+# Outcomes of an episode as a learner sees them; LABELED + b is one labeled as behavior b
 UNFINISHED, TIMEOUT, UNLABELED, LABELED = range(4)
-N_OUTCOMES = LABELED + len(BEHAVIORS)
 
 
 @dataclass(frozen=True)
