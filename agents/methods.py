@@ -7,7 +7,7 @@ method is: adding one means adding a row to METHODS.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,83 +26,151 @@ class Method:
     """A row of the table. Tuples over outcomes: (unlabeled, labeled diamond, labeled ghost)."""
 
     summary: str
-    assumes: Literal["labels", "true labels"]
-    """What the method needs: labels on flagged endings, or the truth."""
-    labels: Literal["flags", "truth", "audit"]
-    """Where labels come from: flagged endings; every ending; a random share of endings, as large
-    as the oversight level and independent of the flags."""
-    reward: tuple[float, float, float]
-    """Reward on reaching a square; a timeout earns 0."""
-    keep_unlabeled: bool
+    assumes: Literal["labels", "hidden flags", "true labels"] = "labels"
+    """What the method needs: labels on flagged endings, that flags can be hidden from the policy
+    besides, or the truth."""
+    labels: Literal["flags", "shuffled", "truth", "audit"] = "flags"
+    """Where labels come from: flagged endings; the same, but naming a random behavior; every
+    ending; a random share of endings, as large as the oversight level and independent of flags."""
+    reward: tuple[float, float, float | Callable[[float], float]] = (1, 1, 1)
+    """Reward on reaching a square; a timeout earns 0. That of a labeled ghost may depend on the
+    chance that a ghost is labeled."""
+    keep_unlabeled: bool = True
     """Whether episodes that reached a square unlabeled count; the others always do."""
+    weighs_labels: bool = True
+    """Whether labeled episodes weigh more, as `training.labeled_weight` says."""
     experts: Literal["one", "many"] = "one"
     gate: Literal["learned", "fixed"] = "learned"
     routes: Callable[[int, int], list[list[float]]] = everything
     """(K, behaviors) -> weights of labeled episodes' gradients into each expert and the gate."""
+    contrasts: bool = False
+    """Whether labeled episodes also teach the deployed expert by itself: `reinforce.Loss`."""
+    imputes: bool = False
+    """Whether a reward model, learned from labeled endings, rewards the unlabeled ones."""
+    hides_flags: bool = False
+    """Whether the policy does not see the flags."""
+    deploys: Literal["last", "best_labeled", "best_true"] = "last"
+    """Which agent of the run is deployed: the last; the one with the best labeled episodes of a
+    held-out stream; the one with the best true return."""
 
     @property
     def deployed(self) -> str:
         """Name of the policy that is deployed."""
         return BEHAVIORS[0] if self.experts == "many" else "single"
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What methods must share to train in one stack."""
+        return (
+            self.experts,
+            self.gate,
+            self.contrasts,
+            self.imputes,
+            self.hides_flags,
+            self.deploys,
+        )
+
+
+SIGNED = (0, 1, -1)
+NAIVE = (1, 1, -1)
 
 METHODS: dict[str, Method] = {
     "routing": Method(
         summary="gradient routing: a labeled episode trains its own expert only",
-        assumes="labels",
-        labels="flags",
-        reward=(1, 1, 1),
-        keep_unlabeled=True,
         experts="many",
         routes=own_expert_only,
     ),
+    "contrastive_routing": Method(
+        summary="routing; labeled episodes also teach the deployed expert what to do and avoid",
+        experts="many",
+        routes=own_expert_only,
+        contrasts=True,
+    ),
     "no_routing": Method(
         summary="ablation: experts and gate as in routing, gradients not routed",
-        assumes="labels",
-        labels="flags",
-        reward=(1, 1, 1),
-        keep_unlabeled=True,
         experts="many",
     ),
     "no_gate": Method(
         summary="ablation: routed experts under a gate fixed at 1/K",
-        assumes="labels",
-        labels="flags",
-        reward=(1, 1, 1),
-        keep_unlabeled=True,
         experts="many",
         gate="fixed",
         routes=own_expert_only,
     ),
+    "random_module": Method(
+        summary="control: routing by labels that name a random behavior",
+        labels="shuffled",
+        experts="many",
+        routes=own_expert_only,
+    ),
     "naive": Method(
         summary="+1 at any square, -1 at a flagged ghost",
-        assumes="labels",
-        labels="flags",
-        reward=(1, 1, -1),
-        keep_unlabeled=True,
+        reward=NAIVE,
+    ),
+    "naive_early_stop": Method(
+        summary="naive, deployed as it was when labeled held-out episodes went best",
+        reward=NAIVE,
+        deploys="best_labeled",
     ),
     "filtering": Method(
         summary="data filtering: true reward on labeled episodes, unlabeled ones dropped",
-        assumes="labels",
-        labels="flags",
-        reward=(0, 1, -1),
+        reward=SIGNED,
         keep_unlabeled=False,
+    ),
+    "reward_model": Method(
+        summary="a classifier learned from labeled endings rewards the unlabeled ones",
+        reward=SIGNED,
+        weighs_labels=False,  # imputed rewards are worth as much as given ones
+        imputes=True,
+    ),
+    "filtering_hidden_flag": Method(
+        summary="data filtering by a policy that does not see the flags",
+        assumes="hidden flags",
+        reward=SIGNED,
+        keep_unlabeled=False,
+        hides_flags=True,
+    ),
+    "ipw_hidden_flag": Method(
+        summary="naive without sight of the flags, penalty weighted by inverse propensity",
+        assumes="hidden flags",
+        # the mean over labeled and unlabeled ghosts is -1: (1 - p) + p (1 - 2 / p)
+        reward=(1, 1, lambda p: 1 - 2 / p),
+        weighs_labels=False,
+        hides_flags=True,
+    ),
+    "naive_oracle_stop": Method(
+        summary="diagnostic: naive, deployed as it was when its true return was best",
+        assumes="true labels",
+        reward=NAIVE,
+        deploys="best_true",
     ),
     "oracle": Method(
         summary="true reward on every episode",
         assumes="true labels",
         labels="truth",
-        reward=(0, 1, -1),
-        keep_unlabeled=True,
+        reward=SIGNED,
     ),
     "oracle_filtering": Method(
         summary="true reward on a random share of episodes as large as the oversight level",
         assumes="true labels",
         labels="audit",
-        reward=(0, 1, -1),
+        reward=SIGNED,
         keep_unlabeled=False,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Overseer:
+    """What the overseer of one run catches and gets right."""
+
+    oversight: float
+    """Chance that a square is flagged, and the share of endings that `audit` labels."""
+    ghost_oversight: float | None = None
+    """Chance that the ghost is flagged, where the world sets it apart."""
+    recall: float = 1.0
+    """Chance that an ending which should be labeled is."""
+    error: float = 0.0
+    """Chance that a label names a wrong behavior."""
 
 
 @dataclass(frozen=True)
@@ -111,21 +179,30 @@ class MethodTables:
 
     reward: Tensor  # [R, O]
     sample_weight: Tensor  # [R, O], 1 if samples with that outcome count
+    weighs_labels: Tensor  # [R], 1 if labeled samples weigh more
     routes: Tensor  # [R, O, K + 1], gradient weights into the experts and the gate
     sees_truth: Tensor  # [R] bool, labels from true endings
-    label_share: Tensor  # [R], share of endings labeled where `sees_truth`
+    label_share: Tensor  # [R], share of flagged (or true) endings that are labeled
+    label_error: Tensor  # [R], share of labels that name a wrong behavior
+    contrasts: bool  # whether labeled episodes teach the deployed expert by itself, in all runs
 
 
 def tables(
-    names: list[str], oversight: list[float], experts: int, device: torch.device | str = "cpu"
+    names: Sequence[str],
+    overseers: Sequence[Overseer],
+    experts: int,
+    device: torch.device | str = "cpu",
 ) -> MethodTables:
-    """The tables of one method and oversight level per run.
+    """The tables of one method and overseer per run.
 
     Args:
         names: keys of METHODS, one per run.
-        oversight: level of each run, which `oracle_filtering` takes as its share of labels.
+        overseers: one per run.
         experts: number of experts K of the stack.
         device: where the tensors live.
+
+    Raises:
+        ValueError: a reward is weighted by inverse propensity, and ghosts are never labeled.
     """
     methods = [METHODS[name] for name in names]
     plain = [1.0] * (experts + 1)
@@ -133,15 +210,30 @@ def tables(
     def tensor(rows: object) -> Tensor:
         return torch.tensor(rows, dtype=torch.float32, device=device)
 
+    def reward(method: Method, overseer: Overseer) -> list[float]:
+        unlabeled, diamond, ghost = method.reward
+        if callable(ghost):
+            flagged = overseer.ghost_oversight
+            chance = overseer.recall * (overseer.oversight if flagged is None else flagged)
+            if chance == 0:
+                raise ValueError("weighting by inverse propensity needs labels on some ghosts")
+            ghost = ghost(chance)
+        return [0.0, 0.0, unlabeled, diamond, ghost]
+
+    def share(method: Method, overseer: Overseer) -> float:
+        return overseer.recall * (overseer.oversight if method.labels == "audit" else 1.0)
+
+    def error(method: Method, overseer: Overseer) -> float:
+        return 1 - 1 / len(BEHAVIORS) if method.labels == "shuffled" else overseer.error
+
+    pairs = list(zip(methods, overseers, strict=True))
     return MethodTables(
-        reward=tensor([[0.0, 0.0, *m.reward] for m in methods]),
+        reward=tensor([reward(*pair) for pair in pairs]),
         sample_weight=tensor([[1.0, 1.0, float(m.keep_unlabeled), 1.0, 1.0] for m in methods]),
+        weighs_labels=tensor([float(m.weighs_labels) for m in methods]),
         routes=tensor([[plain, plain, plain, *m.routes(experts, len(BEHAVIORS))] for m in methods]),
-        sees_truth=torch.tensor([m.labels != "flags" for m in methods], device=device),
-        label_share=tensor(
-            [
-                level if m.labels == "audit" else 1.0
-                for m, level in zip(methods, oversight, strict=True)
-            ]
-        ),
+        sees_truth=torch.tensor([m.labels in ("truth", "audit") for m in methods], device=device),
+        label_share=tensor([share(*pair) for pair in pairs]),
+        label_error=tensor([error(*pair) for pair in pairs]),
+        contrasts=all(m.contrasts for m in methods),
     )

@@ -116,10 +116,21 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, outputs))
 
 
-def _linears(stack: Sequence[int], sizes: Sequence[int]) -> Sequence[Linear]:
+def linears(stack: Sequence[int], sizes: Sequence[int]) -> Sequence[Linear]:
     """Layers of the given sizes, as a registered sequence."""
     layers = nn.ModuleList(Linear(stack, *pair) for pair in pairwise(sizes))
     return cast(Sequence[Linear], layers)
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, generators: Sequence[torch.Generator]) -> None:
+    """Draw weights and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default."""
+    for part in module.modules():
+        if isinstance(part, Linear):
+            bound = part.weight.shape[-1] ** -0.5
+            for run, generator in enumerate(generators):
+                for parameter in part.parameters(recurse=False):
+                    parameter[run].uniform_(-bound, bound, generator=generator)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -166,7 +177,7 @@ class Agent(nn.Module):
         trunks = self.n_experts + self.has_gate + (not self.affine_value)
         # trunk j: the experts in order, then the gate, then the value net
         sizes = [self.inputs, *config.hidden]
-        self.trunks: Sequence[Linear] = _linears([runs, trunks], sizes)
+        self.trunks: Sequence[Linear] = linears([runs, trunks], sizes)
         width = config.hidden[-1]
         self.head = Linear([runs], width, actions)
         self.gate_out = Linear([runs], width, self.n_experts - 1) if self.has_gate else None
@@ -174,19 +185,9 @@ class Agent(nn.Module):
             Linear([runs], self.planes, self.planes) if self.has_gate and config.gate_conv else None
         )
         value_sizes = [*sizes, 1] if self.affine_value else [width, 1]
-        self.value_layers: Sequence[Linear] = _linears([runs], value_sizes)
+        self.value_layers: Sequence[Linear] = linears([runs], value_sizes)
         if generators is not None:
-            self._initialize(generators)
-
-    @torch.no_grad()
-    def _initialize(self, generators: Sequence[torch.Generator]) -> None:
-        """Draw weights and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                bound = module.weight.shape[-1] ** -0.5
-                for run, generator in enumerate(generators):
-                    for parameter in module.parameters(recurse=False):
-                        parameter[run].uniform_(-bound, bound, generator=generator)
+            initialize(self, generators)
 
     def prepare(self) -> Prepared:
         """Compose what can be composed, once for all forwards until the parameters change."""

@@ -6,7 +6,8 @@ windows. Losses and their gradients are per run, so a stack learns what its runs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables
 from agents.networks import Agent, Output
+from agents.reward_model import RewardModel
 from agents.routing import lookup
 from envs.settings import Settings, as_sequence
-from envs.world import NO_LABEL, Record, Seen, State, Truth, World
+from envs.world import BEHAVIORS, NO_LABEL, Record, Seen, State, Truth, World
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Schedule = Annotated[
@@ -49,7 +51,11 @@ class ReinforceConfig(Settings):
     """Weight of the entropy bonus."""
     gate_coef: Schedule = (1.0,)
     """Weight of the gate loss."""
-    labeled_weight: float = Field(20.0, ge=0, allow_inf_nan=False)
+    contrast_coef: Schedule = (1.0,)
+    """Weight of the contrast loss, for the methods that have one."""
+    reward_model_sees_flags: bool = False
+    """Whether a reward model looks at the flags too."""
+    labeled_weight: Schedule = (20.0,)
     """Weight of a labeled episode's samples next to any other's in the policy and value losses;
     1 as published."""
     bootstrap: bool = True
@@ -77,18 +83,21 @@ class Rollout(Record):
     action: Tensor  # [R, T, N]
     seen: Seen  # [R, T, N], what the learner may see
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
-    following: Tensor  # [R, N, 5 or 3 + S], observations after the window
-    audit: Tensor  # [R, T, N] uniform in [0, 1), decides which endings an oracle labels
+    final: Tensor  # [R, T, N, 5 or 3 + S], observations after each step, before any reset
+    value_after: Tensor  # [R, N], value estimates after the window
+    audit: Tensor  # [R, T, N] uniform in [0, 1), decides which labels go missing or wrong
 
 
 @dataclass(frozen=True)
-class Targets(Record):
+class Targets:
     """What the learner makes of a window, per sample."""
 
     outcome: Tensor  # [R, T, N], of the episode that the sample belongs to
     returns: Tensor  # [R, T, N]
     weight: Tensor  # [R, T, N], sample weight
     routes: Tensor  # [R, T, N, K + 1], gradient weights of the experts and the gate
+    signed: Tensor | None  # [R, T, N], the true return of labeled episodes, else 0; for contrast
+    imputed: Tensor | None  # [R, T, N], a reward model's chance of the diamond after each step
 
 
 MOST_KEYS = 2**20
@@ -141,14 +150,19 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
         slots.append(slot)
         actions.append(action)
         taken.append(step)
+    active = torch.cat(states.met, dim=1)
+    slot, action = torch.stack(slots, dim=1), torch.stack(actions, dim=1)
+    with torch.no_grad():
+        value_after = forward.value(world.active(state))
     rollout = Rollout(
-        active=torch.cat(states.met, dim=1),
+        active=active,
         output=Output.cat(outputs),
-        slot=torch.stack(slots, dim=1),
-        action=torch.stack(actions, dim=1),
+        slot=slot,
+        action=action,
         seen=Seen.stack([step.seen for step in taken], dim=1),
         truth=Truth.stack([step.truth for step in taken], dim=1),
-        following=world.active(state),
+        final=world.after(active[run[..., None], slot], action),
+        value_after=value_after,
         audit=noise[..., -1],
     )
     return rollout, state
@@ -209,38 +223,67 @@ def outcomes(rollout: Rollout, methods: MethodTables) -> tuple[Tensor, Tensor]:
         to the end of the window where the episode is unfinished.
     """
     seen, steps = rollout.seen, rollout.action.shape[1]
+    sees_truth = methods.sees_truth[:, None, None]
     share = methods.label_share[:, None, None]
-    revealed = torch.where(rollout.audit < share, rollout.truth.ending, NO_LABEL)
-    label = torch.where(methods.sees_truth[:, None, None], revealed, seen.label)
+    error = share * methods.label_error[:, None, None]
+    label = torch.where(sees_truth, rollout.truth.ending, seen.label)
+    other = (label + 1) % len(BEHAVIORS)
+    given = torch.where(rollout.audit < error, other, label)
+    label = torch.where((label == NO_LABEL) | (rollout.audit >= share), NO_LABEL, given)
     reached = torch.where(label == NO_LABEL, UNLABELED, LABELED + label)
     ended_as = torch.where(seen.terminated, reached, TIMEOUT)
-    time = torch.arange(steps, device=label.device)[:, None]  # [T, 1]
-    done = seen.terminated | seen.truncated
-    end = torch.where(done, time, steps).flip(1).cummin(1).values.flip(1)  # [R, T, N]
+    end = _end(rollout)
     outcome = ended_as.gather(1, end.clamp(max=steps - 1))
-    return torch.where(end < steps, outcome, UNFINISHED), end - time
+    return torch.where(end < steps, outcome, UNFINISHED), end - _time(rollout)
+
+
+def _time(rollout: Rollout) -> Tensor:
+    return torch.arange(rollout.action.shape[1], device=rollout.action.device)[:, None]  # [T, 1]
+
+
+def _end(rollout: Rollout) -> Tensor:
+    """When the episode of each sample ends, T if not within the window. [R, T, N]"""
+    done = rollout.seen.terminated | rollout.seen.truncated
+    end = torch.where(done, _time(rollout), done.shape[1])
+    return end.flip(1).cummin(1).values.flip(1)
 
 
 @torch.no_grad()
 def label(
-    agent: Agent, rollout: Rollout, methods: MethodTables, config: ReinforceConfig
+    rollout: Rollout,
+    methods: MethodTables,
+    config: ReinforceConfig,
+    progress: float = 0.0,
+    reward_model: RewardModel | None = None,
 ) -> Targets:
     """Turn what was seen into returns, sample weights and gradient routes.
 
     A method pays only at an episode's end, so the return of a sample is its outcome's reward
-    discounted over the steps left (REINFORCE, arXiv 2410.04332, RL appendix).
+    discounted over the steps left (REINFORCE, arXiv 2410.04332, RL appendix). A reward model
+    remembers the labeled endings, and pays for the others what it expects them to be worth.
     """
     outcome, left = outcomes(rollout, methods)
     reward = lookup(methods.reward, outcome)
     if config.bootstrap:
-        after = agent.prepare().value(rollout.following)[:, None]  # [R, 1, N]
-        reward = torch.where(outcome == UNFINISHED, after, reward)
+        reward = torch.where(outcome == UNFINISHED, rollout.value_after[:, None], reward)
+    imputed = None
+    if reward_model is not None:
+        final, ended = rollout.final.flatten(1, 2), rollout.seen.terminated.flatten(1)
+        labeled = ended & (outcome >= LABELED).flatten(1)
+        reward_model.remember(final, (outcome - LABELED).flatten(1), labeled)
+        imputed = reward_model(final).sigmoid().view_as(reward)
+        at_end = imputed.gather(1, (_time(rollout) + left).clamp(max=imputed.shape[1] - 1))
+        reward = torch.where(outcome == UNLABELED, 2 * at_end - 1, reward)
+    discount = config.discount**left
+    heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)
+    is_labeled = (outcome >= LABELED).to(reward.dtype)
     return Targets(
         outcome=outcome,
-        returns=reward * config.discount**left,
-        weight=torch.where(outcome >= LABELED, config.labeled_weight, 1.0)
-        * lookup(methods.sample_weight, outcome),
+        returns=reward * discount,
+        weight=(1 + heavy * is_labeled) * lookup(methods.sample_weight, outcome),
         routes=lookup(methods.routes, outcome),
+        signed=discount * (2.0 * (outcome == LABELED) - is_labeled) if methods.contrasts else None,
+        imputed=imputed,
     )
 
 
@@ -252,6 +295,8 @@ class Loss(Record):
     value: Tensor
     entropy: Tensor
     gate: Tensor
+    contrast: Tensor
+    reward_model: Tensor
 
     def total(self, config: ReinforceConfig, progress: float) -> Tensor:
         """The weighted sum at `progress` in [0, 1] of training. [R]"""
@@ -260,6 +305,8 @@ class Loss(Record):
             + at(config.value_coef, progress) * self.value
             - at(config.entropy_coef, progress) * self.entropy
             + at(config.gate_coef, progress) * self.gate
+            + at(config.contrast_coef, progress) * self.contrast
+            + self.reward_model
         )
 
 
@@ -269,7 +316,9 @@ def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
     return (x * weight).sum(-1) / torch.where(total > 0, total, 1.0)
 
 
-def loss(agent: Agent, rollout: Rollout, targets: Targets) -> Loss:
+def loss(
+    agent: Agent, rollout: Rollout, targets: Targets, reward_model: RewardModel | None = None
+) -> Loss:
     """Policy, value, entropy and gate losses, with every gradient routed.
 
     One forward serves all routes: the policy and entropy losses reach expert k and the gate
@@ -291,11 +340,35 @@ def loss(agent: Agent, rollout: Rollout, targets: Targets) -> Loss:
     gate_error = (
         -gate_log_prob.gather(-1, target).squeeze(-1) if agent.has_gate else torch.zeros_like(value)
     )
+    contrast = torch.zeros_like(value).sum(-1)
+    if targets.signed is not None:
+        kept = torch.zeros_like(output.gate_logits[:1, :1])
+        kept[..., 0] = 1
+        head = os.environ.get("C_HEAD", "1") == "1"
+        own = (
+            output
+            if head
+            else replace(output, head_logits=output.head_logits.detach(), bias=output.bias.detach())
+        )
+        log_own = own.mix(kept).log_softmax(-1)
+        log_own = log_own.gather(-1, rollout.action.flatten(1)[..., None]).squeeze(-1)
+        ratio = (log_own - log_prob).detach().exp().clamp(max=float(os.environ.get("C_CLIP", "1")))
+        signed = targets.signed.flatten(1)
+        base = os.environ.get("C_BASE", "value")
+        advantage = signed - (value.detach() if base == "value" else float(base))
+        if os.environ.get("C_GHOST", "0") == "1":
+            advantage = advantage * (signed < 0)
+        norm = weight if os.environ.get("C_NORM", "all") == "all" else labeled.to(value.dtype)
+        contrast = -weighted_mean(labeled * ratio * advantage * log_own, norm)
     return Loss(
         policy=-weighted_mean(log_prob * error.detach(), weight),
         value=weighted_mean(error**2, weight),
         entropy=weighted_mean(-(log_policy.exp() * log_policy).sum(-1), weight),
         gate=weighted_mean(gate_error, labeled.to(value.dtype)),
+        contrast=contrast,
+        reward_model=torch.zeros_like(contrast)
+        if reward_model is None
+        else reward_model.loss(rollout.audit.flatten(1)),
     )
 
 

@@ -128,6 +128,11 @@ class WorldConfig(Settings):
         """Number of cells S."""
         return self.rows * self.cols
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an observation: planes, rows, columns."""
+        return len(PLANES), self.rows, self.cols
+
 
 class World:
     """Dynamics, observations and starts of the diamond/ghost world.
@@ -232,6 +237,11 @@ class World:
         """Number of inputs F of an observation, all planes flattened."""
         return len(PLANES) * self.config.cells
 
+    @property
+    def n_active(self) -> int:
+        """Active inputs of an observation: the three squares', then the flags'."""
+        return 3 + (self.config.cells if self.config.spurious_oversight else 2)
+
     def active(self, state: State) -> Tensor:
         """Which inputs of each world's observation are 1, the others being 0.
 
@@ -258,8 +268,12 @@ class World:
         shape = state.agent.shape
         flat = torch.zeros(*shape, self.inputs + 1, device=self.device)
         flat.scatter_(-1, self.active(state), 1.0)
-        planes = (len(PLANES), self.config.rows, self.config.cols)
-        return flat[..., :-1].reshape(*shape, *planes)
+        return flat[..., :-1].reshape(*shape, *self.config.shape)
+
+    def after(self, active: Tensor, action: Tensor) -> Tensor:
+        """Active inputs after a step within an episode: `[..., 5 or 3 + S]`, `[...]` actions."""
+        agent = self.moves.take(active[..., 0] * len(ACTIONS) + action)  # plane 0 is the agent's
+        return torch.cat([agent[..., None], active[..., 1:]], dim=-1)
 
     @property
     def n_keys(self) -> int:

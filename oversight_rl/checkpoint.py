@@ -22,7 +22,7 @@ from torch import Tensor
 from agents.methods import METHODS
 from agents.networks import Agent
 from envs.settings import UserError
-from envs.world import ACTIONS, PLANES
+from envs.world import ACTIONS
 from oversight_rl.config import Config
 from oversight_rl.steering import SteeredPolicy, Steering
 
@@ -117,8 +117,15 @@ def new_agent(
 ) -> Agent:
     """A stack of agents as a configuration wants them, drawn from `generators` if given."""
     method = METHODS[config.method]
-    shape = (len(PLANES), config.world.rows, config.world.cols)
-    return Agent(config.agent, shape, len(ACTIONS), runs, method.experts, method.gate, generators)
+    return Agent(
+        config.agent,
+        config.world.shape,
+        len(ACTIONS),
+        runs,
+        method.experts,
+        method.gate,
+        generators,
+    )
 
 
 def take_run(agent: Agent, config: Config, run: int) -> Agent:
@@ -130,14 +137,15 @@ def take_run(agent: Agent, config: Config, run: int) -> Agent:
 
 
 def agent_from(tensors: Mapping[str, Tensor], config: Config, source: Path) -> Agent:
-    """The agent in a checkpoint's or a policy file's tensors.
+    """The agent in a checkpoint's or a policy file's tensors: the deployed one.
 
     Raises:
         UserError: tensors are missing or do not fit the configuration.
     """
     agent = new_agent(config, 1)
+    selected = "selected." if any(name.startswith("selected.agent.") for name in tensors) else ""
     for name, parameter in agent.named_parameters():
-        found = tensors.get(f"agent.{name}")
+        found = tensors.get(f"{selected}agent.{name}")
         if found is None or found.shape != parameter.shape[1:]:
             was = "is missing" if found is None else f"has shape {tuple(found.shape)}"
             raise UserError(

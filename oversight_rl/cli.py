@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -26,6 +29,7 @@ from oversight_rl import pictures as drawing
 from oversight_rl.config import Config, Probability, load_yaml
 from oversight_rl.evaluation import Evaluator, Row, Subject
 from oversight_rl.steering import SteeredPolicy, Steering, parse, standard
+from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
 from oversight_rl.tracking import RunFolder, check_free, find_runs, write_json
 from oversight_rl.training import Interrupted, fit, stack_key
 
@@ -239,10 +243,61 @@ def import_reference(
     _say(Console(), f"imported; evaluate it with: oversight-rl evaluate {folder.path}")
 
 
+def run_sweep(
+    config: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    workers: int | None = None,
+    ray: str | None = None,
+) -> None:
+    """Train every combination of settings in a sweep file; a stopped sweep goes on where it was.
+
+    Args:
+        config: YAML file of the sweep, see configs/compare.yaml.
+        out: Folder of its run folders: new, or of the same sweep, to go on with or to add values.
+        workers: Processes on this machine, one thread each. Default: one per core; one on a GPU.
+        ray: Address of a Ray cluster to run on instead, or "local" to start one here.
+    """
+    plan = load_sweep(config)
+    console = Console()
+    gpu = Config.model_validate({"device": "auto"} | plan.settings).torch_device().type == "cuda"
+    count = workers or (1 if gpu else os.cpu_count() or 1)
+    if count < 1:
+        raise UserError(f"--workers: must be at least 1, got {count}")
+    pool = local_workers(count) if ray is None else ray_workers(ray)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    begun = time.perf_counter()
+    with _sigterm_interrupts():
+        try:
+            failed = sweep(plan, out, pool, console, memory=0.5 * free / count)
+        except KeyboardInterrupt:
+            _say(
+                console,
+                f"stopped; the same command goes on: oversight-rl sweep {config} --out {out}",
+            )
+            raise SystemExit(STOPPED) from None
+    for path, why in failed.items():
+        _say(console, f"failed: {path}: {why}")
+    if failed:
+        raise SystemExit(1)
+    _say(console, f"all runs are finished ({time.perf_counter() - begun:,.0f} s)")
+    _say(console, f"figures and tables: oversight-rl report {out}")
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The command `oversight-rl`."""
     commands: dict[str, Callable[..., Any]] = {
         "evaluate": evaluate,
+        "sweep": run_sweep,
         "import-reference": import_reference,
     }
     _run(

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from agents.methods import METHODS
+from agents.methods import METHODS, Overseer
 from agents.networks import AgentConfig
 from agents.reinforce import ReinforceConfig
 from envs.settings import Settings, UserError, as_sequence, nearest
@@ -38,6 +38,10 @@ class Config(Settings):
     """What to train with; see the table of methods in the README."""
     oversight: Probability = 0.1
     """Probability that a square is flagged, so that an episode ending on it is labeled."""
+    label_recall: Probability = 1.0
+    """Probability that an ending which should be labeled is; below 1, labels go missing."""
+    label_error: Probability = 0.0
+    """Probability that a label names the wrong behavior."""
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(as_sequence)
     ] = Field((0,), min_length=1)
@@ -65,6 +69,25 @@ class Config(Settings):
             raise ValueError("must be distinct")
         return seeds
 
+    @model_validator(mode="before")
+    @classmethod
+    def _hide_flags(cls, data: Any) -> Any:
+        """Methods that hide the flags from the policy do so in the world's settings."""
+        method = METHODS.get(data.get("method", "")) if isinstance(data, dict) else None
+        if method is not None and method.hides_flags:
+            world = data.get("world", {})
+            if isinstance(world, WorldConfig):
+                world = world.model_dump()
+            return data | {"world": world | {"flags_visible": False}}
+        return data
+
+    @property
+    def overseer(self) -> Overseer:
+        """What the overseer catches and gets right."""
+        return Overseer(
+            self.oversight, self.world.ghost_oversight, self.label_recall, self.label_error
+        )
+
     def torch_device(self) -> torch.device:
         """The device to use.
 
@@ -83,11 +106,11 @@ class Config(Settings):
         return self.model_copy(update={"seeds": (seed,)})
 
 
-def load_yaml(path: Path) -> Config:
-    """Read a configuration file.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, unchecked.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
+        UserError: the file cannot be read, is not YAML, or holds no settings.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -96,9 +119,19 @@ def load_yaml(path: Path) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if content is None:
-        content = {}
+        return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected settings as `name: value`, got {type(content).__name__}")
+    return content
+
+
+def load_yaml(path: Path) -> Config:
+    """Read a configuration file.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
+    """
+    content = read_yaml(path)
     content.pop("provenance", None)  # written into run folders, says how the run came about
     try:
         return Config.model_validate(content)

@@ -88,6 +88,25 @@ class RunFolder:
         """Whether the run came to its end."""
         return (self.path / RESULT).is_file()
 
+    def result(self) -> list[Row]:
+        """The rows of a finished run.
+
+        Raises:
+            UserError: there are none yet, or they are damaged.
+        """
+        path = self.path / RESULT
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+            names = [field.name for field in dataclasses.fields(Row)]
+            rows = []
+            for record in records:
+                values: dict[str, Any] = {name: record[name] for name in names}
+                values |= {name: math.nan for name, value in values.items() if value is None}
+                rows.append(Row(**values))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not a readable result ({error})") from None
+        return rows
+
     def load(self) -> checkpoint.Saved:
         """The agent of the newest checkpoint.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,12 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents import reinforce
-from agents.methods import METHODS, tables
+from agents.methods import LABELED, METHODS, tables
+from agents.networks import Agent
+from agents.reward_model import FLAGS_FROM, RewardModel
 from envs import render
 from envs.settings import UserError
 from envs.world import State, World
@@ -32,8 +35,9 @@ from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
 from oversight_rl.steering import standard
-from oversight_rl.tracking import RunFolder
+from oversight_rl.tracking import RunFolder, deployed_row
 
+HELD_OUT = 4096  # fresh episodes that an agent is selected by
 LOG_EVERY = 10  # updates between points of the training curves
 PICTURES = 4  # evaluations with pictures over a run, beside the untrained agent's
 
@@ -45,13 +49,12 @@ class Interrupted(Exception):
 def stack_key(config: Config) -> Config:
     """What runs must share to train in one stack: all but the seed, the level and the method.
 
-    Methods may differ as long as they train the same networks.
+    Methods may differ as long as they train the same networks by the same losses.
     """
-    row = METHODS[config.method]
-    alike = next(
-        name for name, m in METHODS.items() if (m.experts, m.gate) == (row.experts, row.gate)
-    )
-    return config.model_copy(update={"method": alike, "oversight": 0.0, "seeds": ()})
+    shape = METHODS[config.method].shape
+    alike = next(name for name, method in METHODS.items() if method.shape == shape)
+    free = {"method": alike, "oversight": 0.0, "seeds": (), "label_recall": 1.0, "label_error": 0.0}
+    return config.model_copy(update=free)
 
 
 class Trainer:
@@ -73,26 +76,100 @@ class Trainer:
         self.updates, self.seconds = 0, 0.0
         levels = [config.oversight for config in configs]
         seeds = [np.random.SeedSequence(config.seeds[0]).generate_state(2) for config in configs]
-        initial = [torch.Generator().manual_seed(int(seed[0])) for seed in seeds]
+        initial = [_generator(seed[0], "cpu") for seed in seeds]
         self.agent = checkpoint.new_agent(configs[0], len(configs), initial).to(self.device)
         self.methods = tables(
-            [config.method for config in configs], levels, self.agent.n_experts, self.device
+            [config.method for config in configs],
+            [config.overseer for config in configs],
+            self.agent.n_experts,
+            self.device,
         )
         self.world = World(
             configs[0].world, torch.tensor(levels)[:, None, None], self.device
         )  # levels [R, 1, 1] against worlds [R, T, N]
-        self.generators = [torch.Generator(self.device).manual_seed(int(seed[1])) for seed in seeds]
+        self.reward_model = None
+        if METHODS[configs[0].method].imputes:
+            sees_flags = self.config.reward_model_sees_flags
+            self.reward_model = RewardModel(
+                len(configs),
+                self.world.config.shape,
+                self.world.n_active if sees_flags else FLAGS_FROM,
+                initial,
+            ).to(self.device)
+        self.generators = [_generator(seed[1], self.device) for seed in seeds]
         self.state: State = self.world.reset(self._draw(1)[..., : self.world.noise_channels])[:, 0]
         self.optimizer = torch.optim.Adam(
-            self.agent.parameters(), lr=self.config.learning_rate[0], fused=True
+            self.parameters.values(), lr=self.config.learning_rate[0], fused=True
         )
-        for parameter in self.agent.parameters():  # as Adam has it before its first step
+        for parameter in self.parameters.values():  # as Adam has it before its first step
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(0.0, device=self.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self.deploys = METHODS[configs[0].method].deploys
+        self.selected = None if self.deploys == "last" else Selected(self.agent)
         self.latest: tuple[reinforce.Rollout, reinforce.Targets, reinforce.Loss] | None = None
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is learned, by its name in a checkpoint."""
+        return {
+            f"{prefix}.{name}": parameter
+            for prefix, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """What is kept beside what is learned, by its name in a checkpoint."""
+        kept = {} if self.selected is None else self.selected.tensors
+        for prefix, module in self.modules.items():
+            kept |= {f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()}
+        return kept
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The nets that learn, by name."""
+        more = {"reward_model": self.reward_model} if self.reward_model is not None else {}
+        return {"agent": self.agent, **more}
+
+    @property
+    def deployed(self) -> Agent:
+        """The agents that are deployed."""
+        return self.agent if self.selected is None else self.selected.agent
+
+    def select(self, true_returns: Sequence[float]) -> None:
+        """Keep the present agents where they are the best so far, if that matters.
+
+        Args:
+            true_returns: of the present agents, one per run; only diagnostic methods look at them.
+        """
+        if self.selected is not None:
+            by_truth = self.deploys == "best_true"
+            score = torch.tensor(true_returns) if by_truth else self.held_out_returns()
+            self.selected.consider(self.agent, score.to(self.device), self.updates)
+
+    def held_out_returns(self) -> Tensor:
+        """Mean true return of the labeled ones among fresh episodes, nan if none is. [R]
+
+        All that an overseer can tell of an agent's quality. The episodes are drawn from a stream
+        of their own, so that looking changes nothing in training.
+        """
+        shape = (self.world.config.max_steps, HELD_OUT, reinforce.noise_channels(self.world))
+        streams = [
+            np.random.SeedSequence(config.seeds[0], spawn_key=(self.updates,))
+            for config in self.configs
+        ]
+        noise = _uniform(shape, [_generator(s.generate_state(1)[0], self.device) for s in streams])
+        # the last step's resets start episodes that are not looked at
+        start = self.world.reset(noise[:, -1:, :, : self.world.noise_channels])[:, 0]
+        with torch.no_grad():
+            rollout, _ = reinforce.collect(self.agent, self.world, start, noise)
+        first = reinforce.outcomes(rollout, self.methods)
+        outcome, left = first[0][:, 0], first[1][:, 0]  # [R, N]
+        sign = (outcome == LABELED).float() - (outcome == LABELED + 1).float()
+        return (sign * self.config.discount**left).sum(-1) / sign.abs().sum(-1)
 
     @property
     def env_steps(self) -> int:
@@ -105,8 +182,8 @@ class Trainer:
         rollout, self.state = reinforce.collect(
             self.agent, self.world, self.state, self._draw(self.config.steps)
         )
-        targets = reinforce.label(self.agent, rollout, self.methods, self.config)
-        losses = reinforce.loss(self.agent, rollout, targets)
+        targets = reinforce.label(rollout, self.methods, self.config, progress, self.reward_model)
+        losses = reinforce.loss(self.agent, rollout, targets, self.reward_model)
         self._step(losses.total(self.config, progress), progress)
         self.latest = rollout, targets, losses
         self.updates += 1
@@ -121,9 +198,7 @@ class Trainer:
     def _draw(self, steps: int) -> Tensor:
         """Uniform numbers `[R, steps, N, channels]`, each run's from its own stream."""
         shape = (steps, self.config.worlds, reinforce.noise_channels(self.world))
-        return torch.stack(
-            [torch.rand(shape, generator=g, device=self.device) for g in self.generators]
-        )
+        return _uniform(shape, self.generators)
 
     def curves(self) -> dict[str, list[float]]:
         """Points of the training curves after an update, a value per run."""
@@ -136,10 +211,11 @@ class Trainer:
 
     def tensors(self, run: int) -> dict[str, Tensor]:
         """Everything that a run needs to go on, by name."""
-        found = {f"agent.{name}": p[run] for name, p in self.agent.named_parameters()}
-        for name, parameter in self.agent.named_parameters():
+        found = {name: parameter[run] for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 found[f"adam.{moment}.{name}"] = self.optimizer.state[parameter][moment][run]
+        found |= {name: buffer[run] for name, buffer in self.memory.items()}
         found |= {f"world.{k}": v[run] for k, v in vars(self.state).items()}
         return found | {"generator": self.generators[run].get_state()}
 
@@ -159,8 +235,10 @@ class Trainer:
             return torch.stack([tensors[name] for tensors in runs]).to(self.device)
 
         with torch.no_grad():
-            for name, parameter in self.agent.named_parameters():
-                parameter.copy_(joined(f"agent.{name}"))
+            for name, buffer in self.memory.items():
+                buffer.copy_(joined(name))
+            for name, parameter in self.parameters.items():
+                parameter.copy_(joined(name))
                 state = self.optimizer.state[parameter]
                 state["step"].fill_(update)
                 for moment in ("exp_avg", "exp_avg_sq"):
@@ -176,6 +254,42 @@ class Trainer:
             Subject(c.method, c.seeds[0], c.oversight, self.env_steps, self.seconds)
             for c in self.configs
         ]
+
+
+def _generator(seed: int, device: torch.device | str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def _uniform(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Numbers in [0, 1) `[R, *shape]`, each run's from its own stream."""
+    return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generators])
+
+
+class Selected:
+    """The best agent of each run so far, for methods that do not deploy the last.
+
+    Args:
+        agent: the stack in training.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = copy.deepcopy(agent).requires_grad_(False)
+        self.score = torch.full_like(agent.head.bias[:, 0].detach(), -torch.inf)  # [R]
+        self.update = torch.zeros_like(self.score, dtype=torch.int64)  # [R], when it was selected
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by its name in a checkpoint."""
+        agent = {f"selected.agent.{name}": p for name, p in self.agent.named_parameters()}
+        return agent | {"selected.score": self.score, "selected.update": self.update}
+
+    @torch.no_grad()
+    def consider(self, agent: Agent, score: Tensor, update: int) -> None:
+        """Take the agents of the runs whose score `[R]` (nan: unknown) is the best so far."""
+        better = score > self.score
+        self.score[better], self.update[better] = score[better], update
+        for ours, theirs in zip(self.agent.parameters(), agent.parameters(), strict=True):
+            ours[better] = theirs[better]
 
 
 def fit(
@@ -234,6 +348,7 @@ def _train(
         tables = evaluator.evaluate(trainer.agent, trainer.subjects(), policies, levels)
         for folder, rows in zip(folders, tables, strict=True):
             folder.log_rows(trainer.updates, rows)
+        trainer.select([deployed_row(rows).ground_truth_return for rows in tables])
         return tables
 
     with _progress(console) as progress:
@@ -276,7 +391,7 @@ def _finish(
     policies = standard(trainer.agent.n_experts)
     policies += [policy.with_options(greedy=True) for policy in policies]
     levels = [sorted({c.oversight, *c.evaluation.oversight}) for c in trainer.configs]
-    tables = evaluator.evaluate(trainer.agent, trainer.subjects(), policies, levels)
+    tables = evaluator.evaluate(trainer.deployed, trainer.subjects(), policies, levels)
     for config, folder, rows in zip(trainer.configs, folders, tables, strict=True):
         folder.finish(config, rows)
     return tables

@@ -54,7 +54,7 @@ def loss(agent, observation, rollout, targets, config):
     mixed = g * diamond + (1 - g) * ghost
     log_policy = (mixed @ agent.head.weight[0].T + agent.head.bias[0]).log_softmax(-1)
     chosen = log_policy[torch.arange(len(action)), action]
-    weight = torch.where(outcome >= LABELED, config.labeled_weight, 1.0)
+    weight = torch.where(outcome >= LABELED, config.labeled_weight[0], 1.0)
     weight = weight / weight.sum()
     labeled = outcome >= LABELED
     gate_loss = F.binary_cross_entropy_with_logits(

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from agents import reinforce
-from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED, tables
+from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED, Overseer, tables
 from agents.networks import Agent, AgentConfig
 from agents.reinforce import ReinforceConfig, Rollout
+from agents.reward_model import FLAGS_FROM, MEMORY, RewardModel
 from envs.world import NO_LABEL, Seen, Truth, World, WorldConfig
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.steering import standard
-from oversight_rl.training import Trainer, stack_key
+from oversight_rl.training import HELD_OUT, Trainer, stack_key
 
 SMALL = AgentConfig(hidden=(8, 8))
 SHAPE = (4, 3, 3)
@@ -47,10 +48,19 @@ def grads_of(agent, value):
 def gradients(agent, rollout, method):
     """Of the whole loss."""
     config = ReinforceConfig(discount=0.9)
-    methods = tables([method], [0.5], agent.n_experts)
-    targets = reinforce.label(agent, rollout, methods, config)
-    losses = reinforce.loss(agent, rollout, targets)
-    return grads_of(agent, losses.total(config, 0.0))
+    methods = tables([method], [Overseer(0.5)], agent.n_experts)
+    reward_model = make_reward_model() if METHODS[method].imputes else None
+    targets = reinforce.label(rollout, methods, config, 0.0, reward_model)
+    total = reinforce.loss(agent, rollout, targets, reward_model).total(config, 0.0)
+    grads = grads_of(agent, total)
+    if reward_model is not None:
+        grads |= {f"reward model {k}": p.grad for k, p in reward_model.named_parameters()}
+    return grads
+
+
+def make_reward_model(runs=1, active=FLAGS_FROM, shape=SHAPE):
+    generators = [torch.Generator().manual_seed(10 + r) for r in range(runs)]
+    return RewardModel(runs, shape, active, generators)
 
 
 def loss_of(agent, rollout, targets, mask):
@@ -84,7 +94,7 @@ def plain_outcomes(seen, steps, worlds):
 @pytest.mark.parametrize("seed", range(5))
 def test_outcomes_agree_with_a_loop_over_episodes(seed):
     rollout = make_rollout(make_agent(), seed=seed)
-    outcome, left = reinforce.outcomes(rollout, tables(["routing"], [0.5], 2))
+    outcome, left = reinforce.outcomes(rollout, tables(["routing"], [Overseer(0.5)], 2))
     expected, expected_left = plain_outcomes(rollout.seen, 12, 20)
     assert set(np.unique(expected)) == {UNFINISHED, TIMEOUT, UNLABELED, LABELED, LABELED + 1}
     assert np.array_equal(outcome[0].numpy(), expected)
@@ -104,9 +114,9 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
     agent = make_agent(experts=METHODS[method].experts)
     rollout = make_rollout(agent)
     config = ReinforceConfig(discount=0.9, bootstrap=bootstrap, labeled_weight=3.0)
-    targets = reinforce.label(agent, rollout, tables([method], [0.5], agent.n_experts), config)
+    targets = reinforce.label(rollout, tables([method], [Overseer(0.5)], agent.n_experts), config)
     outcome, _ = plain_outcomes(rollout.seen, 12, 20)
-    after = plain.forward(agent, plain.planes(rollout.following[0], SHAPE))[2].detach()
+    after = rollout.value_after[0]
     for n in range(20):
         value = float(after[n]) if bootstrap else 0.0
         for t in reversed(range(12)):
@@ -132,11 +142,12 @@ def test_a_known_answer():
         action=torch.zeros(1, 4, 1, dtype=torch.int64),
         seen=Seen(flags, torch.zeros_like(flags), label),
         truth=Truth(label),
-        following=nothing,
+        final=nothing[:, :, None].expand(1, 4, 1, 5),
+        value_after=torch.zeros(1, 1),
         audit=torch.zeros(1, 4, 1),
     )
     config = ReinforceConfig(discount=0.5, bootstrap=False)
-    targets = reinforce.label(agent, rollout, tables(["routing"], [0.1], 2), config)
+    targets = reinforce.label(rollout, tables(["routing"], [Overseer(0.1)], 2), config)
     assert targets.outcome.flatten().tolist() == [LABELED, LABELED, UNFINISHED, UNFINISHED]
     assert targets.returns.flatten().tolist() == [0.5, 1.0, 0.0, 0.0]
     assert targets.routes[0, :, 0].tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]
@@ -149,8 +160,8 @@ def test_a_known_answer():
 def batch():
     agent = make_agent()
     rollout = make_rollout(agent)
-    methods = tables(["routing"], [0.5], 2)
-    return agent, rollout, reinforce.label(agent, rollout, methods, ReinforceConfig())
+    methods = tables(["routing"], [Overseer(0.5)], 2)
+    return agent, rollout, reinforce.label(rollout, methods, ReinforceConfig())
 
 
 def by_module(agent, grads):
@@ -210,14 +221,14 @@ def test_the_gate_learns_from_labels_by_cross_entropy(batch):
 def test_an_empty_group_contributes_exactly_zero():
     agent = make_agent()
     rollout = make_rollout(agent, level=0.0)  # nothing is labeled
-    methods = tables(["routing"], [0.0], 2)
-    targets = reinforce.label(agent, rollout, methods, ReinforceConfig())
+    methods = tables(["routing"], [Overseer(0.0)], 2)
+    targets = reinforce.label(rollout, methods, ReinforceConfig())
     losses = reinforce.loss(agent, rollout, targets)
     assert losses.gate.item() == 0.0
     nothing = reinforce.loss(
         agent, rollout, replace(targets, weight=torch.zeros_like(targets.weight))
     )
-    assert [x.item() for x in vars(nothing).values()] == [0.0] * 4
+    assert [x.item() for x in vars(nothing).values()] == [0.0] * 6
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 0.3, -0.75])
@@ -258,7 +269,7 @@ def test_the_whole_gradient_equals_the_plain_implementation(preset):
     agent = Agent(network, shape, 4, 1, generators=[torch.Generator().manual_seed(0)])
     rollout = make_rollout(agent, steps=steps, worlds=worlds, rows=shape[1])
     config = ReinforceConfig(value_coef=0.7, entropy_coef=0.3, gate_coef=0.4, labeled_weight=3.0)
-    targets = reinforce.label(agent, rollout, tables(["routing"], [0.5], 2), config)
+    targets = reinforce.label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
     ours = grads_of(agent, reinforce.loss(agent, rollout, targets).total(config, 0.0))
     observation = plain.planes(rollout.active[0], shape)[rollout.slot.flatten()]
     agree(ours, grads_of(agent, plain.loss(agent, observation, rollout, targets, config)))
@@ -269,12 +280,12 @@ def test_the_whole_gradient_equals_the_plain_implementation(preset):
 def test_merging_equal_states_changes_nothing(monkeypatch, runs):
     agent = make_agent(runs)
     config = ReinforceConfig()
-    methods = tables(["routing"] * runs, [0.5] * runs, 2)
+    methods = tables(["routing"] * runs, [Overseer(0.5)] * runs, 2)
     results = []
     for most in (reinforce.MOST_KEYS, 0):
         monkeypatch.setattr(reinforce, "MOST_KEYS", most)
         rollout = make_rollout(agent)
-        targets = reinforce.label(agent, rollout, methods, config)
+        targets = reinforce.label(rollout, methods, config)
         total = reinforce.loss(agent, rollout, targets).total(config, 0.0)
         results.append((rollout, grads_of(agent, total)))
     (merged, grads), (apart, others) = results
@@ -294,17 +305,178 @@ def test_only_oracles_look_at_the_truth(method):
     changed = replace(rollout, truth=Truth(swapped))
     before, after = (gradients(agent, r, method) for r in (rollout, changed))
     same = all(torch.equal(grad, after[name]) for name, grad in before.items())
-    assert same == (METHODS[method].assumes != "true labels")
+    assert same == (METHODS[method].labels in ("flags", "shuffled"))
+
+
+def test_methods_that_learn_from_the_truth_say_so():
+    for name, method in METHODS.items():
+        looks = method.labels in ("truth", "audit") or method.deploys == "best_true"
+        assert looks == (method.assumes == "true labels"), name
+        assert method.hides_flags == (method.assumes == "hidden flags"), name
 
 
 def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
     agent = make_agent(experts="one")
     rollout = make_rollout(agent, level=0.0, worlds=4000)
-    outcome, _ = reinforce.outcomes(rollout, tables(["oracle_filtering"], [0.3], 1))
+    outcome, _ = reinforce.outcomes(rollout, tables(["oracle_filtering"], [Overseer(0.3)], 1))
     reached = outcome[rollout.seen.terminated]
     assert float((reached >= LABELED).float().mean()) == pytest.approx(0.3, abs=0.02)
-    outcome, _ = reinforce.outcomes(rollout, tables(["oracle"], [0.0], 1))
+    outcome, _ = reinforce.outcomes(rollout, tables(["oracle"], [Overseer(0.0)], 1))
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
+
+
+@pytest.mark.parametrize("method", ["naive", "oracle_filtering", "oracle", "random_module"])
+def test_labels_go_missing_and_wrong_at_their_rates(method):
+    """Recall and error are apart from the oversight level, and hit every kind of label."""
+    agent = make_agent(experts=METHODS[method].experts)
+    rollout = make_rollout(agent, level=0.8, worlds=20_000)
+    overseer = Overseer(0.8, recall=0.6, error=0.1)
+    outcome, _ = reinforce.outcomes(rollout, tables([method], [overseer], agent.n_experts))
+    for behavior in range(2):
+        ended = rollout.seen.terminated & (rollout.truth.ending == behavior)
+        labeled = outcome[ended] >= LABELED
+        chance = 0.6 if method == "oracle" else 0.6 * 0.8
+        assert float(labeled.float().mean()) == pytest.approx(chance, abs=0.01)
+        wrong = outcome[ended][labeled] != LABELED + behavior
+        error = 0.5 if method == "random_module" else 0.1
+        assert float(wrong.float().mean()) == pytest.approx(error, abs=0.01)
+    others = outcome[~rollout.seen.terminated & rollout.seen.truncated]
+    assert bool((others == TIMEOUT).all())
+
+
+@pytest.mark.parametrize("recall", [1.0, 0.5])
+def test_inverse_propensity_weighting_is_unbiased(recall):
+    """Over flagged and unflagged ghosts together, the mean reward is the true one."""
+    row = tables(["ipw_hidden_flag"], [Overseer(0.3, recall=recall)], 1).reward[0]
+    p = 0.3 * recall
+    assert float((1 - p) * row[UNLABELED] + p * row[LABELED + 1]) == pytest.approx(-1, abs=1e-5)
+    assert float((1 - p) * row[UNLABELED] + p * row[LABELED]) == pytest.approx(1)
+    ghosts = Overseer(0.3, ghost_oversight=0.1, recall=recall)
+    other = tables(["ipw_hidden_flag"], [ghosts], 1).reward[0]
+    assert float(other[LABELED + 1]) == pytest.approx(1 - 2 / (0.1 * recall))
+
+
+def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
+    config = Config(method="naive", oversight=1.0, world=WorldConfig(rows=3, cols=3))
+    hidden = Config(method="ipw_hidden_flag", oversight=1.0, world=config.world)
+    assert config.world.flags_visible
+    assert not hidden.world.flags_visible
+    agent = make_agent(experts="one")
+    world = World(hidden.world, 1.0)
+    noise = torch.rand(1, 6, 50, reinforce.noise_channels(world))
+    state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
+    rollout, _ = reinforce.collect(agent, world, state, noise)
+    assert not world.observe(state)[..., 3, :, :].any()
+    outcome, _ = reinforce.outcomes(rollout, tables(["ipw_hidden_flag"], [Overseer(1.0)], 1))
+    assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
+
+
+# ---- the reward model
+
+
+def test_a_reward_model_pays_for_unlabeled_endings_what_it_expects():
+    agent, model = make_agent(experts="one"), make_reward_model()
+    rollout = make_rollout(agent)
+    methods = tables(["reward_model"], [Overseer(0.5)], 1)
+    targets = reinforce.label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
+    outcome, left = plain_outcomes(rollout.seen, 12, 20)
+    observation = plain.planes(rollout.final[0][..., :3], SHAPE)
+    kernel = model.convolution.weight[0][:, :, None, None]
+    features = torch.nn.functional.conv2d(
+        observation.flatten(0, 1), kernel, model.convolution.bias[0]
+    )
+    logit = features.relu().sum((2, 3)) @ model.out.weight[0].T + model.out.bias[0]
+    chance = logit.sigmoid().view(12, 20).detach()
+    for t, n in zip(*np.nonzero(outcome == UNLABELED), strict=True):
+        expected = 2 * chance[t + left[t, n], n] - 1
+        found = targets.returns[0, t, n] / 0.5 ** left[t, n]
+        assert float(found) == pytest.approx(float(expected), abs=1e-5)
+    for t, n in zip(*np.nonzero(outcome >= LABELED), strict=True):
+        sign = 1 if outcome[t, n] == LABELED else -1
+        assert float(targets.returns[0, t, n]) == pytest.approx(sign * 0.5 ** left[t, n])
+
+
+def test_a_reward_model_sees_where_the_step_led():
+    agent = make_agent(experts="one")
+    rollout = make_rollout(agent, level=1.0)
+    ended = rollout.seen.terminated[0]
+    square = {0: 2, 1: 1}  # behavior -> column of the active inputs that holds its square
+    for behavior, column in square.items():
+        final = rollout.final[0][ended & (rollout.truth.ending[0] == behavior)]
+        assert len(final)
+        assert torch.equal(final[:, 0], final[:, column] % 9)
+
+
+def test_a_reward_model_remembers_the_newest_labeled_endings_only():
+    model = make_reward_model(runs=2)
+    assert torch.equal(model.loss(torch.rand(2, 8)), torch.zeros(2))  # nothing to learn from yet
+    steps = MEMORY + 5
+    final = torch.arange(steps)[None, :, None].expand(2, -1, 3)
+    labeled = torch.stack([torch.ones(steps), torch.arange(steps) % 2 == 1]).bool()
+    model.remember(final, final[..., 0] % 2, labeled)
+    assert model.count.tolist() == [steps, steps // 2]
+    assert sorted(model.final[0, :MEMORY, 0].tolist()) == list(range(5, steps))
+    assert model.final[1, : steps // 2, 0].tolist() == list(range(1, steps, 2))
+    assert model.label[1, : steps // 2].tolist() == [1] * (steps // 2)
+    more = torch.tensor([[[7, 7, 7]], [[8, 8, 8]]])
+    model.remember(more, torch.zeros(2, 1).long(), torch.tensor([[True], [False]]))
+    assert model.count.tolist() == [steps + 1, steps // 2]
+    assert model.final[0, steps % MEMORY].tolist() == [7, 7, 7]
+    assert not (model.final[1, :MEMORY] == 8).all(-1).any()
+
+
+def test_the_loss_of_a_reward_model_is_cross_entropy_on_what_it_remembers():
+    model = make_reward_model()
+    final = torch.tensor([[[0, 9, 20], [1, 10, 19], [2, 9, 20]]])
+    model.remember(final, torch.tensor([[1, 0, 0]]), torch.ones(1, 3, dtype=torch.bool))
+    found = model.loss(torch.tensor([[0.0, 0.34, 0.99, 0.5]]))
+    target = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    logit = model(final)[0, [0, 1, 2, 1]]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, target)
+    torch.testing.assert_close(found[0], expected)
+
+
+# ---- which agent is deployed
+
+
+def test_held_out_episodes_are_scored_by_their_labels():
+    """All labeled: the mean is the exact return; none labeled: nobody knows."""
+    trainer = Trainer([tiny("naive_early_stop", 1.0)])
+    for _ in range(3):
+        trainer.update()
+    evaluator = Evaluator(trainer.configs[0].world, trainer.config.discount)
+    row = evaluator.evaluate(trainer.agent, trainer.subjects(), standard(1), [[1.0]])[0][0]
+    found = float(trainer.held_out_returns()[0])
+    assert found == pytest.approx(row.ground_truth_return, abs=4 / HELD_OUT**0.5)
+    assert found == float(trainer.held_out_returns()[0])
+    trainer.update()
+    assert found != float(trainer.held_out_returns()[0])
+    assert np.isnan(float(Trainer([tiny("naive_early_stop", 0.0)]).held_out_returns()[0]))
+
+
+def test_looking_at_held_out_episodes_changes_nothing_in_training():
+    naive, watched = Trainer([tiny("naive")]), Trainer([tiny("naive_early_stop")])
+    for _ in range(4):
+        watched.select([])
+        naive.update()
+        watched.update()
+    for name, parameter in naive.parameters.items():
+        assert torch.equal(parameter, watched.parameters[name])
+
+
+def test_the_best_agent_is_deployed():
+    trainer = Trainer([tiny("naive_oracle_stop", seed=s) for s in (0, 1)])
+    kept = {}
+    for update, scores in enumerate([[0.1, 0.5], [0.3, 0.4], [float("nan"), 0.6], [0.2, 0.55]]):
+        trainer.select(scores)
+        kept[update] = trainer.agent.head.weight.detach().clone()
+        trainer.update()
+    assert trainer.selected.update.tolist() == [1, 2]
+    for run, update in enumerate([1, 2]):
+        assert torch.equal(trainer.deployed.head.weight[run], kept[update][run])
+    assert Trainer([tiny("naive")]).deployed is not None
+    last = Trainer([tiny("naive")])
+    assert last.deployed is last.agent
 
 
 KEPT, DROPPED = 1.0, 0.0
@@ -317,14 +489,18 @@ ROUTED, OPEN = [[1, 0, 0], [0, 1, 0]], [[1, 1, 1], [1, 1, 1]]
         ("routing", [1, 1, 1], KEPT, ROUTED, "diamond"),
         ("no_routing", [1, 1, 1], KEPT, OPEN, "diamond"),
         ("no_gate", [1, 1, 1], KEPT, ROUTED, "diamond"),
+        ("random_module", [1, 1, 1], KEPT, ROUTED, "diamond"),
+        ("contrastive_routing", [1, 1, 1], KEPT, ROUTED, "diamond"),
         ("naive", [1, 1, -1], KEPT, OPEN, "single"),
+        ("naive_early_stop", [1, 1, -1], KEPT, OPEN, "single"),
+        ("ipw_hidden_flag", [1, 1, -19], KEPT, OPEN, "single"),
         ("filtering", [0, 1, -1], DROPPED, OPEN, "single"),
         ("oracle", [0, 1, -1], KEPT, OPEN, "single"),
         ("oracle_filtering", [0, 1, -1], DROPPED, OPEN, "single"),
     ],
 )
 def test_methods_are_as_published(name, rewards, unlabeled, routes, deployed):
-    row = tables([name], [0.1], 2)
+    row = tables([name], [Overseer(0.1)], 2)
     assert row.reward[0].tolist() == [0, 0, *rewards]
     assert row.sample_weight[0].tolist() == [1, 1, unlabeled, 1, 1]
     assert row.routes[0].tolist() == [[1, 1, 1]] * 3 + routes
@@ -360,19 +536,23 @@ def test_statistics_of_a_window(batch):
 
 def test_every_coefficient_is_annealed():
     one = torch.ones(1)
-    losses = reinforce.Loss(policy=one, value=one * 10, entropy=one * 100, gate=one * 1000)
-    config = ReinforceConfig(value_coef=(0.1, 0.3), entropy_coef=(0.2, 0.4), gate_coef=(0.5, 0.7))
-    for progress, (value, entropy, gate) in {0: (0.1, 0.2, 0.5), 1: (0.3, 0.4, 0.7)}.items():
-        expected = 1 + 10 * value - 100 * entropy + 1000 * gate
+    losses = reinforce.Loss(one, one * 10, one * 100, one * 1000, one * 1e4, one * 1e5)
+    schedules = {"value_coef": (0.1, 0.3), "entropy_coef": (0.2, 0.4), "gate_coef": (0.5, 0.7)}
+    config = ReinforceConfig(contrast_coef=(0.6, 0.8), **schedules)
+    for progress, (value, entropy, gate, contrast) in {
+        0: (0.1, 0.2, 0.5, 0.6),
+        1: (0.3, 0.4, 0.7, 0.8),
+    }.items():
+        expected = 1 + 10 * value - 100 * entropy + 1000 * gate + 1e4 * contrast + 1e5
         assert float(losses.total(config, progress)) == pytest.approx(expected)
 
 
 def test_all_methods_differ():
     rows = {}
     for name, method in METHODS.items():
-        t = tables([name], [0.1], 2)
+        t = tables([name], [Overseer(0.1)], 2)
         numbers = [tuple(x.flatten().tolist()) for x in (t.reward, t.sample_weight, t.routes)]
-        key = (method.experts, method.gate, method.labels, *numbers)
+        key = (method.shape, method.labels, method.weighs_labels, *numbers)
         assert key not in rows, f"{name} is {rows.get(key)} under another name"
         rows[key] = name
 
@@ -434,6 +614,7 @@ def tiny(method="routing", oversight=0.5, seed=0, **changes):
 STACKS = [
     [tiny("routing", 0.1, 3), tiny("no_routing", 0.5, 4), tiny("routing", 0.9, 3)],
     [tiny("naive", 0.1, 1), tiny("filtering", 0.5, 2), tiny("oracle_filtering", 0.2, 5)],
+    [tiny("reward_model", 0.9, 1), tiny("reward_model", 0.2, 2, label_recall=0.5)],
 ]
 
 
@@ -456,7 +637,13 @@ def test_a_run_in_a_stack_is_the_run_alone(configs):
 
 def test_runs_with_different_networks_do_not_stack():
     assert stack_key(tiny("routing")) == stack_key(tiny("no_routing", 0.9, 7))
-    for other in (tiny("naive"), tiny("no_gate"), tiny(agent=AgentConfig())):
+    assert stack_key(tiny("naive")) != stack_key(tiny("ipw_hidden_flag"))
+    for other in (
+        tiny("naive"),
+        tiny("no_gate"),
+        tiny("contrastive_routing"),
+        tiny(agent=AgentConfig()),
+    ):
         with pytest.raises(ValueError, match="stack"):
             Trainer([tiny("routing"), other])
 
@@ -486,6 +673,10 @@ def train_small(method, updates):
 
 def test_an_oracle_learns_a_small_world():
     assert train_small("oracle", 150)["single"] > 0.85
+
+
+def test_a_reward_model_learns_a_small_world():
+    assert train_small("reward_model", 150)["single"] > 0.85
 
 
 def test_routing_separates_the_experts():
