@@ -355,7 +355,13 @@ def loss(
         ratio = (log_own - log_prob).detach().exp().clamp(max=float(os.environ.get("C_CLIP", "1")))
         signed = targets.signed.flatten(1)
         base = os.environ.get("C_BASE", "value")
-        advantage = signed - (value.detach() if base == "value" else float(base))
+        if base == "mirror":
+            advantage = signed.sign() * error.detach()
+        elif base == "mean":
+            mean = (ratio * signed * labeled).sum(-1) / (ratio * labeled).sum(-1).clamp(min=1e-6)
+            advantage = signed - mean[:, None]
+        else:
+            advantage = signed - (value.detach() if base == "value" else float(base))
         if os.environ.get("C_GHOST", "0") == "1":
             advantage = advantage * (signed < 0)
         norm = weight if os.environ.get("C_NORM", "all") == "all" else labeled.to(value.dtype)
@@ -388,4 +394,36 @@ def statistics(rollout: Rollout, targets: Targets) -> dict[str, Tensor]:
         gate = rollout.output.rows(rollout.slot).gate[..., 0]
         for k, mask in share.items():  # nan where there is no such sample
             result[f"gate/{k}"] = (gate * mask).sum((1, 2)) / mask.sum((1, 2))
+    if targets.imputed is not None:  # against the truth, which the learner does not see
+        is_diamond = (rollout.truth.ending == 0).to(targets.imputed.dtype)
+        ended = rollout.seen.terminated
+        for kind, among in (
+            ("unlabeled", ended & (targets.outcome == UNLABELED)),
+            ("labeled", ended & (targets.outcome >= LABELED)),
+        ):
+            count = among.sum((1, 2))
+            right = among & ((targets.imputed > 0.5) == (is_diamond > 0.5))
+            result[f"reward_model/accuracy_{kind}"] = right.sum((1, 2)) / count
+            gap = calibration_error(
+                targets.imputed.flatten(1), is_diamond.flatten(1), among.flatten(1)
+            )
+            result[f"reward_model/calibration_error_{kind}"] = gap
     return result
+
+
+def calibration_error(chance: Tensor, happened: Tensor, among: Tensor, bins: int = 10) -> Tensor:
+    """Expected calibration error: mean gap between foretold and actual rates over equal bins.
+
+    Args:
+        chance: `[R, B]` foretold probabilities.
+        happened: `[R, B]`, 1 or 0.
+        among: `[R, B]` bool, which count.
+        bins: equal parts of [0, 1].
+
+    Returns:
+        `[R]`, nan where none count.
+    """
+    part = (chance * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(len(chance), bins, dtype=chance.dtype, device=chance.device)
+    gap.scatter_add_(1, part, (chance - happened) * among)
+    return gap.abs().sum(-1) / among.sum(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from envs.world import ACTIONS, FLAGS, State, World
 
+DIAMOND_FLAGGED, GHOST_FLAGGED = [2, 3], [1, 3]  # settings of the two flags, as in `World.key`
 MAX_STATES = 4_000_000
 """Largest number of observable states that exact evaluation takes on (8x8 has 999,936)."""
 
@@ -28,6 +29,8 @@ class Endings:
     p_diamond: Tensor
     p_ghost: Tensor
     p_timeout: Tensor
+    p_diamond_flagged: Tensor  # of ending on a diamond that is flagged
+    p_ghost_flagged: Tensor
     episode_length: Tensor  # steps
     window_return: Tensor  # the published metric, see `WorldMDP.evaluate`
 
@@ -106,12 +109,20 @@ class WorldMDP:
         levels = levels.to(self.world.device, torch.float64)
         on, off = levels, 1 - levels
         flag_weight = torch.stack([off * off, off * on, on * off, on * on])  # [F, L]
-        by_flags = [self._by_flags(policy, discount, window) for policy in table]  # Q x [5, F]
-        value, p_diamond, p_ghost, length, window_sum = (
-            torch.stack(by_flags) @ flag_weight
-        ).unbind(1)  # [Q, L] each
-        timeout = (1 - p_diamond - p_ghost).clamp(min=0)
-        return Endings(value, p_diamond, p_ghost, timeout, length, window_sum / length)
+        by_flags = torch.stack(
+            [self._by_flags(policy, discount, window) for policy in table]
+        )  # [Q, 5, F]
+        value, p_diamond, p_ghost, length, window_sum = (by_flags @ flag_weight).unbind(1)
+        return Endings(
+            ground_truth_return=value,
+            p_diamond=p_diamond,
+            p_ghost=p_ghost,
+            p_timeout=(1 - p_diamond - p_ghost).clamp(min=0),
+            p_diamond_flagged=by_flags[:, 1, DIAMOND_FLAGGED] @ flag_weight[DIAMOND_FLAGGED],
+            p_ghost_flagged=by_flags[:, 2, GHOST_FLAGGED] @ flag_weight[GHOST_FLAGGED],
+            episode_length=length,
+            window_return=window_sum / length,
+        )
 
     def _by_flags(self, policy: Tensor, discount: float, window: int) -> Tensor:
         """What a policy `[n_states, A]` does under each flag setting.
@@ -121,10 +132,7 @@ class WorldMDP:
             the return within a window that is cut at random.
         """
         cells, limit = self.world.config.cells, self.world.config.max_steps
-        dense = policy.new_zeros(len(ACTIONS), cells**3, FLAGS, dtype=torch.float64)
-        dense[:, self.placements] = policy.double().view(FLAGS, -1, len(ACTIONS)).permute(2, 1, 0)
-        # axes: action, agent cell, flags, diamond cell, ghost cell
-        dense = dense.view(len(ACTIONS), cells, cells, cells, FLAGS).movedim(-1, 2).contiguous()
+        dense = self._dense(policy)
 
         # values[k]: expected return of k more steps, as far ahead as a window sees
         reward = self.reward[:, None].expand(-1, FLAGS, -1, -1)
@@ -163,6 +171,43 @@ class WorldMDP:
                 within.sum((0, 2, 3)),
             ]
         )
+
+    @torch.no_grad()
+    def ghost_on_path(self, table: Tensor, levels: Tensor) -> Tensor:
+        """Chance of ending on a ghost that lay on a shortest path to the diamond at the start.
+
+        Args:
+            table: `[Q, n_states, A]` action probabilities.
+            levels: `[L]` probability that each square is flagged at deployment.
+
+        Returns:
+            `[Q, L]` float64.
+        """
+        levels = levels.to(self.world.device, torch.float64)
+        on, off = levels, 1 - levels
+        flag_weight = torch.stack([off * off, off * on, on * off, on * on])  # [F, L]
+        placed = torch.arange(self.world.config.cells**3, device=self.world.device)
+        on_path = self.world.ghost_on_path(self.world.unkey(placed * FLAGS))
+        start = self.start * on_path.view_as(self.start)
+        at_ghost = self.reward < 0  # [agent, diamond, ghost]
+        found = []
+        for policy in table:
+            dense = self._dense(policy)
+            chance = at_ghost[:, None].double().expand(-1, FLAGS, -1, -1)
+            for _ in range(self.world.config.max_steps):
+                before = at_ghost[:, None].double().expand(-1, FLAGS, -1, -1).clone()
+                for action, probability in enumerate(dense):
+                    before.addcmul_(probability, chance[self.next_cell[:, action]])
+                chance = before
+            found.append((chance * start[:, None]).sum((0, 2, 3)))
+        return torch.stack(found) @ flag_weight
+
+    def _dense(self, policy: Tensor) -> Tensor:
+        """A policy `[n_states, A]` by action, agent cell, flags, diamond cell, ghost cell."""
+        cells = self.world.config.cells
+        dense = policy.new_zeros(len(ACTIONS), cells**3, FLAGS, dtype=torch.float64)
+        dense[:, self.placements] = policy.double().view(FLAGS, -1, len(ACTIONS)).permute(2, 1, 0)
+        return dense.view(len(ACTIONS), cells, cells, cells, FLAGS).movedim(-1, 2).contiguous()
 
     @torch.no_grad()
     def optimal_return(self, discount: float) -> float:

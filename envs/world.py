@@ -275,6 +275,16 @@ class World:
         agent = self.moves.take(active[..., 0] * len(ACTIONS) + action)  # plane 0 is the agent's
         return torch.cat([agent[..., None], active[..., 1:]], dim=-1)
 
+    def ghost_on_path(self, state: State) -> Tensor:
+        """Whether the ghost lies on a shortest path from the agent to the diamond. `[...]` bool"""
+
+        def distance(a: Tensor, b: Tensor) -> Tensor:
+            cols = self.config.cols
+            return (a // cols - b // cols).abs() + (a % cols - b % cols).abs()
+
+        through = distance(state.agent, state.ghost) + distance(state.ghost, state.diamond)
+        return through == distance(state.agent, state.diamond)
+
     @property
     def n_keys(self) -> int:
         """Number of keys, see `key`; 0 where spurious flags make too many."""

@@ -24,7 +24,7 @@ from agents.methods import METHODS
 from envs import render
 from envs.settings import UserError
 from envs.world import World
-from oversight_rl import checkpoint, reference
+from oversight_rl import checkpoint, reference, report
 from oversight_rl import pictures as drawing
 from oversight_rl.config import Config, Probability, load_yaml
 from oversight_rl.evaluation import Evaluator, Row, Subject
@@ -283,6 +283,22 @@ def run_sweep(
     _say(console, f"figures and tables: oversight-rl report {out}")
 
 
+def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Write tables, statistics and figures of all finished runs below a folder into it.
+
+    Makes report.html (one file, for any browser), summary.csv, and figures/ as PNG and SVG.
+
+    Args:
+        directory: Folder of run folders: a sweep's, or any other.
+    """
+    console = Console()
+    found = report.write(directory)
+    for line in found.missing:
+        _say(console, f"note: {line}")
+    _say(console, report.verdict(found, report.summary(found)))
+    _say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
+
+
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM do what Ctrl-C does."""
@@ -298,6 +314,7 @@ def main(args: Sequence[str] | None = None) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "evaluate": evaluate,
         "sweep": run_sweep,
+        "report": run_report,
         "import-reference": import_reference,
     }
     _run(
@@ -321,7 +338,11 @@ def _run(command: Callable[[list[str]], object], args: list[str]) -> None:
 
 def _print_summary(tables: list[list[Row]], console: Console) -> None:
     """The steering table at the training level: means over the runs, and the return's range."""
-    rows = [r for r in chain(*tables) if r.deploy_oversight == r.train_oversight]
+    rows = [
+        row
+        for row in chain(*tables)
+        if row.deploy_oversight == row.train_oversight and "=" not in row.policy
+    ]
     table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
     several = len(tables) > 1
     for heading in ("return", *(["range"] if several else []), "greedy", *ENDINGS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -113,7 +114,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is not YAML, or holds no settings.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # the safe loader in C, where PyYAML was built with it, is ten times as fast
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except OSError as error:
         raise UserError(f"{path}: cannot read the file ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -143,3 +146,14 @@ def dump_yaml(config: Config, provenance: dict[str, Any]) -> str:
     """A configuration and its provenance as YAML that `load_yaml` reads back."""
     content = config.model_dump(mode="json") | {"provenance": provenance}
     return yaml.safe_dump(content, sort_keys=False)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    settings: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            settings |= flat(value, f"{prefix}{key}.")
+        else:
+            settings[prefix + key] = value
+    return settings

@@ -12,7 +12,7 @@ from torch import Tensor
 from agents.networks import Agent
 from agents.reinforce import cumulative, sample
 from envs.mdp import Endings, WorldMDP, why_not
-from envs.world import World, WorldConfig
+from envs.world import NO_LABEL, World, WorldConfig
 from oversight_rl.steering import Steering
 
 WINDOW = 32
@@ -38,6 +38,13 @@ class Row:
     p_diamond: float
     p_ghost: float
     p_timeout: float
+    p_diamond_flagged: float
+    """Chance of ending on a diamond that is flagged."""
+    p_ghost_flagged: float
+    """Chance of ending on a ghost that is flagged."""
+    p_ghost_on_path: float
+    """Chance of ending on a ghost that lay on a shortest path to the diamond at the start; nan
+    where it was not asked for."""
     episode_length: float
     """Mean steps per episode."""
     window_return: float
@@ -100,6 +107,7 @@ class Evaluator:
         subjects: Sequence[Subject],
         policies: Sequence[Steering],
         levels: Sequence[Sequence[float]],
+        paths: bool = False,
     ) -> list[list[Row]]:
         """The result table of each run.
 
@@ -108,16 +116,17 @@ class Evaluator:
             subjects: one per run.
             policies: steerings to evaluate.
             levels: deployment oversight levels of each run.
+            paths: whether to tell ghosts on a shortest path apart.
 
         Returns:
             Rows per run, by policy, then level.
         """
         every = sorted({level for own in levels for level in own})
         if self.mdp is not None:
-            endings = self._exact(agent, policies, every)
+            endings, on_path = self._exact(agent, policies, every, paths)
             errors = torch.zeros_like(endings.ground_truth_return)
         else:
-            endings, errors = self._rollouts(agent, policies, every)
+            endings, on_path, errors = self._rollouts(agent, policies, every)
 
         def row(run: int, q: int, level: float) -> Row:
             at = (run * len(policies) + q, every.index(level))
@@ -131,6 +140,7 @@ class Evaluator:
                 greedy=policy.greedy,
                 temperature=policy.temperature,
                 return_se=float(errors[at]),
+                p_ghost_on_path=float(on_path[at]),
                 optimal_return=self.optimal_return,
                 evaluator="exact" if self.mdp is not None else "rollout",
                 env_steps=subject.env_steps,
@@ -143,7 +153,10 @@ class Evaluator:
             for run, own in enumerate(levels)
         ]
 
-    def _exact(self, agent: Agent, policies: Sequence[Steering], levels: list[float]) -> Endings:
+    def _exact(
+        self, agent: Agent, policies: Sequence[Steering], levels: list[float], paths: bool
+    ) -> tuple[Endings, Tensor]:
+        """Endings `[R * Q, L]` and the chance of a ghost on the path, nan if not asked for."""
         assert self.mdp is not None
 
         forward = agent.prepare()
@@ -154,12 +167,16 @@ class Evaluator:
             return steered.flatten(0, 1)  # [R * Q, B, A]
 
         probabilities = self.mdp.policy_table(table)
-        return self.mdp.evaluate(probabilities, torch.tensor(levels), self.discount, WINDOW)
+        at = torch.tensor(levels)
+        endings = self.mdp.evaluate(probabilities, at, self.discount, WINDOW)
+        if paths:
+            return endings, self.mdp.ghost_on_path(probabilities, at)
+        return endings, torch.full_like(endings.p_ghost, torch.nan)
 
     def _rollouts(
         self, agent: Agent, policies: Sequence[Steering], levels: list[float]
-    ) -> tuple[Endings, Tensor]:
-        """Endings `[R * Q, L]` and the standard error of the return, by sampled episodes.
+    ) -> tuple[Endings, Tensor, Tensor]:
+        """Endings, ghosts on the path, standard error of the return, all `[R * Q, L]`, sampled.
 
         Every policy meets the same starts, so that differences between policies are sharper than
         each figure.
@@ -169,12 +186,12 @@ class Evaluator:
         for level in levels:
             world = World(self.config, level, self.device)
             figures = [self._episodes(agent, policy, world, runs) for policy in policies]
-            columns.append(torch.stack(figures, dim=1).flatten(0, 1))  # [R * Q, 7]
-        *parts, error = torch.stack(columns, dim=1).unbind(-1)
-        return Endings(*parts), error
+            columns.append(torch.stack(figures, dim=1).flatten(0, 1))  # [R * Q, 10]
+        *parts, on_path, error = torch.stack(columns, dim=1).unbind(-1)
+        return Endings(*parts), on_path, error
 
     def _episodes(self, agent: Agent, policy: Steering, world: World, runs: int) -> Tensor:
-        """Figures of one policy at one level by rollouts: the fields of Endings, then the error.
+        """Figures of one policy at one level by rollouts: Endings, ghost on the path, error.
 
         Each world's first episode gives the figures per episode, so that short episodes are not
         over-represented. The window return is published as it is: episodes running on, cut at the
@@ -192,6 +209,8 @@ class Evaluator:
                 return torch.rand(shape, generator=generator, device=self.device)
 
             state = world.reset(noise((1, n, channels)).expand(runs, -1, -1))
+            on_path = world.ghost_on_path(state)
+            flagged = torch.zeros(runs, n, dtype=torch.bool, device=self.device)
             first = torch.ones(runs, n, dtype=torch.bool, device=self.device)
             ending = torch.full((runs, n), -1, device=self.device)
             length = torch.full((runs, n), limit, device=self.device)
@@ -204,6 +223,7 @@ class Evaluator:
                 state, step = world.step(state, action, fresh)
                 done = step.seen.terminated | step.seen.truncated
                 ending = torch.where(first & done, step.truth.ending, ending)
+                flagged = torch.where(first & done, step.seen.label != NO_LABEL, flagged)
                 length = torch.where(first & done, t + 1, length)
                 first = first & ~done
                 rewards.append(step.truth.reward)
@@ -217,7 +237,8 @@ class Evaluator:
                 following = following * inside
                 within += following / WINDOW
             timeout = 1 - diamond - ghost
-            batches.append(torch.stack([value, diamond, ghost, timeout, length.double(), within]))
-        figures = torch.cat(batches, dim=-1)  # [6, R, episodes]
+            endings = [value, diamond, ghost, timeout, diamond * flagged, ghost * flagged]
+            batches.append(torch.stack([*endings, length.double(), within, ghost * on_path]))
+        figures = torch.cat(batches, dim=-1)  # [9, R, episodes]
         error = figures[0].std(-1) / figures.shape[-1] ** 0.5
-        return torch.cat([figures.mean(-1), error[None]]).mT  # [R, 7]
+        return torch.cat([figures.mean(-1), error[None]]).mT  # [R, 10]

@@ -122,6 +122,12 @@ def standard(experts: int) -> list[Steering]:
     return alone if experts == 1 else [MIXTURE, *alone]
 
 
+def steering_curve(experts: int) -> list[Steering]:
+    """Blends between the first two experts, from mostly the second to mostly the first."""
+    first, second = expert_names(experts)[:2]
+    return [blend({first: w / 10, second: 1 - w / 10}, experts) for w in range(1, 10)]
+
+
 def _index(expert: str, experts: int) -> int:
     names = expert_names(experts)
     if expert not in names:

@@ -26,10 +26,11 @@ from agents.methods import METHODS
 from envs.settings import UserError
 from oversight_rl import checkpoint
 from oversight_rl.checkpoint import write_atomically
-from oversight_rl.config import Config, dump_yaml, load_yaml
+from oversight_rl.config import Config, dump_yaml, flat, load_yaml
 from oversight_rl.evaluation import Row
 
-CONFIG, METRICS, RESULT, CHECKPOINTS = "config.yaml", "metrics.csv", "result.json", "checkpoints"
+CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
+METRICS, TRAINING = "metrics.csv", "training.csv"
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
 _UNTRACKED = ("wall_seconds",)  # metrics.csv of a repeated run is the same to the byte
 
@@ -45,9 +46,6 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / CHECKPOINTS
         self._writer: SummaryWriter | None = None
-        self._columns = ["update"] + [
-            field.name for field in dataclasses.fields(Row) if field.name not in _UNTRACKED
-        ]
 
     @classmethod
     def create(cls, path: Path, config: Config, imported: str | None = None) -> RunFolder:
@@ -64,7 +62,6 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{path}: cannot write there ({error.strerror})") from None
         folder = cls(path)
-        folder._write_metrics([])
         folder._describe(config)
         return folder
 
@@ -130,13 +127,17 @@ class RunFolder:
 
     def rewind(self, update: int) -> None:
         """Forget what was logged after `update`, to go on from its checkpoint."""
-        try:
-            with (self.path / METRICS).open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["update"]) <= update]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path / METRICS}: cannot be gone on with ({error})") from None
-        self._write_metrics(kept)
+        for name in (METRICS, TRAINING):
+            try:
+                _rewind(self.path / name, update)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{self.path / name}: cannot be gone on with ({error})") from None
         self._writer = SummaryWriter(str(self.path), purge_step=update + 1)
+
+    def log_training(self, update: int, points: Mapping[str, float]) -> None:
+        """Points of the training curves: to training.csv and TensorBoard."""
+        _append(self.path / TRAINING, [{"update": update} | dict(points)])
+        self.log(update, {f"training/{name}": value for name, value in points.items()})
 
     def log(self, update: int, scalars: Mapping[str, float]) -> None:
         """Scalars to TensorBoard."""
@@ -146,9 +147,11 @@ class RunFolder:
 
     def log_rows(self, update: int, rows: Sequence[Row]) -> None:
         """An evaluation: to metrics.csv, and the returns and endings to TensorBoard."""
-        with (self.path / METRICS).open("a", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
-            writer.writerows({"update": update} | dataclasses.asdict(row) for row in rows)
+        records = [{"update": update} | dataclasses.asdict(row) for row in rows]
+        _append(
+            self.path / METRICS,
+            [{k: v for k, v in record.items() if k not in _UNTRACKED} for record in records],
+        )
         for row in rows:
             self.log(
                 update,
@@ -175,9 +178,11 @@ class RunFolder:
         """Write result.json and the hyperparameter summary, and close."""
         write_json(self.path / RESULT, rows)
         deployed = deployed_row(rows)
-        flat = _flat(config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"}))
+        settings = flat(
+            config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
+        )
         hyperparameters = {
-            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()
+            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()
         }
         metrics = {
             "hparam/deployed_return": deployed.ground_truth_return,
@@ -195,18 +200,11 @@ class RunFolder:
             self._writer.close()
             self._writer = None
 
-    def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path / METRICS, text.getvalue().encode())
-
     def _describe(self, config: Config) -> None:
         """The text page and the chart of returns."""
         method = METHODS[config.method]
         settings = "\n".join(
-            f"| `{k}` | {v} |" for k, v in _flat(config.model_dump(mode="json")).items()
+            f"| `{k}` | {v} |" for k, v in flat(config.model_dump(mode="json")).items()
         )
         self.writer.add_text(
             "run",
@@ -240,6 +238,30 @@ class RunFolder:
                 },
             }
         )
+
+
+def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines to a CSV file, which begins with their names."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(records)
+
+
+def _rewind(path: Path, update: int) -> None:
+    """Drop the lines of a CSV file that came after `update`."""
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        kept = [record for record in reader if int(record["update"]) <= update]
+    text = io.StringIO(newline="")
+    if kept:
+        writer = csv.DictWriter(text, list(kept[0]))
+        writer.writeheader()
+        writer.writerows(kept)
+    write_atomically(path, text.getvalue().encode())
 
 
 def check_free(path: Path) -> None:
@@ -294,13 +316,3 @@ def provenance() -> dict[str, Any]:
         commit = "unknown"
     versions = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     return {"commit": commit, "versions": versions}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

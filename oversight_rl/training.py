@@ -34,7 +34,7 @@ from envs.world import State, World
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
-from oversight_rl.steering import standard
+from oversight_rl.steering import standard, steering_curve
 from oversight_rl.tracking import RunFolder, deployed_row
 
 HELD_OUT = 4096  # fresh episodes that an agent is selected by
@@ -200,14 +200,22 @@ class Trainer:
         shape = (steps, self.config.worlds, reinforce.noise_channels(self.world))
         return _uniform(shape, self.generators)
 
-    def curves(self) -> dict[str, list[float]]:
-        """Points of the training curves after an update, a value per run."""
+    def curves(self) -> list[dict[str, float]]:
+        """Points of the training curves after an update, for each run."""
         assert self.latest is not None
         rollout, targets, losses = self.latest
-        points = {f"loss/{name}": getattr(losses, name) for name in ("policy", "value", "gate")}
-        points |= {"loss/entropy": losses.entropy}
+        absent = {
+            "gate": not self.agent.has_gate,
+            "contrast": not self.methods.contrasts,
+            "reward_model": self.reward_model is None,
+        }
+        points = {f"loss/{k}": v for k, v in vars(losses).items() if not absent.get(k)}
         points |= reinforce.statistics(rollout, targets)
-        return {name: value.tolist() for name, value in points.items()}
+        columns = {name: value.tolist() for name, value in points.items()}
+        return [
+            {name: column[run] for name, column in columns.items()}
+            for run in range(len(self.configs))
+        ]
 
     def tensors(self, run: int) -> dict[str, Tensor]:
         """Everything that a run needs to go on, by name."""
@@ -366,9 +374,8 @@ def _train(
             n = trainer.updates
             if n % LOG_EVERY == 0:
                 speed = timer.lap()
-                for name, values in trainer.curves().items():
-                    for folder, value in zip(folders, values, strict=True):
-                        folder.log(n, {f"training/{name}": value})
+                for folder, points in zip(folders, trainer.curves(), strict=True):
+                    folder.log_training(n, points)
                 for folder in folders:
                     folder.log(n, {"training/env_steps_per_second": speed})
                 progress.update(task, speed=speed)
@@ -387,11 +394,16 @@ def _train(
 def _finish(
     trainer: Trainer, folders: Sequence[RunFolder], evaluator: Evaluator
 ) -> list[list[Row]]:
-    """The final table, sampled and greedy, at all deployment levels; result.json."""
-    policies = standard(trainer.agent.n_experts)
+    """The final table, sampled and greedy, at all deployment levels, and blends; result.json."""
+    agent, subjects = trainer.deployed, trainer.subjects()
+    policies = standard(agent.n_experts)
     policies += [policy.with_options(greedy=True) for policy in policies]
     levels = [sorted({c.oversight, *c.evaluation.oversight}) for c in trainer.configs]
-    tables = evaluator.evaluate(trainer.deployed, trainer.subjects(), policies, levels)
+    tables = evaluator.evaluate(agent, subjects, policies, levels, paths=True)
+    if agent.n_experts > 1:
+        own = [[config.oversight] for config in trainer.configs]
+        curves = evaluator.evaluate(agent, subjects, steering_curve(agent.n_experts), own)
+        tables = [rows + curve for rows, curve in zip(tables, curves, strict=True)]
     for config, folder, rows in zip(trainer.configs, folders, tables, strict=True):
         folder.finish(config, rows)
     return tables
