@@ -235,16 +235,12 @@ class Prepared:
         weight = agent.head.weight.mT
         expert_logits = experts @ weight.detach()
         head_logits = experts.detach() @ weight
-        if agent.gate_out is None:
-            gate_logits = hidden.new_zeros(runs, batch, k)
-        else:
-            gate_logits = affine(hidden[:, k], agent.gate_out.weight, agent.gate_out.bias)
-            gate_logits = F.pad(gate_logits, (0, 1))
+        gate_logits = self.gate_logits(hidden[:, k]) if agent.has_gate else None
         return Output(
             expert_logits=expert_logits.unflatten(1, (k, batch)).transpose(1, 2),
             head_logits=head_logits.unflatten(1, (k, batch)).transpose(1, 2),
             bias=agent.head.bias[:, None],
-            gate_logits=gate_logits,
+            gate_logits=hidden.new_zeros(runs, batch, k) if gate_logits is None else gate_logits,
             value=self.value(observation, hidden),
         )
 
@@ -257,12 +253,23 @@ class Prepared:
         layer = self.agent.value_layers[0]
         return affine(hidden[:, -1], layer.weight, layer.bias).squeeze(-1)
 
-    def _hidden(self, observation: Tensor, start: int = 0) -> Tensor:
-        """Activations of the trunks from `start` on. [R, J, B, H]"""
-        x = self.first(observation, start).relu()
+    def gate(self, observation: Tensor) -> Tensor:
+        """The gate's logits alone, see `Output.gate_logits`. [R, B, K]"""
+        k = self.agent.n_experts
+        return self.gate_logits(self._hidden(observation, k, k + 1)[:, 0])
+
+    def gate_logits(self, hidden: Tensor) -> Tensor:
+        """The gate's logits from its trunk's activations `[R, B, H]`. [R, B, K]"""
+        layer = self.agent.gate_out
+        assert layer is not None
+        return F.pad(affine(hidden, layer.weight, layer.bias), (0, 1))
+
+    def _hidden(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Activations of the trunks from `start` to `stop`. [R, J, B, H]"""
+        x = self.first(observation, start, stop).relu()
         _, *later = self.agent.trunks
         for layer in later:
-            x = affine(x, layer.weight[:, start:], layer.bias[:, start:]).relu()
+            x = affine(x, layer.weight[:, start:stop], layer.bias[:, start:stop]).relu()
         return x
 
 
@@ -283,13 +290,13 @@ class FirstLayer:
         nets_first = torch.arange(runs * nets, device=weight.device) * inputs
         self.offset = nets_first.view(runs, nets, 1, 1)
 
-    def __call__(self, observation: Tensor, start: int = 0) -> Tensor:
-        """Before the activation, nets from `start` on: `[R or 1, B, ...]` -> `[R, J, B, H]`."""
-        bias = self.bias[:, start:, None]
+    def __call__(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Before the activation, nets `start` to `stop`: `[R or 1, B, ...]` -> `[R, J, B, H]`."""
+        bias = self.bias[:, start:stop, None]
         if observation.is_floating_point():
-            return observation[:, None] @ self.weight[:, start:].mT + bias
+            return observation[:, None] @ self.weight[:, start:stop].mT + bias
         nowhere = observation[:, None] == self.weight.shape[-1]
-        row = (observation[:, None] + self.offset[:, start:]).masked_fill(
+        row = (observation[:, None] + self.offset[:, start:stop]).masked_fill(
             nowhere, len(self.table) - 1
         )  # [R, J, B, active]
         product = F.embedding_bag(row.flatten(0, 2), self.table, mode="sum")

@@ -6,14 +6,15 @@ windows. Losses and their gradients are per run, so a stack learns what its runs
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
+from torch.nn import functional as F
 
+from agents.memory import Memory
 from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables
 from agents.networks import Agent, Output
 from agents.reward_model import RewardModel
@@ -47,11 +48,14 @@ class ReinforceConfig(Settings):
     """Discount per step, of training and of every reported return."""
     value_coef: Schedule = (0.5,)
     """Weight of the value loss."""
-    entropy_coef: Schedule = (0.02, 0.002)
+    entropy_coef: Schedule = (0.01, 0.0005)
     """Weight of the entropy bonus."""
     gate_coef: Schedule = (1.0,)
     """Weight of the gate loss."""
-    contrast_coef: Schedule = (1.0,)
+    gate_replay: int = Field(1024, ge=0)
+    """Remembered labeled samples that the gate learns from in each update; 0, as published: those
+    of the update's own window."""
+    contrast_coef: Schedule = (0.3,)
     """Weight of the contrast loss, for the methods that have one."""
     reward_model_sees_flags: bool = False
     """Whether a reward model looks at the flags too."""
@@ -83,9 +87,14 @@ class Rollout(Record):
     action: Tensor  # [R, T, N]
     seen: Seen  # [R, T, N], what the learner may see
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
-    final: Tensor  # [R, T, N, 5 or 3 + S], observations after each step, before any reset
     value_after: Tensor  # [R, N], value estimates after the window
     audit: Tensor  # [R, T, N] uniform in [0, 1), decides which labels go missing or wrong
+
+    @property
+    def observation(self) -> Tensor:
+        """What each step started from, as active inputs. [R, T, N, 5 or 3 + S]"""
+        run = torch.arange(len(self.active), device=self.active.device)[:, None, None]
+        return self.active[run, self.slot]
 
 
 @dataclass(frozen=True)
@@ -150,18 +159,15 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
         slots.append(slot)
         actions.append(action)
         taken.append(step)
-    active = torch.cat(states.met, dim=1)
-    slot, action = torch.stack(slots, dim=1), torch.stack(actions, dim=1)
     with torch.no_grad():
         value_after = forward.value(world.active(state))
     rollout = Rollout(
-        active=active,
+        active=torch.cat(states.met, dim=1),
         output=Output.cat(outputs),
-        slot=slot,
-        action=action,
+        slot=torch.stack(slots, dim=1),
+        action=torch.stack(actions, dim=1),
         seen=Seen.stack([step.seen for step in taken], dim=1),
         truth=Truth.stack([step.truth for step in taken], dim=1),
-        final=world.after(active[run[..., None], slot], action),
         value_after=value_after,
         audit=noise[..., -1],
     )
@@ -255,28 +261,34 @@ def label(
     config: ReinforceConfig,
     progress: float = 0.0,
     reward_model: RewardModel | None = None,
+    memory: Memory | None = None,
 ) -> Targets:
     """Turn what was seen into returns, sample weights and gradient routes.
 
     A method pays only at an episode's end, so the return of a sample is its outcome's reward
     discounted over the steps left (REINFORCE, arXiv 2410.04332, RL appendix). A reward model
-    remembers the labeled endings, and pays for the others what it expects them to be worth.
+    remembers the labeled endings, and pays for the others what it expects them to be worth; a
+    memory keeps all labeled samples for the gate.
     """
     outcome, left = outcomes(rollout, methods)
+    labeled = outcome >= LABELED
+    if memory is not None:
+        behavior = (outcome - LABELED).flatten(1)
+        memory.add(rollout.observation.flatten(1, 2), behavior, labeled.flatten(1))
     reward = lookup(methods.reward, outcome)
     if config.bootstrap:
         reward = torch.where(outcome == UNFINISHED, rollout.value_after[:, None], reward)
     imputed = None
     if reward_model is not None:
-        final, ended = rollout.final.flatten(1, 2), rollout.seen.terminated.flatten(1)
-        labeled = ended & (outcome >= LABELED).flatten(1)
-        reward_model.remember(final, (outcome - LABELED).flatten(1), labeled)
+        final = reward_model.world.after(rollout.observation, rollout.action).flatten(1, 2)
+        endings = labeled & rollout.seen.terminated
+        reward_model.memory.add(final, (outcome - LABELED).flatten(1), endings.flatten(1))
         imputed = reward_model(final).sigmoid().view_as(reward)
         at_end = imputed.gather(1, (_time(rollout) + left).clamp(max=imputed.shape[1] - 1))
         reward = torch.where(outcome == UNLABELED, 2 * at_end - 1, reward)
     discount = config.discount**left
     heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)
-    is_labeled = (outcome >= LABELED).to(reward.dtype)
+    is_labeled = labeled.to(reward.dtype)
     return Targets(
         outcome=outcome,
         returns=reward * discount,
@@ -317,7 +329,11 @@ def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def loss(
-    agent: Agent, rollout: Rollout, targets: Targets, reward_model: RewardModel | None = None
+    agent: Agent,
+    rollout: Rollout,
+    targets: Targets,
+    reward_model: RewardModel | None = None,
+    memory: Memory | None = None,
 ) -> Loss:
     """Policy, value, entropy and gate losses, with every gradient routed.
 
@@ -334,48 +350,65 @@ def loss(
     value = output.value
     error = targets.returns.flatten(1) - value
 
-    labeled = outcome >= LABELED
-    target = (outcome - LABELED).clamp(min=0)[..., None]
-    gate_log_prob = output.gate_logits.log_softmax(-1)
-    gate_error = (
-        -gate_log_prob.gather(-1, target).squeeze(-1) if agent.has_gate else torch.zeros_like(value)
-    )
-    contrast = torch.zeros_like(value).sum(-1)
-    if targets.signed is not None:
-        kept = torch.zeros_like(output.gate_logits[:1, :1])
-        kept[..., 0] = 1
-        head = os.environ.get("C_HEAD", "1") == "1"
-        own = (
-            output
-            if head
-            else replace(output, head_logits=output.head_logits.detach(), bias=output.bias.detach())
-        )
-        log_own = own.mix(kept).log_softmax(-1)
-        log_own = log_own.gather(-1, rollout.action.flatten(1)[..., None]).squeeze(-1)
-        ratio = (log_own - log_prob).detach().exp().clamp(max=float(os.environ.get("C_CLIP", "1")))
-        signed = targets.signed.flatten(1)
-        base = os.environ.get("C_BASE", "value")
-        if base == "mirror":
-            advantage = signed.sign() * error.detach()
-        elif base == "mean":
-            mean = (ratio * signed * labeled).sum(-1) / (ratio * labeled).sum(-1).clamp(min=1e-6)
-            advantage = signed - mean[:, None]
-        else:
-            advantage = signed - (value.detach() if base == "value" else float(base))
-        if os.environ.get("C_GHOST", "0") == "1":
-            advantage = advantage * (signed < 0)
-        norm = weight if os.environ.get("C_NORM", "all") == "all" else labeled.to(value.dtype)
-        contrast = -weighted_mean(labeled * ratio * advantage * log_own, norm)
+    uniform = rollout.audit.flatten(1)
+    nothing = value.new_zeros(len(value))
     return Loss(
         policy=-weighted_mean(log_prob * error.detach(), weight),
         value=weighted_mean(error**2, weight),
         entropy=weighted_mean(-(log_policy.exp() * log_policy).sum(-1), weight),
-        gate=weighted_mean(gate_error, labeled.to(value.dtype)),
-        contrast=contrast,
-        reward_model=torch.zeros_like(contrast)
-        if reward_model is None
-        else reward_model.loss(rollout.audit.flatten(1)),
+        gate=gate_loss(agent, output, outcome, uniform, memory) if agent.has_gate else nothing,
+        contrast=nothing
+        if targets.signed is None
+        else contrast_loss(output, rollout.action.flatten(1), log_prob, targets.signed, weight),
+        reward_model=nothing if reward_model is None else reward_model.loss(uniform),
     )
+
+
+def gate_loss(
+    agent: Agent, output: Output, outcome: Tensor, uniform: Tensor, memory: Memory | None
+) -> Tensor:
+    """Cross entropy of the gate against labels. [R]
+
+    Without a memory, of this window's labeled samples, as published; with one, of what is
+    remembered, where behaviors weigh the same: a gate that learns how common each is closes
+    itself to the rarer one, whose expert then never learns.
+    """
+    if memory is None:
+        weight = (outcome >= LABELED).to(uniform.dtype)
+        logits, label = output.gate_logits, (outcome - LABELED).clamp(min=0)
+    else:
+        active, label, known = memory.draw(uniform)
+        logits = agent.prepare().gate(active)
+        of_behavior = F.one_hot(label, len(BEHAVIORS)) * known[..., None]  # [R, M, behaviors]
+        weight = (of_behavior / of_behavior.sum(1, keepdim=True).clamp(min=1.0)).sum(-1)
+    chosen = logits.log_softmax(-1).gather(-1, label[..., None]).squeeze(-1)
+    return -weighted_mean(chosen, weight)
+
+
+def contrast_loss(
+    output: Output, action: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor
+) -> Tensor:
+    """REINFORCE of the deployed expert by itself, on labeled episodes alone. [R]
+
+    The deployed policy is the first expert under the shared head. It is rewarded +1 for a labeled
+    diamond and -1 for a labeled ghost, and since the mixture took the actions, each sample is
+    weighted by the ratio of the two policies, at most 1. No baseline: a labeled ghost pushes the
+    expert away from what led there, a negative gradient weight on the deployed path.
+
+    Args:
+        output: of the agent, `[R, B]`.
+        action: `[R, B]`.
+        log_prob: of the actions under the mixture, `[R, B]`.
+        signed: discounted true return of labeled samples, 0 elsewhere; `[R, T, N]`.
+        weight: of the samples, `[R, B]`; unlabeled ones share the mean, so that the strength of
+            this loss grows with oversight as that of the policy loss does.
+    """
+    deployed = torch.zeros_like(output.gate_logits[:, :1])
+    deployed[..., 0] = 1.0
+    log_policy = output.mix(deployed).log_softmax(-1)
+    own = log_policy.gather(-1, action[..., None]).squeeze(-1)
+    ratio = (own - log_prob).detach().exp().clamp(max=1.0)
+    return -weighted_mean(ratio * signed.flatten(1) * own, weight)
 
 
 @torch.no_grad()

@@ -9,17 +9,16 @@ endings unlike all that it was taught.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from agents.memory import Memory
 from agents.networks import Linear, affine, initialize
+from envs.world import PLANES, World
 
-MEMORY = 16_384
-"""Labeled endings that each run remembers, the newest."""
 LESSON = 1024
 """Remembered endings that an update learns from."""
 HIDDEN = 64
@@ -34,67 +33,41 @@ class RewardModel(nn.Module):
 
     Args:
         runs: number of runs R.
-        shape: of an observation, `(planes, rows, cols)`.
-        active: active inputs of an observation that the model looks at (D).
+        world: that the endings are of.
+        sees_flags: whether the model looks at the flags.
         generators: streams to draw the initial parameters from, one per run.
     """
-
-    final: Tensor  # [R, MEMORY + 1, D] active inputs of the endings; the last row is scratch
-    label: Tensor  # [R, MEMORY + 1] int64, index into BEHAVIORS
-    count: Tensor  # [R] int64, labeled endings met so far
 
     def __init__(
         self,
         runs: int,
-        shape: Sequence[int],
-        active: int,
+        world: World,
+        sees_flags: bool,
         generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
-        self.planes, self.inputs, self.active = shape[0], math.prod(shape), active
-        self.convolution = Linear([runs], self.planes, HIDDEN)
+        self.world = world
+        self.convolution = Linear([runs], len(PLANES), HIDDEN)
         self.out = Linear([runs], HIDDEN, 1)
         initialize(self, generators)
-        self.register_buffer("final", torch.zeros(runs, MEMORY + 1, active, dtype=torch.int64))
-        self.register_buffer("label", torch.zeros(runs, MEMORY + 1, dtype=torch.int64))
-        self.register_buffer("count", torch.zeros(runs, dtype=torch.int64))
+        self.memory = Memory(runs, world.n_active if sees_flags else FLAGS_FROM, LESSON)
 
     def forward(self, final: Tensor) -> Tensor:
         """Logits that endings are on the diamond: `[R, B, D or more]` -> `[R, B]`."""
         runs, batch, _ = final.shape
-        dense = torch.zeros(runs, batch, self.inputs + 1, device=final.device)
-        dense = dense.scatter(-1, final[..., : self.active], 1.0)[..., :-1]
-        cells = dense.unflatten(-1, (self.planes, -1)).mT.flatten(1, 2)  # [R, B * S, planes]
+        dense = torch.zeros(runs, batch, self.world.inputs + 1, device=final.device)
+        dense = dense.scatter(-1, final[..., : self.memory.active.shape[-1]], 1.0)[..., :-1]
+        cells = dense.unflatten(-1, (len(PLANES), -1)).mT.flatten(1, 2)  # [R, B * S, planes]
         hidden = affine(cells, self.convolution.weight, self.convolution.bias).relu()
         pooled = hidden.unflatten(1, (batch, -1)).sum(2)
         return affine(pooled, self.out.weight, self.out.bias).squeeze(-1)
-
-    @torch.no_grad()
-    def remember(self, final: Tensor, label: Tensor, labeled: Tensor) -> None:
-        """Add the labeled endings among B steps, in the place of the oldest.
-
-        Args:
-            final: `[R, B, D or more]` active inputs of the observation after each step.
-            label: `[R, B]`.
-            labeled: `[R, B]` bool, which steps are labeled endings.
-        """
-        rank = labeled.cumsum(-1) - 1
-        fits = labeled & (rank >= rank[:, -1:] + 1 - MEMORY)
-        place = torch.where(fits, (self.count[:, None] + rank) % MEMORY, MEMORY)
-        run = torch.arange(len(place), device=place.device)[:, None]
-        self.final[run, place] = final[..., : self.active]
-        self.label[run, place] = label
-        self.count += labeled.sum(-1)
 
     def loss(self, uniform: Tensor) -> Tensor:
         """Cross entropy on remembered endings drawn by `uniform` `[R, B]` in [0, 1). [R]
 
         Exactly 0 where there is none to remember.
         """
-        known = self.count.clamp(max=MEMORY)[:, None]
-        index = (uniform[:, :LESSON] * known).long()
-        run = torch.arange(len(index), device=index.device)[:, None]
-        is_diamond = (self.label[run, index] == 0).to(uniform.dtype)
-        logit = self(self.final[run, index])
-        error = F.binary_cross_entropy_with_logits(logit, is_diamond, reduction="none")
-        return torch.where(known > 0, error, 0.0).mean(-1)
+        final, label, weight = self.memory.draw(uniform)
+        is_diamond = (label == 0).to(uniform.dtype)
+        error = F.binary_cross_entropy_with_logits(self(final), is_diamond, reduction="none")
+        return (error * weight).mean(-1)

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -145,7 +146,7 @@ def fitting(config: Config, memory: float) -> int:
     samples = training.worlds * training.steps
     trunks = 3 if METHODS[config.method].experts == "one" else agent.experts + 2
     each = 4 * samples * (4 * trunks * sum(agent.hidden) + 100) + 2**25
-    return max(1, int(memory / each))
+    return max(1, int(min(memory / each, 2**20)))
 
 
 def stacks(runs: Sequence[Run], most: int) -> list[list[Run]]:
@@ -290,9 +291,12 @@ def ray_workers(address: str) -> Iterator[Submit]:
         except Exception as error:  # one line, that the driver can read without our classes
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--ray: no cluster at {address} ({error})") from None
     task = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(call)
 

@@ -25,9 +25,10 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from agents import reinforce
+from agents.memory import Memory
 from agents.methods import LABELED, METHODS, tables
 from agents.networks import Agent
-from agents.reward_model import FLAGS_FROM, RewardModel
+from agents.reward_model import RewardModel
 from envs import render
 from envs.settings import UserError
 from envs.world import State, World
@@ -89,12 +90,13 @@ class Trainer:
         )  # levels [R, 1, 1] against worlds [R, T, N]
         self.reward_model = None
         if METHODS[configs[0].method].imputes:
-            sees_flags = self.config.reward_model_sees_flags
             self.reward_model = RewardModel(
-                len(configs),
-                self.world.config.shape,
-                self.world.n_active if sees_flags else FLAGS_FROM,
-                initial,
+                len(configs), self.world, self.config.reward_model_sees_flags, initial
+            ).to(self.device)
+        self.gate_memory = None
+        if self.agent.has_gate and self.config.gate_replay:
+            self.gate_memory = Memory(
+                len(configs), self.world.n_active, self.config.gate_replay
             ).to(self.device)
         self.generators = [_generator(seed[1], self.device) for seed in seeds]
         self.state: State = self.world.reset(self._draw(1)[..., : self.world.noise_channels])[:, 0]
@@ -121,7 +123,7 @@ class Trainer:
         }
 
     @property
-    def memory(self) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Tensor]:
         """What is kept beside what is learned, by its name in a checkpoint."""
         kept = {} if self.selected is None else self.selected.tensors
         for prefix, module in self.modules.items():
@@ -130,9 +132,13 @@ class Trainer:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The nets that learn, by name."""
-        more = {"reward_model": self.reward_model} if self.reward_model is not None else {}
-        return {"agent": self.agent, **more}
+        """All that learns and remembers, by name."""
+        found = {
+            "agent": self.agent,
+            "reward_model": self.reward_model,
+            "gate_memory": self.gate_memory,
+        }
+        return {name: module for name, module in found.items() if module is not None}
 
     @property
     def deployed(self) -> Agent:
@@ -182,8 +188,10 @@ class Trainer:
         rollout, self.state = reinforce.collect(
             self.agent, self.world, self.state, self._draw(self.config.steps)
         )
-        targets = reinforce.label(rollout, self.methods, self.config, progress, self.reward_model)
-        losses = reinforce.loss(self.agent, rollout, targets, self.reward_model)
+        targets = reinforce.label(
+            rollout, self.methods, self.config, progress, self.reward_model, self.gate_memory
+        )
+        losses = reinforce.loss(self.agent, rollout, targets, self.reward_model, self.gate_memory)
         self._step(losses.total(self.config, progress), progress)
         self.latest = rollout, targets, losses
         self.updates += 1
@@ -223,7 +231,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 found[f"adam.{moment}.{name}"] = self.optimizer.state[parameter][moment][run]
-        found |= {name: buffer[run] for name, buffer in self.memory.items()}
+        found |= {name: buffer[run] for name, buffer in self.kept.items()}
         found |= {f"world.{k}": v[run] for k, v in vars(self.state).items()}
         return found | {"generator": self.generators[run].get_state()}
 
@@ -243,7 +251,7 @@ class Trainer:
             return torch.stack([tensors[name] for tensors in runs]).to(self.device)
 
         with torch.no_grad():
-            for name, buffer in self.memory.items():
+            for name, buffer in self.kept.items():
                 buffer.copy_(joined(name))
             for name, parameter in self.parameters.items():
                 parameter.copy_(joined(name))

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from agents import reinforce
+from agents.memory import CAPACITY, Memory
 from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED, Overseer, tables
 from agents.networks import Agent, AgentConfig
 from agents.reinforce import ReinforceConfig, Rollout
-from agents.reward_model import FLAGS_FROM, MEMORY, RewardModel
+from agents.reward_model import RewardModel
 from envs.world import NO_LABEL, Seen, Truth, World, WorldConfig
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator, Subject
@@ -58,9 +59,9 @@ def gradients(agent, rollout, method):
     return grads
 
 
-def make_reward_model(runs=1, active=FLAGS_FROM, shape=SHAPE):
+def make_reward_model(runs=1, sees_flags=False):
     generators = [torch.Generator().manual_seed(10 + r) for r in range(runs)]
-    return RewardModel(runs, shape, active, generators)
+    return RewardModel(runs, World(WorldConfig(rows=3, cols=3)), sees_flags, generators)
 
 
 def loss_of(agent, rollout, targets, mask):
@@ -142,7 +143,6 @@ def test_a_known_answer():
         action=torch.zeros(1, 4, 1, dtype=torch.int64),
         seen=Seen(flags, torch.zeros_like(flags), label),
         truth=Truth(label),
-        final=nothing[:, :, None].expand(1, 4, 1, 5),
         value_after=torch.zeros(1, 1),
         audit=torch.zeros(1, 4, 1),
     )
@@ -380,7 +380,8 @@ def test_a_reward_model_pays_for_unlabeled_endings_what_it_expects():
     methods = tables(["reward_model"], [Overseer(0.5)], 1)
     targets = reinforce.label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
     outcome, left = plain_outcomes(rollout.seen, 12, 20)
-    observation = plain.planes(rollout.final[0][..., :3], SHAPE)
+    final = model.world.after(rollout.observation, rollout.action)[0]
+    observation = plain.planes(final[..., :3], SHAPE)
     kernel = model.convolution.weight[0][:, :, None, None]
     features = torch.nn.functional.conv2d(
         observation.flatten(0, 1), kernel, model.convolution.bias[0]
@@ -397,43 +398,140 @@ def test_a_reward_model_pays_for_unlabeled_endings_what_it_expects():
 
 
 def test_a_reward_model_sees_where_the_step_led():
-    agent = make_agent(experts="one")
+    agent, model = make_agent(experts="one"), make_reward_model()
     rollout = make_rollout(agent, level=1.0)
+    final = model.world.after(rollout.observation, rollout.action)[0]
     ended = rollout.seen.terminated[0]
     square = {0: 2, 1: 1}  # behavior -> column of the active inputs that holds its square
     for behavior, column in square.items():
-        final = rollout.final[0][ended & (rollout.truth.ending[0] == behavior)]
-        assert len(final)
-        assert torch.equal(final[:, 0], final[:, column] % 9)
+        endings = final[ended & (rollout.truth.ending[0] == behavior)]
+        assert len(endings)
+        assert torch.equal(endings[:, 0], endings[:, column] % 9)
 
 
-def test_a_reward_model_remembers_the_newest_labeled_endings_only():
-    model = make_reward_model(runs=2)
-    assert torch.equal(model.loss(torch.rand(2, 8)), torch.zeros(2))  # nothing to learn from yet
-    steps = MEMORY + 5
-    final = torch.arange(steps)[None, :, None].expand(2, -1, 3)
+@pytest.mark.parametrize("sees_flags", [False, True])
+def test_a_reward_model_looks_at_flags_only_if_told_to(sees_flags):
+    model = make_reward_model(sees_flags=sees_flags)
+    bare, flagged = torch.tensor([[[0, 9, 20, 36, 36], [0, 9, 20, 29, 27]]]).split(1, dim=1)
+    assert torch.equal(model(bare), model(flagged)) != sees_flags
+
+
+def test_runs_remember_the_newest_labeled_samples_only():
+    memory = Memory(runs=2, active=3, draws=8)
+    assert not memory.draw(torch.rand(2, 8))[2].any()  # nothing to learn from yet
+    steps = CAPACITY + 5
+    active = torch.arange(steps)[None, :, None].expand(2, -1, 3)
     labeled = torch.stack([torch.ones(steps), torch.arange(steps) % 2 == 1]).bool()
-    model.remember(final, final[..., 0] % 2, labeled)
-    assert model.count.tolist() == [steps, steps // 2]
-    assert sorted(model.final[0, :MEMORY, 0].tolist()) == list(range(5, steps))
-    assert model.final[1, : steps // 2, 0].tolist() == list(range(1, steps, 2))
-    assert model.label[1, : steps // 2].tolist() == [1] * (steps // 2)
+    memory.add(active, active[..., 0] % 2, labeled)
+    assert memory.count.tolist() == [steps, steps // 2]
+    assert sorted(memory.active[0, :CAPACITY, 0].tolist()) == list(range(5, steps))
+    assert memory.active[1, : steps // 2, 0].tolist() == list(range(1, steps, 2))
+    assert memory.label[1, : steps // 2].tolist() == [1] * (steps // 2)
     more = torch.tensor([[[7, 7, 7]], [[8, 8, 8]]])
-    model.remember(more, torch.zeros(2, 1).long(), torch.tensor([[True], [False]]))
-    assert model.count.tolist() == [steps + 1, steps // 2]
-    assert model.final[0, steps % MEMORY].tolist() == [7, 7, 7]
-    assert not (model.final[1, :MEMORY] == 8).all(-1).any()
+    memory.add(more, torch.zeros(2, 1).long(), torch.tensor([[True], [False]]))
+    assert memory.count.tolist() == [steps + 1, steps // 2]
+    assert memory.active[0, steps % CAPACITY].tolist() == [7, 7, 7]
+    assert not (memory.active[1, :CAPACITY] == 8).all(-1).any()
+
+
+def test_remembered_samples_are_drawn_evenly():
+    memory = Memory(runs=1, active=1, draws=1000)
+    memory.add(torch.arange(4)[None, :, None], torch.arange(4)[None] % 2, torch.ones(1, 4) > 0)
+    active, label, weight = memory.draw(torch.linspace(0, 1 - 2**-24, 2000)[None, ::2])
+    assert active[0, :, 0].bincount().tolist() == [250] * 4
+    assert torch.equal(label[0], active[0, :, 0] % 2)
+    assert bool((weight == 1).all())
+    assert memory.draw(torch.rand(1, 5000))[0].shape == (1, 1000, 1)
 
 
 def test_the_loss_of_a_reward_model_is_cross_entropy_on_what_it_remembers():
     model = make_reward_model()
+    assert model.loss(torch.rand(1, 8)).tolist() == [0.0]
     final = torch.tensor([[[0, 9, 20], [1, 10, 19], [2, 9, 20]]])
-    model.remember(final, torch.tensor([[1, 0, 0]]), torch.ones(1, 3, dtype=torch.bool))
+    model.memory.add(final, torch.tensor([[1, 0, 0]]), torch.ones(1, 3, dtype=torch.bool))
     found = model.loss(torch.tensor([[0.0, 0.34, 0.99, 0.5]]))
     target = torch.tensor([0.0, 1.0, 1.0, 1.0])
     logit = model(final)[0, [0, 1, 2, 1]]
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logit, target)
     torch.testing.assert_close(found[0], expected)
+
+
+def test_the_gate_learns_from_what_is_remembered(batch):
+    """Labeled samples of earlier windows count as this window's do; nothing else does."""
+    agent, rollout, _ = batch
+    memory, methods = Memory(1, 5, 10**6), tables(["routing"], [Overseer(0.5)], 2)
+    earlier = make_rollout(agent, seed=5)
+    for window in (earlier, rollout):
+        targets = reinforce.label(window, methods, ReinforceConfig(), memory=memory)
+    total = 0
+    for window in (earlier, rollout):
+        outcome = torch.as_tensor(plain_outcomes(window.seen, 12, 20)[0])
+        total += int((outcome >= LABELED).sum())
+    assert memory.count.item() == total
+    found = reinforce.loss(agent, rollout, targets, memory=memory).gate
+    active, label, _ = memory.draw(rollout.audit.flatten(1))
+    gate = plain.forward(agent, plain.planes(active[0], SHAPE))[1][:, 0]
+    diamond = label[0] == 0
+    assert 0 < int(diamond.sum()) < len(diamond)
+    apart = [  # behaviors weigh the same, however often they are labeled
+        torch.nn.functional.softplus(sign * gate[kind]).mean()
+        for sign, kind in ((-1, diamond), (1, ~diamond))
+    ]
+    torch.testing.assert_close(found[0], sum(apart) / 2)
+    for name, grads in by_module(agent, grads_of(agent, found)).items():
+        for grad in grads:
+            assert bool((grad != 0).any()) == (name == "gate"), name
+
+
+def test_the_gate_is_replayed_in_training_unless_told_otherwise():
+    trainer = Trainer([tiny()])
+    trainer.update()
+    assert int(trainer.gate_memory.count) == int((trainer.latest[1].outcome >= LABELED).sum()) > 0
+    window = tiny(training=ReinforceConfig(updates=6, worlds=16, steps=8, gate_replay=0))
+    assert Trainer([window]).gate_memory is None
+    assert Trainer([tiny("naive")]).gate_memory is None
+
+
+# ---- contrastive routing
+
+
+def test_contrast_teaches_the_deployed_expert_and_the_head_only():
+    agent = make_agent()
+    rollout = make_rollout(agent)
+    methods = tables(["contrastive_routing"], [Overseer(0.5)], 2)
+    targets = reinforce.label(rollout, methods, ReinforceConfig())
+    contrast = reinforce.loss(agent, rollout, targets).contrast
+    for name, grads in by_module(agent, grads_of(agent, contrast)).items():
+        for grad in grads:
+            assert bool((grad != 0).any()) == (name in ("expert 0", "head")), name
+
+
+def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
+    agent = make_agent()
+    rollout = make_rollout(agent)
+    config = ReinforceConfig(discount=0.9, labeled_weight=3.0)
+    targets = reinforce.label(rollout, tables(["contrastive_routing"], [Overseer(0.5)], 2), config)
+    found = reinforce.loss(agent, rollout, targets).contrast
+    outcome, left = plain_outcomes(rollout.seen, 12, 20)
+    observation = plain.planes(rollout.observation[0].flatten(0, 1), SHAPE)
+    (diamond, ghost), gate, _ = plain.forward(agent, observation)
+    g = torch.sigmoid(gate)
+
+    def log_policy(hidden):
+        return (hidden @ agent.head.weight[0].T + agent.head.bias[0]).log_softmax(-1)
+
+    own, mixture = log_policy(diamond), log_policy(g * diamond + (1 - g) * ghost)
+    total, weights = 0.0, 0.0
+    for i, action in enumerate(rollout.action[0].flatten().tolist()):
+        kind = outcome.flatten()[i]
+        weights += 3.0 if kind >= LABELED else 1.0
+        if kind >= LABELED:
+            sign = 1 if kind == LABELED else -1
+            ratio = min(1.0, float((own[i, action] - mixture[i, action]).detach().exp()))
+            total = total + 3.0 * ratio * sign * 0.9 ** left.flatten()[i] * own[i, action]
+    torch.testing.assert_close(found[0], -total / weights)
+    plain_routing = reinforce.label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
+    assert reinforce.loss(agent, rollout, plain_routing).contrast.item() == 0.0
 
 
 # ---- which agent is deployed
@@ -615,6 +713,7 @@ STACKS = [
     [tiny("routing", 0.1, 3), tiny("no_routing", 0.5, 4), tiny("routing", 0.9, 3)],
     [tiny("naive", 0.1, 1), tiny("filtering", 0.5, 2), tiny("oracle_filtering", 0.2, 5)],
     [tiny("reward_model", 0.9, 1), tiny("reward_model", 0.2, 2, label_recall=0.5)],
+    [tiny("contrastive_routing", 0.9, 1), tiny("contrastive_routing", 0.2, 2)],
 ]
 
 

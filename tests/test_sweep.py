@@ -1,0 +1,327 @@
+"""Sweeps: which runs, in which stacks; stopped, killed and failing ones; the same on Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from envs.settings import UserError
+from oversight_rl.cli import main
+from oversight_rl.sweep import (
+    Run,
+    SweepConfig,
+    WorkerLost,
+    fitting,
+    load_sweep,
+    local_workers,
+    plan,
+    ray_workers,
+    stacks,
+    sweep,
+)
+from oversight_rl.tracking import METRICS, RunFolder
+from oversight_rl.training import fit
+
+TINY = {
+    "device": "cpu",
+    "pictures": False,
+    "world": {"rows": 3, "cols": 3, "max_steps": 6},
+    "agent": {"hidden": [8, 8]},
+    "training": {"updates": 8, "worlds": 16, "steps": 4},
+    "evaluation": {"every": 4, "oversight": [0.5]},
+}
+
+
+def tiny(grid=None, updates=8, **more):
+    grid = grid or {"method": ["routing", "naive"], "oversight": [0.1, 0.5], "seeds": [0, 1]}
+    settings = TINY | {"training": TINY["training"] | {"updates": updates}}
+    return SweepConfig(**{"settings": settings, "grid": grid, **more})
+
+
+def written(config, path):
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def metrics(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob(METRICS))}
+
+
+def quiet():
+    return Console(file=open(os.devnull, "w"))
+
+
+# ---- which runs, in which stacks
+
+
+def test_a_run_for_every_combination(tmp_path):
+    config = tiny(
+        {"method": ["routing", "naive"], "oversight": [0.1, 0.5], "training.gate_coef": [1, 2.5]},
+        methods={"naive": {"training": {"labeled_weight": 3, "gate_coef": 9}}},
+    )
+    runs = {str(run.path.relative_to(tmp_path)): run.config for run in plan(config, tmp_path)}
+    assert len(runs) == 8
+    one = runs["naive-0.5-training.gate_coef=2.5/seed_0"]
+    assert (one.method, one.oversight, one.seeds) == ("naive", 0.5, (0,))
+    assert one.training.gate_coef == (2.5,)  # the grid has the last word
+    assert one.training.labeled_weight == (3.0,)
+    assert one.training.updates == 8
+    other = runs["routing-0.1-training.gate_coef=1/seed_0"]
+    assert other.training.labeled_weight == (20.0,)
+
+
+@pytest.mark.parametrize(
+    ("grid", "more", "message"),
+    [
+        ({"method": ["ruting"]}, {}, "did you mean 'routing'"),
+        ({"method": ["naive"], "world.rowz": [5]}, {}, "world.rowz; did you mean 'rows'"),
+        ({"oversight": [2]}, {}, "oversight"),
+        ({"method": ["naive", "naive"]}, {}, "distinct"),
+        ({"method": ["naive"]}, {"methods": {"naiv": {}}}, "did you mean 'naive'"),
+        ({"method": ["naive"], "seeds": [0, 0]}, {}, "distinct"),
+        ({}, {}, "grid"),
+        ({"method": []}, {}, "grid"),
+        ({"method": ["naive"]}, {"stack": 0}, "stack"),
+        ({"pictures.x": [1]}, {}, "pictures is set to"),
+    ],
+)
+def test_bad_sweeps_are_refused(tmp_path, grid, more, message):
+    with pytest.raises(UserError, match=message.replace(".", r"\.").replace("(", r"\(")):
+        plan(SweepConfig(**{"settings": TINY, "grid": grid, **more}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stacks_hold_runs_that_train_alike(tmp_path):
+    config = tiny({"method": ["routing", "no_routing", "naive"], "seeds": list(range(7))})
+    packed = stacks(plan(config, tmp_path), 5)
+    assert [len(stack) for stack in packed] == [5, 4, 5, 4, 3] or sum(map(len, packed)) == 21
+    assert max(map(len, packed)) <= 5
+    assert max(map(len, packed)) - min(map(len, packed)) <= 2  # shared out evenly
+    for stack in packed:
+        assert len({run.config.method == "naive" for run in stack}) == 1
+
+
+def test_stacks_fit_memory():
+    (small,) = (run.config for run in plan(tiny({"method": ["routing"]}), Path("x")))
+    paper = small.model_copy(
+        update={"training": small.training.model_copy(update={"worlds": 512, "steps": 32})}
+    )
+    assert fitting(small, 2**30) > fitting(paper, 2**30) > fitting(paper, 2**28)
+    assert fitting(paper, 1.0) == 1  # one run is tried whatever it takes
+
+
+def test_many_runs_cost_the_driver_little_memory(tmp_path):
+    tracemalloc.start()
+    plan(tiny({"method": ["routing"], "seeds": list(range(10))}), tmp_path)
+    few = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    levels = [x / 1000 for x in range(100)]
+    runs = plan(
+        tiny({"method": ["routing"], "oversight": levels, "seeds": list(range(10))}), tmp_path
+    )
+    many = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(runs) == 1000
+    assert many - few < 10 * 2**20
+
+
+# ---- it runs
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished sweep of eight runs."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    assert sweep(tiny(), out, local_workers(2), quiet()) == {}
+    return out
+
+
+def test_a_sweep_trains_what_its_stacks_would_alone(done, tmp_path):
+    runs = plan(tiny(), done)
+    assert all(run.finished for run in runs)
+    stack = stacks([Run(tmp_path / run.path.name, run.config) for run in runs[:2]], 5)[0]
+    together = [run for run in runs if run.config.method == "routing"]
+    paths = [tmp_path / f"{run.config.oversight}-{run.path.name}" for run in together]
+    assert len(stack) == 2
+    fit([run.config for run in together], paths, quiet())
+    for run, path in zip(together, paths, strict=True):
+        assert (path / METRICS).read_bytes() == (run.path / METRICS).read_bytes()
+
+
+def test_finished_runs_are_left_alone_and_values_can_be_added(done):
+    before = {p: p.stat().st_mtime_ns for p in done.rglob("*.csv")}
+    more = tiny({"method": ["routing", "naive"], "oversight": [0.1, 0.5], "seeds": [0, 1, 2]})
+    assert sweep(more, done, local_workers(2), quiet()) == {}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert len(metrics(done)) == 12
+    for other in (tiny(updates=9), tiny({"method": ["routing"]})):
+        with pytest.raises(UserError, match="holds another sweep"):
+            sweep(other, done, local_workers(1), quiet())
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds no sweep"):
+        sweep(tiny(), tmp_path, local_workers(1), quiet())
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_a_failing_run_does_not_take_others_along(tmp_path, capsys):
+    config = tiny({"method": ["naive"], "seeds": [0, 1, 2]})
+    out = tmp_path / "out"
+    file = written(config, tmp_path / "sweep.yaml")
+    out.mkdir()
+    written(config, out / "sweep.yaml")
+    (out / "naive").mkdir()
+    (out / "naive" / "seed_1").write_text("in the way")
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(file), "--out", str(out), "--workers", "2"])
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert "seed_1: failed" in said
+    assert "Traceback" not in said
+    assert [run.finished for run in plan(config, out)[::2]] == [True, True]
+    (out / "naive" / "seed_1").unlink()
+    main(["sweep", str(file), "--out", str(out), "--workers", "1"])
+    assert all(run.finished for run in plan(config, out))
+
+
+LONG = {"method": ["routing"], "oversight": [0.2], "seeds": [0, 1]}
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def workers_of(pid):
+    """Process ids of the sweep workers below a process."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            command = stat.with_name("cmdline").read_text()
+        except (OSError, ValueError):
+            continue
+        if parent == pid and "oversight_rl.sweep" in command:
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """What an undisturbed sweep of longer runs ends with."""
+    out = tmp_path_factory.mktemp("long") / "out"
+    assert sweep(tiny(LONG, updates=300), out, local_workers(1), quiet()) == {}
+    return metrics(out)
+
+
+def started(run):
+    return run.update >= 4
+
+
+@pytest.mark.parametrize("who", ["worker", "driver politely", "driver"])
+def test_a_broken_off_sweep_ends_as_if_nothing_had_happened(tmp_path, long, who):
+    out, file = tmp_path / "out", written(tiny(LONG, updates=300), tmp_path / "sweep.yaml")
+    command = [sys.executable, "-m", "oversight_rl", "sweep", str(file), "--out", str(out)]
+    driver = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.PIPE, text=True)
+    runs = plan(load_sweep(file), out)
+    wait_for(lambda: all(map(started, runs)))
+    (worker,) = workers_of(driver.pid)
+    if who == "worker":
+        os.kill(worker, signal.SIGKILL)
+        said, _ = driver.communicate(timeout=120)
+        assert driver.returncode == 0
+        assert "all runs are finished" in said
+    else:
+        driver.send_signal(signal.SIGTERM if who == "driver politely" else signal.SIGKILL)
+        said, _ = driver.communicate(timeout=120)
+        if who == "driver politely":
+            assert driver.returncode == 130
+            assert "go on with: oversight-rl sweep" in said
+        wait_for(lambda: not Path(f"/proc/{worker}").exists())  # it stops with its driver
+        assert not any(run.finished for run in runs)
+        main(["sweep", str(file), "--out", str(out), "--workers", "1"])
+    assert metrics(out) == long
+
+
+def test_a_worker_that_keeps_dying_is_given_up(tmp_path, monkeypatch):
+    jobs = []
+
+    class Dying:
+        def __enter__(self):
+            from concurrent.futures import Future
+
+            def submit(job):
+                jobs.append([Path(path).name for path, _ in json.loads(job)])
+                future = Future()
+                future.set_exception(WorkerLost("worker ended by signal 9"))
+                return future
+
+            return submit
+
+        def __exit__(self, *error):
+            pass
+
+    failed = sweep(tiny(LONG), tmp_path / "out", Dying(), quiet())
+    assert {path.name for path in failed} == {"seed_0", "seed_1"}
+    assert set(failed.values()) == {"worker ended by signal 9"}
+    assert jobs[:3] == [["seed_0", "seed_1"]] * 3  # together while that may help, then alone
+    assert sorted(jobs[3:]) == [["seed_0"], ["seed_1"]]
+
+
+# ---- on Ray
+
+
+def test_ray_gives_the_same_results_though_a_worker_is_killed(tmp_path, long):
+    out = tmp_path / "out"
+    config = tiny(LONG, updates=300)
+    runs = plan(config, out)
+    killed = []
+
+    class Killing:
+        """Ray's workers, one of which is killed when it is under way."""
+
+        def __enter__(self):
+            self.workers = ray_workers("local")
+            submit = self.workers.__enter__()
+
+            def kill_one(job):
+                future = submit(job)
+                wait_for(lambda: all(map(started, runs)))
+                for stat in Path("/proc").glob("[0-9]*/cmdline"):
+                    try:
+                        if stat.read_text().startswith("ray::call"):
+                            killed.append(int(stat.parent.name))
+                            os.kill(killed[-1], signal.SIGKILL)
+                    except OSError:
+                        continue
+                return future
+
+            return kill_one
+
+        def __exit__(self, *error):
+            return self.workers.__exit__(*error)
+
+    assert sweep(config, out, Killing(), quiet()) == {}
+    assert len(killed) == 1
+    assert metrics(out) == long
+    assert all(RunFolder.open(run.path).finished for run in runs)
+
+
+def test_an_absent_cluster_is_refused(tmp_path, capsys):
+    file = written(tiny(LONG), tmp_path / "sweep.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(file), "--out", str(tmp_path / "out"), "--ray", "127.0.0.1:1"])
+    assert stop.value.code == 2
+    assert "no cluster at 127.0.0.1:1" in capsys.readouterr().err
