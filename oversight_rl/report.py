@@ -573,14 +573,17 @@ def figure_improvement(found: Found) -> Figure | None:
     figure = Figure(figsize=(size + 1.0, size), layout="constrained")
     axes = figure.subplots()
     chances = table.to_numpy(float)
-    axes.imshow(chances, cmap="RdYlGn", vmin=0, vmax=1, alpha=0.75)
+    axes.pcolormesh(chances, cmap="RdYlGn", vmin=0, vmax=1, alpha=0.75)
+    axes.grid(visible=False)
     for i in range(len(table)):
         for j in range(len(table)):
             if i != j:
-                axes.text(j, i, f"{chances[i, j]:.2f}", ha="center", va="center", fontsize=7,
+                axes.text(j + 0.5, i + 0.5, f"{chances[i, j]:.2f}", ha="center", va="center", fontsize=7,
                           color="#111827")  # fmt: skip
-    axes.set_xticks(range(len(table)), table.columns, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(table)), table.index, fontsize=8)
+    middles = np.arange(len(table)) + 0.5
+    axes.set_xticks(middles, table.columns, rotation=90, fontsize=8)
+    axes.set_yticks(middles, table.index, fontsize=8)
+    axes.invert_yaxis()
     axes.set_title("chance that the row beats the column", fontsize=10)
     return figure
 

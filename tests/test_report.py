@@ -1,0 +1,260 @@
+"""Reports: figures against hand-made runs, what is missing is said, nothing is executed."""
+
+import dataclasses
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from oversight_rl import report
+from oversight_rl.cli import main
+from oversight_rl.config import Config
+from oversight_rl.evaluation import Row
+from oversight_rl.tracking import RunFolder
+
+LEVELS, SEEDS = (0.01, 0.1), range(5)
+RETURNS = {  # by method: mean return at the two levels
+    "routing": (0.5, 0.7),
+    "naive": (0.2, 0.75),
+    "reward_model": (0.8, 0.85),
+    "ipw_hidden_flag": (0.9, 0.9),
+}
+
+
+def make_run(path, method, level, seed, value, settings=None):
+    """A finished run with given returns, written by what writes real ones."""
+    config = Config.model_validate(
+        {"method": method, "oversight": level, "seeds": [seed], **(settings or {})}
+    )
+    folder = RunFolder.create(path, config)
+    policies = ["mixture", "diamond", "ghost", "diamond=0.5,ghost=0.5"]
+    if method not in ("routing", "no_routing"):
+        policies = ["single"]
+    rows = []
+    for policy in policies:
+        fields = dict.fromkeys((field.name for field in dataclasses.fields(Row)), 0.25)
+        fields |= {
+            "method": method, "seed": seed, "train_oversight": level, "deploy_oversight": level,
+            "policy": policy, "greedy": False, "temperature": 1.0, "evaluator": "exact",
+            "ground_truth_return": value if policy in ("diamond", "single") else -value,
+            "window_return": value / 2, "optimal_return": 0.93, "env_steps": 1000,
+            "wall_seconds": 3.0, "p_diamond": 0.8, "p_ghost": 0.15, "p_timeout": 0.05,
+        }  # fmt: skip
+        rows.append(Row(**fields))
+    for update, share in ((0, 0.0), (10, 0.5), (20, 1.0)):
+        scaled = [
+            dataclasses.replace(
+                r, ground_truth_return=share * r.ground_truth_return, env_steps=50 * update
+            )
+            for r in rows
+            if "=" not in r.policy
+        ]
+        folder.log_rows(update, scaled)
+        points = {"loss/policy": 0.1}
+        if len(policies) > 1:
+            points |= {f"gate/{kind}": 0.5 for kind in report.GATE}
+        if method == "reward_model":
+            points |= dict(zip(report.REWARD_MODEL, (0.99, 0.9, 0.01, 0.123), strict=True))
+        folder.log_training(update, points)
+    folder.finish(config, rows)
+
+
+def spread(seed):
+    return (seed - 2) / 100
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for method, means in RETURNS.items():
+        for level, mean in zip(LEVELS, means, strict=True):
+            for seed in SEEDS:
+                path = tmp_path / f"{method}-{level}" / f"seed_{seed}"
+                make_run(path, method, level, seed, mean + spread(seed))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page(directory):
+    return Page((directory / "report.html").read_text())
+
+
+def test_the_summary_holds_the_statistics(runs, capsys):
+    main(["report", str(runs)])
+    table = pd.read_csv(runs / "summary.csv")
+    assert list(table.columns[:7]) == [
+        "method", "assumes", "train_oversight", "n_seeds", "iqm", "ci_low", "ci_high",
+    ]  # fmt: skip
+    assert len(table) == 8
+    for row in table.itertuples():
+        mean = RETURNS[row.method][LEVELS.index(row.train_oversight)]
+        values = [mean + spread(seed) for seed in SEEDS]
+        assert row.iqm == pytest.approx(stats.trim_mean(values, 0.25))
+        assert min(values) <= row.ci_low <= row.iqm <= row.ci_high <= max(values)
+        assert row.n_seeds == 5
+        assert row.window_return == pytest.approx(row.iqm / 2)
+    paper = table.set_index(["method", "train_oversight"])["paper_window_return"]
+    assert paper["routing", 0.1] == 0.51
+    assert paper["naive", 0.01] == 0.02
+    assert np.isnan(paper["reward_model", 0.1])
+    assert set(table[table.method == "ipw_hidden_flag"]["assumes"]) == {"hidden flags"}
+    said = capsys.readouterr().out
+    assert "note:" not in said  # nothing is missing
+    assert "report.html" in said
+
+
+def test_the_verdict_says_who_wins(runs):
+    """Worse and better than routing by more than the spread of seeds, at known levels."""
+    found = report.gather(runs)
+    assert report.verdict(found, report.summary(found)) == (
+        "Of the methods that need labels alone, the best return (IQM) has reward_model at 1% "
+        "(0.80) and 10% (0.85); gradient routing is beaten by naive at 10%; reward_model at 1% "
+        "and 10%, and beats naive at 1%."
+    )
+
+
+def test_improvement_is_the_share_of_pairs_won(runs):
+    table = report.improvement(report.gather(runs))
+    assert table.loc["reward_model", "routing"] == 1.0
+    assert table.loc["routing", "naive"] == pytest.approx((1 + 0) / 2, abs=0.01)
+    assert np.isnan(table.loc["naive", "naive"])
+    off = ~np.eye(len(table), dtype=bool)
+    assert (table + table.T).to_numpy()[off] == pytest.approx(1.0)
+
+
+def test_the_page_is_one_file_with_every_figure(runs):
+    report.write(runs)
+    found = page(runs)
+    text = " ".join(found.text)
+    for heading, _ in report.CAPTIONS.values():
+        assert heading in text
+    assert sum(tag == "svg" for tag, _ in found.tags) == len(report.CAPTIONS)
+    for tag, attributes in found.tags:
+        assert tag not in ("script", "iframe", "object", "link", "img"), tag
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")  # nothing is fetched
+    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    figures = [i for i in ids if not re.match(r"(figure|axes|patch|line2d|text|xtick|ytick)", i)]
+    assert len([i for i in figures if i.startswith(("p", "m"))]) == len(
+        {i for i in figures if i.startswith(("p", "m"))}
+    )  # clip paths and markers of one figure are not taken for another's
+    assert "prefers-color-scheme: dark" in (runs / "report.html").read_text()
+    assert "12.3%" not in text
+    assert "0.123" in text  # calibration of the reward model on unlabeled endings
+    for name in report.CAPTIONS:
+        assert (runs / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+        image = matplotlib.image.imread(runs / "figures" / f"{name}.png")
+        assert image[..., :3].std() > 0.01
+
+
+def test_figures_show_the_numbers(runs):
+    figure = report.figure_returns(report.gather(runs))
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    assert list(lines["routing, as published"].get_ydata()) == [0.28, 0.51]
+    (axes,) = [a for a in figure.axes if a.get_title().startswith("one policy")]
+    naive = next(line for line in axes.get_lines() if line.get_label() == "naive")
+    assert list(naive.get_ydata()) == pytest.approx([0.2, 0.75])
+    dots = np.concatenate([x.get_ydata() for x in axes.get_lines() if x.get_linestyle() == "None"])
+    assert len(dots) == 2 * 2 * 5  # two methods, two levels, every seed
+
+
+def test_what_is_missing_is_said_and_the_rest_reported(runs, capsys):
+    shutil.rmtree(runs / "naive-0.01" / "seed_3")
+    (runs / "naive-0.1" / "seed_1" / "result.json").unlink()
+    (runs / "routing-0.1" / "seed_0" / "result.json").write_text("[{")
+    (runs / "routing-0.1" / "seed_2" / "config.yaml").write_text("method: rooting")
+    (runs / "routing-0.01" / "seed_4" / "metrics.csv").write_text('update\n"')
+    for seed in (1, 2, 3, 4):
+        shutil.rmtree(runs / "reward_model-0.1" / f"seed_{seed}")
+    shutil.rmtree(runs / "ipw_hidden_flag-0.1")
+    old = runs / "naive-0.01" / "seed_0" / "config.yaml"
+    old.write_text(re.sub("commit: .*", "commit: 0123abc", old.read_text()))
+    shutil.copytree(runs / "naive-0.01" / "seed_1", runs / "again")
+    main(["report", str(runs)])
+    said = capsys.readouterr().out
+    for line in (
+        "naive-0.1/seed_1 is not finished",
+        "routing-0.1/seed_0 cannot be read and is left out",
+        "routing-0.1/seed_2 cannot be read and is left out",
+        "routing-0.01/seed_4 cannot be read and is left out",
+        "naive at 0.01 lacks seeds 3.",
+        "reward_model at 0.1 lacks seeds 1, 2, 3, 4; one seed has no interval",
+        "ipw_hidden_flag has no run at oversight 0.1",
+        "2 different versions",
+        "naive-0.01/seed_1 repeats again",
+    ):
+        assert line in said, line
+        assert line in " ".join(page(runs).text), line
+    assert "Traceback" not in said
+    table = pd.read_csv(runs / "summary.csv").set_index(["method", "train_oversight"])
+    assert table.loc[("reward_model", 0.1), "n_seeds"] == 1
+    assert np.isnan(table.loc[("reward_model", 0.1), "ci_low"])
+    assert table.loc[("routing", 0.1), "n_seeds"] == 3
+
+
+@pytest.mark.parametrize("content", ["nothing", "no folder", "unfinished"])
+def test_without_a_finished_run_there_is_no_report(tmp_path, capsys, content):
+    path = tmp_path / "runs"
+    if content != "no folder":
+        path.mkdir()
+    if content == "unfinished":
+        RunFolder.create(path / "x", Config()).close()
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(path)])
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (path / "report.html").exists()
+
+
+def test_settings_that_runs_vary_tell_them_apart(tmp_path):
+    for coefficient in (0.5, 2.0):
+        for seed in (0, 1):
+            make_run(
+                tmp_path / f"{coefficient}-{seed}", "routing", 0.1, seed, coefficient / 4,
+                {"training": {"gate_coef": coefficient}},
+            )  # fmt: skip
+    found = report.gather(tmp_path)
+    assert found.names == [
+        "routing (training.gate_coef=[0.5])",
+        "routing (training.gate_coef=[2.0])",
+    ]
+    assert list(report.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
+    report.write(tmp_path)
+
+
+def test_names_from_files_are_text_and_not_markup(runs):
+    evil = "<img src=x onerror=alert(1)>"
+    folder = runs / "naive-0.01" / evil.replace("/", "")
+    shutil.copytree(runs / "naive-0.01" / "seed_0", folder)
+    config = folder / "config.yaml"
+    config.write_text(re.sub("commit: .*", f"commit: '{evil}'", config.read_text()))
+    report.write(runs)
+    found = page(runs)
+    assert not [tag for tag, _ in found.tags if tag in ("img", "script")]
+    assert evil in " ".join(found.text)
+
+
+def test_the_papers_figure_is_carried_along():
+    paper = report.paper_figure()
+    assert set(paper) == {"routing", "naive", "filtering"}
+    assert paper["routing"][0.003] == 0.10
+    assert paper["filtering"][0.4] == 0.75
+    source = Path(report.__file__).parent / "data" / "paper_figure_6a.csv"
+    assert "arXiv 2410.04332" in source.read_text()
