@@ -135,6 +135,8 @@ def load_yaml(path: Path) -> Config:
         UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
     """
     content = read_yaml(path)
+    if "grid" in content:
+        raise UserError(f"{path}: is a sweep; run it with oversight-rl sweep {path} --out DIR")
     content.pop("provenance", None)  # written into run folders, says how the run came about
     try:
         return Config.model_validate(content)

@@ -117,7 +117,8 @@ def gather(directory: Path) -> Found:
             parts = {"results": result}
             for part, file in (("curves", METRICS), ("training", TRAINING)):
                 table = path.parent / file
-                parts[part] = pd.read_csv(table) if table.is_file() else pd.DataFrame()
+                filled = table.is_file() and table.stat().st_size
+                parts[part] = pd.read_csv(table) if filled else pd.DataFrame()
         except (UserError, ValueError, OSError) as error:
             missing.append(f"{where} cannot be read and is left out ({error}).")
             continue
@@ -578,7 +579,8 @@ def figure_improvement(found: Found) -> Figure | None:
     for i in range(len(table)):
         for j in range(len(table)):
             if i != j:
-                axes.text(j + 0.5, i + 0.5, f"{chances[i, j]:.2f}", ha="center", va="center", fontsize=7,
+                text = f"{chances[i, j]:.2f}"
+                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7,
                           color="#111827")  # fmt: skip
     middles = np.arange(len(table)) + 0.5
     axes.set_xticks(middles, table.columns, rotation=90, fontsize=8)

@@ -59,6 +59,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             facts = provenance() | ({"imported": imported} if imported else {})
             write_atomically(path / CONFIG, dump_yaml(config, facts).encode())
+            for name in (METRICS, TRAINING):
+                (path / name).touch()
         except OSError as error:
             raise UserError(f"{path}: cannot write there ({error.strerror})") from None
         folder = cls(path)
@@ -251,8 +253,6 @@ def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def _rewind(path: Path, update: int) -> None:
     """Drop the lines of a CSV file that came after `update`."""
-    if not path.exists():
-        return
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         kept = [record for record in reader if int(record["update"]) <= update]

@@ -22,6 +22,7 @@ from agents.networks import AgentConfig
 from oversight_rl import checkpoint
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.sweep import load_sweep, plan
 from oversight_rl.tracking import RunFolder, find_runs
 from oversight_rl.training import _stop_requested
 
@@ -62,8 +63,9 @@ def run(tmp_path_factory):
 def test_a_run_folder_is_complete(run):
     rows = result(run)
     assert set(rows[0]) >= COLUMNS
-    assert len(rows) == 3 * 2 * 4  # policies, sampled and greedy, levels
-    assert {row["policy"] for row in rows} == {"mixture", "diamond", "ghost"}
+    blends = [f"diamond={w / 10:g},ghost={1 - w / 10:g}" for w in range(1, 10)]
+    assert len(rows) == 3 * 2 * 4 + 9  # policies, sampled and greedy, levels; blends
+    assert {row["policy"] for row in rows} == {"mixture", "diamond", "ghost", *blends}
     assert {row["deploy_oversight"] for row in rows} == {0.0, 0.01, 0.1, 1.0}
     assert {row["evaluator"] for row in rows} == {"exact"}
     assert rows[0]["optimal_return"] == pytest.approx(0.9317, abs=1e-4)
@@ -594,6 +596,15 @@ def test_help_is_complete(command):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_preset_loads(path):
+    if path.name.startswith("compare"):
+        runs = plan(load_sweep(path), Path("runs"))
+        assert len(runs) == (36 if "quick" in path.name else len(METHODS) * 6 * 5)
+        return
     config = load_yaml(path)
     assert Config.model_validate(config.model_dump()) == config
     assert (config == Config()) == (path.name == "default.yaml")
+
+
+def test_a_sweep_file_is_no_training_configuration(capsys):
+    path = ROOT / "configs" / "compare.yaml"
+    assert "oversight-rl sweep" in refused(capsys, train, ["--config", path])
