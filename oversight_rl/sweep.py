@@ -383,10 +383,15 @@ def _claim(config: SweepConfig, out: Path) -> None:
     path = out / SWEEP
     if path.exists():
         before = load_sweep(path)
-        if (before.settings, before.methods) != (config.settings, config.methods) or any(
-            not set(values) <= set(config.grid.get(name, ()))
+        grows = all(
+            set(map(str, values)) <= set(map(str, config.grid.get(name, ())))
             for name, values in before.grid.items()
-        ):
+        )
+        there = before.grid.get("method", tuple(before.methods))
+        same = before.settings == config.settings and all(
+            before.methods.get(method) == config.methods.get(method) for method in there
+        )
+        if not (grows and same):
             raise UserError(f"{out}: holds another sweep; choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")

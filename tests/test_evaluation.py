@@ -33,7 +33,7 @@ def trained(updates, method="routing", **world):
 @pytest.mark.parametrize("updates", [0, 60])
 @pytest.mark.parametrize("method", ["routing", "naive"])
 def test_exact_agrees_with_rollouts_on_every_row(updates, method):
-    """Within 4 (chances: 4.5) standard errors over 200,000 episodes, trained and untrained, sampled and greedy."""
+    """Within 4 (chances: 4.5) standard errors over 200,000 episodes, sampled and greedy."""
     trainer = trained(updates, method)
     policies = standard(trainer.agent.n_experts)
     policies = [policies[0], policies[-1].with_options(greedy=True)]
