@@ -12,7 +12,6 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from agents.memory import Memory
 from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables
@@ -367,20 +366,13 @@ def loss(
 def gate_loss(
     agent: Agent, output: Output, outcome: Tensor, uniform: Tensor, memory: Memory | None
 ) -> Tensor:
-    """Cross entropy of the gate against labels. [R]
-
-    Without a memory, of this window's labeled samples, as published; with one, of what is
-    remembered, where behaviors weigh the same: a gate that learns how common each is closes
-    itself to the rarer one, whose expert then never learns.
-    """
+    """Cross entropy of the gate against labels: this window's, or remembered ones. [R]"""
     if memory is None:
         weight = (outcome >= LABELED).to(uniform.dtype)
         logits, label = output.gate_logits, (outcome - LABELED).clamp(min=0)
     else:
-        active, label, known = memory.draw(uniform)
+        active, label, weight = memory.draw(uniform)
         logits = agent.prepare().gate(active)
-        of_behavior = F.one_hot(label, len(BEHAVIORS)) * known[..., None]  # [R, M, behaviors]
-        weight = (of_behavior / of_behavior.sum(1, keepdim=True).clamp(min=1.0)).sum(-1)
     chosen = logits.log_softmax(-1).gather(-1, label[..., None]).squeeze(-1)
     return -weighted_mean(chosen, weight)
 
