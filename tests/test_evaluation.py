@@ -1,5 +1,6 @@
 """The result table: exact against rollouts, and the fall-back to rollouts."""
 
+import dataclasses
 import math
 
 import pytest
@@ -42,7 +43,7 @@ def test_exact_agrees_with_rollouts_on_every_row(updates, method):
     exact = Evaluator(trainer.configs[0].world, 0.97)
     sampled = Evaluator(trainer.configs[0].world, 0.97, episodes=EPISODES)
     sampled.mdp = None
-    rows = exact.evaluate(trainer.agent, subject, policies, [levels])[0]
+    rows = exact.evaluate(trainer.agent, subject, policies, [levels], paths=True)[0]
     others = sampled.evaluate(trainer.agent, subject, policies, [levels])[0]
     assert len(rows) == len(policies) * len(levels)
     if updates:
@@ -54,12 +55,18 @@ def test_exact_agrees_with_rollouts_on_every_row(updates, method):
         assert row.return_se == 0
         assert 0 < other.return_se < 0.01
         assert abs(row.ground_truth_return - other.ground_truth_return) < 4 * other.return_se
-        for name in ("p_diamond", "p_ghost", "p_timeout"):
+        chances = [field.name for field in dataclasses.fields(row) if field.name.startswith("p_")]
+        assert len(chances) == 6
+        for name in chances:
             p, estimate = getattr(row, name), getattr(other, name)
             assert abs(p - estimate) < 4.5 * math.sqrt(p * (1 - p) / EPISODES) + 1e-6, name
         assert abs(row.episode_length - other.episode_length) < 4 * 4 / math.sqrt(EPISODES)
         assert abs(row.window_return - other.window_return) < 4 / math.sqrt(EPISODES)
         assert row.p_diamond + row.p_ghost + row.p_timeout == pytest.approx(1)
+        assert 0 < row.p_ghost_flagged < row.p_ghost
+        assert 0 < row.p_ghost_on_path < row.p_ghost
+    (unasked,) = exact.evaluate(trainer.agent, subject, policies[:1], [levels])[0]
+    assert math.isnan(unasked.p_ghost_on_path)
 
 
 def test_spurious_flags_fall_back_to_rollouts():

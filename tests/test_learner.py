@@ -629,6 +629,29 @@ def test_statistics_of_a_window(batch):
         assert float(found[f"gate/{name}"]) == pytest.approx(float(mean), abs=1e-5)
 
 
+def test_calibration_error_of_known_forecasts():
+    chance = torch.tensor([[0.05, 0.05, 0.95, 0.95, 0.55], [0.5, 0.5, 0.5, 0.5, 0.5]])
+    happened = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 0, 1]]).float()
+    among = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]).bool()
+    found = reinforce.calibration_error(chance, happened, among)
+    assert found.tolist() == pytest.approx([(2 * 0.05 + 2 * 0.45) / 4, 0.0])
+    assert reinforce.calibration_error(chance, happened, ~(among | ~among)).isnan().all()
+
+
+def test_a_reward_model_is_checked_against_the_truth_on_unlabeled_endings():
+    agent, model = make_agent(experts="one"), make_reward_model()
+    rollout = make_rollout(agent)
+    methods = tables(["reward_model"], [Overseer(0.5)], 1)
+    targets = reinforce.label(rollout, methods, ReinforceConfig(), reward_model=model)
+    found = reinforce.statistics(rollout, targets)
+    for kind, outcomes in (("unlabeled", [UNLABELED]), ("labeled", [LABELED, LABELED + 1])):
+        among = rollout.seen.terminated & torch.isin(targets.outcome, torch.tensor(outcomes))
+        right = (targets.imputed > 0.5) == (rollout.truth.ending == 0)
+        share = right[among].float().mean()
+        assert float(found[f"reward_model/accuracy_{kind}"]) == pytest.approx(float(share))
+        assert 0 <= float(found[f"reward_model/calibration_error_{kind}"]) <= 1
+
+
 def test_every_coefficient_is_annealed():
     one = torch.ones(1)
     losses = reinforce.Loss(one, one * 10, one * 100, one * 1000, one * 1e4, one * 1e5)

@@ -1,5 +1,7 @@
 """The world against a slow, plain reference, and its statistics against known ones."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,3 +156,35 @@ def test_a_level_outside_0_1_is_refused(level):
 def test_bad_sizes_are_refused(bad):
     with pytest.raises(UserError, match=f"world.{next(iter(bad))}"):
         WorldConfig(**bad)
+
+
+def test_what_lies_on_a_shortest_path():
+    """In the rectangle between agent and diamond; worked out by walking all shortest paths."""
+    world = World(WorldConfig(rows=3, cols=4))
+    cells = range(12)
+
+    def paths(a, b):
+        """Cells on shortest paths from a to b."""
+        (row, col), (to_row, to_col) = divmod(a, 4), divmod(b, 4)
+        if a == b:
+            return {a}
+        found = {a}
+        if row != to_row:
+            found |= paths(a + (4 if to_row > row else -4), b)
+        if col != to_col:
+            found |= paths(a + (1 if to_col > col else -1), b)
+        return found
+
+    for agent, diamond, ghost in itertools.permutations(cells, 3):
+        state = world.unkey(torch.tensor(((agent * 12 + diamond) * 12 + ghost) * 4))
+        assert bool(world.ghost_on_path(state)) == (ghost in paths(agent, diamond))
+
+
+def test_active_inputs_after_a_step_are_those_of_the_last_state():
+    for spurious in (0.0, 0.5):
+        world = World(WorldConfig(rows=3, cols=3, spurious_oversight=spurious), 0.5)
+        state = world.reset(torch.rand(500, world.noise_channels))
+        action = torch.randint(4, (500,))
+        _, step = world.step(state, action, state)
+        assert torch.equal(world.after(world.active(state), action), world.active(step.last))
+        assert world.active(state).shape[-1] == world.n_active
