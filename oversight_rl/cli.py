@@ -30,7 +30,7 @@ from oversight_rl.config import Config, Probability, load_yaml
 from oversight_rl.evaluation import Evaluator, Row, Subject
 from oversight_rl.steering import SteeredPolicy, Steering, parse, standard
 from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
-from oversight_rl.tracking import RunFolder, check_free, find_runs, write_json
+from oversight_rl.tracking import check_free, open_runs, write_json
 from oversight_rl.training import Interrupted, fit, stack_key
 
 DEFAULTS = Config()
@@ -92,9 +92,7 @@ def _train(args: list[str]) -> None:
 
 
 def _resume(path: Path, console: Console) -> None:
-    folders = [RunFolder.open(run) for run in find_runs(path)]
-    if not folders:
-        raise UserError(f"{path}: not a run folder (no config.yaml in it)")
+    folders = open_runs(path)
     configs = [folder.config() for folder in folders]
     if len({stack_key(config).model_dump_json() for config in configs}) > 1:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
@@ -166,10 +164,7 @@ def evaluate(
             raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
     console = Console()
     if run_dir.is_dir():
-        runs = find_runs(run_dir)
-        if not runs:
-            raise UserError(f"{run_dir}: not a run folder (no config.yaml in it)")
-        loaded = [RunFolder.open(run).load() for run in runs]
+        loaded = [run.load() for run in open_runs(run_dir)]
     else:
         loaded = [checkpoint.read_policy(run_dir)]
     rows: list[Row] = []
@@ -260,7 +255,7 @@ def run_sweep(
     plan = load_sweep(config)
     console = Console()
     gpu = Config.model_validate({"device": "auto"} | plan.settings).torch_device().type == "cuda"
-    count = workers or (1 if gpu else os.cpu_count() or 1)
+    count = (1 if gpu else os.cpu_count() or 1) if workers is None else workers
     if count < 1:
         raise UserError(f"--workers: must be at least 1, got {count}")
     pool = local_workers(count) if ray is None else ray_workers(ray)

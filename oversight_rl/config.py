@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import yaml
@@ -81,6 +81,17 @@ class Config(Settings):
                 world = world.model_dump()
             return data | {"world": world | {"flags_visible": False}}
         return data
+
+    @model_validator(mode="after")
+    def _labels_some_ghosts(self) -> Self:
+        flagged = self.world.ghost_oversight
+        never = (self.oversight if flagged is None else flagged) * self.label_recall == 0
+        if never and callable(METHODS[self.method].reward[2]):
+            raise UserError(
+                f"oversight: {self.method} weights by the chance that a ghost is labeled, which "
+                f"must be above 0, got {self.oversight:g}"
+            )
+        return self
 
     @property
     def overseer(self) -> Overseer:

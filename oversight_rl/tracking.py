@@ -285,6 +285,15 @@ def find_runs(path: Path) -> list[Path]:
     return sorted(seeds, key=lambda p: (len(p.name), p.name))
 
 
+def open_runs(path: Path) -> list[RunFolder]:
+    """The runs at `path`, see `find_runs`.
+
+    Raises:
+        UserError: there is none.
+    """
+    return [RunFolder.open(run) for run in find_runs(path) or [path]]
+
+
 def deployed_row(rows: Sequence[Row]) -> Row:
     """The row of the deployed policy, sampled, at the training oversight level."""
     (match,) = (

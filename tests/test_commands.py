@@ -577,18 +577,23 @@ def test_what_is_not_a_run_is_refused(run, tmp_path, capsys):
 # ---- help, configs
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["-m", "oversight_rl", "evaluate"]])
+FLAGS = {
+    "evaluate": ["--steer", "--oversight", "--greedy", "--json", "--export"],
+    "sweep": ["--out", "--workers", "--ray"],
+    "report": ["PATH", "report.html", "summary.csv"],
+    "import-reference": ["--oversight", "--method", "--seed"],
+}
+
+
+@pytest.mark.parametrize("command", [["train.py"], *(["-m", "oversight_rl", c] for c in FLAGS)])
 def test_help_is_complete(command):
     environment = os.environ | {"COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, *command, "--help"],
         cwd=ROOT, capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
-    flags = (
-        ["--config", "--resume", "--oversight", "--world.rows", "--training.learning-rate"]
-        if command == ["train.py"]
-        else ["--steer", "--oversight", "--greedy", "--json", "--export"]
-    )
+    train_flags = ["--config", "--resume", "--oversight", "--world.rows", "--training.gate-coef"]
+    flags = FLAGS.get(command[-1], train_flags)
     for flag in flags:
         assert flag in done.stdout
     assert done.stdout.count("default: ") > 5 or command != ["train.py"]

@@ -91,6 +91,7 @@ def test_a_run_for_every_combination(tmp_path):
         ({"method": []}, {}, "grid"),
         ({"method": ["naive"]}, {"stack": 0}, "stack"),
         ({"pictures.x": [1]}, {}, "pictures is set to"),
+        ({"method": ["ipw_hidden_flag"], "oversight": [0]}, {}, "must be above 0"),
     ],
 )
 def test_bad_sweeps_are_refused(tmp_path, grid, more, message):
@@ -317,6 +318,15 @@ def test_ray_gives_the_same_results_though_a_worker_is_killed(tmp_path, long):
     assert len(killed) == 1
     assert metrics(out) == long
     assert all(RunFolder.open(run.path).finished for run in runs)
+
+
+def test_no_workers_are_refused(tmp_path, capsys):
+    file = written(tiny(LONG), tmp_path / "sweep.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(file), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert stop.value.code == 2
+    assert "must be at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_absent_cluster_is_refused(tmp_path, capsys):
