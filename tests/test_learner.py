@@ -665,6 +665,13 @@ def test_every_coefficient_is_annealed():
         assert float(losses.total(config, progress)) == pytest.approx(expected)
 
 
+def test_the_readme_lists_every_method_and_what_it_assumes():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    for name, method in METHODS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert row.split(" | ")[2] == method.assumes.replace("true labels", "truth")
+
+
 def test_all_methods_differ():
     rows = {}
     for name, method in METHODS.items():
