@@ -258,7 +258,7 @@ def run_sweep(
     count = (1 if gpu else os.cpu_count() or 1) if workers is None else workers
     if count < 1:
         raise UserError(f"--workers: must be at least 1, got {count}")
-    pool = local_workers(count) if ray is None else ray_workers(ray)
+    pool = local_workers(count) if ray is None else ray_workers(ray, gpu)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     begun = time.perf_counter()
     with _sigterm_interrupts():

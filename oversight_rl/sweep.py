@@ -270,12 +270,13 @@ def local_workers(count: int) -> Iterator[Submit]:
 
 
 @contextmanager
-def ray_workers(address: str) -> Iterator[Submit]:
+def ray_workers(address: str, gpu: bool = False) -> Iterator[Submit]:
     """Run jobs as tasks of a Ray cluster, which runs those of lost workers again.
 
     Args:
         address: of the cluster, or `local` to start one on this machine. All of its machines must
             reach the run folders under the same paths.
+        gpu: whether each job takes a GPU of the cluster.
 
     Raises:
         UserError: Ray is not installed, or there is no such cluster.
@@ -298,7 +299,7 @@ def ray_workers(address: str) -> Iterator[Submit]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         raise UserError(f"--ray: no cluster at {address} ({error})") from None
-    task = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(call)
+    task = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=ATTEMPTS)(call)
 
     def submit(job: str) -> Future[None]:
         done: Future[None] = Future()
@@ -370,7 +371,7 @@ def sweep(
                 else:
                     failed[stack[0].path] = str(error)
                     overview.failed(stack[0], str(error))
-            overview.refresh()
+            overview.refresh([stack for stack, _ in pending.values()])
     return failed
 
 
@@ -428,7 +429,7 @@ class _Overview:
         for run in self.runs:
             self._total[self._cell(run)] = self._total.get(self._cell(run), 0) + 1
         self._progress = Progress(
-            TextColumn("{task.completed:.0f} of {task.total:.0f} runs"),
+            TextColumn("{task.completed:.1f} of {task.total:.0f} runs"),
             BarColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -436,7 +437,6 @@ class _Overview:
             console=self.console,
         )
         self._task = self._progress.add_task("", total=len(self.runs))
-        self._failures = 0
         self._live = Live(console=self.console, get_renderable=self._render, auto_refresh=False)
 
     @staticmethod
@@ -453,12 +453,12 @@ class _Overview:
 
     def __exit__(self, *error: object) -> None:
         if self.console.is_terminal:
+            self.refresh([])
             self._live.stop()
 
     def _count(self, run: Run) -> None:
         result = deployed_row(RunFolder.open(run.path).result())
         self._returns.setdefault(self._cell(run), []).append(result.ground_truth_return)
-        self._progress.advance(self._task)
 
     def finished(self, stack: Sequence[Run]) -> None:
         """A stack came to its end."""
@@ -471,7 +471,6 @@ class _Overview:
 
     def failed(self, run: Run, why: str) -> None:
         """A run failed for good."""
-        self._failures += 1
         self._say(f"{run.path}: failed ({why})")
 
     def _say(self, line: str) -> None:
@@ -483,9 +482,15 @@ class _Overview:
             soft_wrap=True,
         )
 
-    def refresh(self) -> None:
-        """Show how far things are."""
+    def refresh(self, pending: Sequence[Sequence[Run]]) -> None:
+        """Show how far things are, stacks under way included."""
         if self.console.is_terminal:
+            done = sum(len(returns) for returns in self._returns.values())
+            shares = [
+                len(stack) * max(0, stack[0].update) / stack[0].config.training.updates
+                for stack in pending
+            ]
+            self._progress.update(self._task, completed=done + sum(shares))
             self._live.refresh()
 
     def _render(self) -> Group:
@@ -494,7 +499,7 @@ class _Overview:
         levels = sorted({level for _, level in self._total})
         table.add_column("deployed return")
         for level in levels:
-            table.add_column(f"{level:.3%}".replace("0%", "%").replace("0%", "%"), justify="right")
+            table.add_column(f"{100 * level:.3g}%", justify="right")
         for method in methods:
             cells = []
             for level in levels:
