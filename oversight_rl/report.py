@@ -103,6 +103,7 @@ def gather(directory: Path) -> Found:
     if not directory.is_dir():
         raise UserError(f"{directory}: is not a folder")
     missing: list[str] = []
+    unfinished: dict[str, list[str]] = {}
     runs: list[dict[str, Any]] = []
     for path in sorted(directory.rglob(CONFIG)):
         where = str(path.parent.relative_to(directory))
@@ -111,7 +112,7 @@ def gather(directory: Path) -> Found:
             config = folder.config()
             provenance = read_yaml(path).get("provenance") or {}
             if not folder.finished:
-                missing.append(f"{where} is not finished; it is left out.")
+                unfinished.setdefault(str(Path(where).parent), []).append(Path(where).name)
                 continue
             result = pd.DataFrame([vars(row) for row in folder.result()])
             parts = {"results": result}
@@ -128,6 +129,10 @@ def gather(directory: Path) -> Found:
         runs.append(
             {"where": where, "key": key, "settings": settings, "provenance": provenance, **parts}
         )
+    missing += [
+        f"Not finished and left out: {_list(names)}{f' in {parent}' if parent != '.' else ''}."
+        for parent, names in unfinished.items()
+    ]
     if not runs:
         more = f": {missing[0]}" if missing else ""
         raise UserError(f"{directory}: no finished run below it{more}")

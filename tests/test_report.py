@@ -190,7 +190,7 @@ def test_what_is_missing_is_said_and_the_rest_reported(runs, capsys):
     main(["report", str(runs)])
     said = capsys.readouterr().out
     for line in (
-        "naive-0.1/seed_1 is not finished",
+        "Not finished and left out: seed_1 in naive-0.1.",
         "routing-0.1/seed_0 cannot be read and is left out",
         "routing-0.1/seed_2 cannot be read and is left out",
         "routing-0.01/seed_4 cannot be read and is left out",
