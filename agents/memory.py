@@ -15,18 +15,18 @@ class Memory(nn.Module):
     Args:
         runs: number of runs R.
         active: active inputs of an observation that are kept (D), the first ones.
-        draws: samples that `draw` gives at most (M).
+        draws: samples that `draw` gives at most (M); never more than there are steps in a window.
     """
 
-    active: Tensor  # [R, CAPACITY + 1, D] active inputs; the last row is scratch
-    label: Tensor  # [R, CAPACITY + 1] int64, index into BEHAVIORS
+    active: Tensor  # [R, CAPACITY + 1, D] int16, active inputs; the last row is scratch
+    label: Tensor  # [R, CAPACITY + 1] int8, index into BEHAVIORS
     count: Tensor  # [R] int64, samples met so far
 
     def __init__(self, runs: int, active: int, draws: int) -> None:
         super().__init__()
         self.draws = draws
-        self.register_buffer("active", torch.zeros(runs, CAPACITY + 1, active, dtype=torch.int64))
-        self.register_buffer("label", torch.zeros(runs, CAPACITY + 1, dtype=torch.int64))
+        self.register_buffer("active", torch.zeros(runs, CAPACITY + 1, active, dtype=torch.int16))
+        self.register_buffer("label", torch.zeros(runs, CAPACITY + 1, dtype=torch.int8))
         self.register_buffer("count", torch.zeros(runs, dtype=torch.int64))
 
     @torch.no_grad()
@@ -42,8 +42,8 @@ class Memory(nn.Module):
         fits = labeled & (rank >= rank[:, -1:] + 1 - CAPACITY)
         place = torch.where(fits, (self.count[:, None] + rank) % CAPACITY, CAPACITY)
         run = torch.arange(len(place), device=place.device)[:, None]
-        self.active[run, place] = active[..., : self.active.shape[-1]]
-        self.label[run, place] = label
+        self.active[run, place] = active[..., : self.active.shape[-1]].short()
+        self.label[run, place] = label.to(torch.int8)
         self.count += labeled.sum(-1)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,4 +58,4 @@ class Memory(nn.Module):
         index = (uniform * known).long()
         run = torch.arange(len(index), device=index.device)[:, None]
         weight = (known > 0).to(uniform.dtype).expand_as(uniform)
-        return self.active[run, index], self.label[run, index], weight
+        return self.active[run, index].long(), self.label[run, index].long(), weight

@@ -44,7 +44,7 @@ class Method:
     routes: Callable[[int, int], list[list[float]]] = everything
     """(K, behaviors) -> weights of labeled episodes' gradients into each expert and the gate."""
     contrasts: bool = False
-    """Whether labeled episodes also teach the deployed expert by itself: `reinforce.Loss`."""
+    """Whether labeled episodes also teach the deployed expert: `reinforce.contrast_loss`."""
     imputes: bool = False
     """Whether a reward model, learned from labeled endings, rewards the unlabeled ones."""
     hides_flags: bool = False
@@ -115,6 +115,7 @@ METHODS: dict[str, Method] = {
         summary="data filtering: true reward on labeled episodes, unlabeled ones dropped",
         reward=SIGNED,
         keep_unlabeled=False,
+        weighs_labels=False,  # next to them there are only timeouts, which would go unheard
     ),
     "reward_model": Method(
         summary="a classifier learned from labeled endings rewards the unlabeled ones",
@@ -127,6 +128,7 @@ METHODS: dict[str, Method] = {
         assumes="hidden flags",
         reward=SIGNED,
         keep_unlabeled=False,
+        weighs_labels=False,
         hides_flags=True,
     ),
     "ipw_hidden_flag": Method(
@@ -148,12 +150,14 @@ METHODS: dict[str, Method] = {
         assumes="true labels",
         labels="truth",
         reward=SIGNED,
+        weighs_labels=False,
     ),
     "oracle_filtering": Method(
         summary="true reward on a random share of episodes as large as the oversight level",
         assumes="true labels",
         labels="audit",
         reward=SIGNED,
+        weighs_labels=False,
         keep_unlabeled=False,
     ),
 }
@@ -171,6 +175,12 @@ class Overseer:
     """Chance that an ending which should be labeled is."""
     error: float = 0.0
     """Chance that a label names a wrong behavior."""
+
+    @property
+    def ghosts_labeled(self) -> float:
+        """Chance that an ending on the ghost is labeled."""
+        flagged = self.ghost_oversight
+        return self.recall * (self.oversight if flagged is None else flagged)
 
 
 @dataclass(frozen=True)
@@ -213,11 +223,9 @@ def tables(
     def reward(method: Method, overseer: Overseer) -> list[float]:
         unlabeled, diamond, ghost = method.reward
         if callable(ghost):
-            flagged = overseer.ghost_oversight
-            chance = overseer.recall * (overseer.oversight if flagged is None else flagged)
-            if chance == 0:
+            if overseer.ghosts_labeled == 0:
                 raise ValueError("weighting by inverse propensity needs labels on some ghosts")
-            ghost = ghost(chance)
+            ghost = ghost(overseer.ghosts_labeled)
         return [0.0, 0.0, unlabeled, diamond, ghost]
 
     def share(method: Method, overseer: Overseer) -> float:

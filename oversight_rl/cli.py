@@ -1,4 +1,4 @@
-"""The commands: `train.py`, and `oversight-rl` with `evaluate` and `import-reference`."""
+"""The commands: `train.py`, and `oversight-rl` with its subcommands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from rich import box
 from rich.console import Console
@@ -259,11 +260,10 @@ def run_sweep(
     if count < 1:
         raise UserError(f"--workers: must be at least 1, got {count}")
     pool = local_workers(count) if ray is None else ray_workers(ray, gpu)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     begun = time.perf_counter()
     with _sigterm_interrupts():
         try:
-            failed = sweep(plan, out, pool, console, memory=0.5 * free / count)
+            failed = sweep(plan, out, pool, console, _stack_memory(gpu, count))
         except KeyboardInterrupt:
             _say(
                 console,
@@ -287,11 +287,22 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
         directory: Folder of run folders: a sweep's, or any other.
     """
     console = Console()
-    found = report.write(directory)
+    found, verdict = report.write(directory)
     for line in found.missing:
         _say(console, f"note: {line}")
-    _say(console, report.verdict(found, report.summary(found)))
+    _say(console, verdict)
     _say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
+
+
+def _stack_memory(gpu: bool, workers: int) -> float:
+    """Bytes that a stack may take: its share of half of what is free."""
+    if gpu:
+        return 0.5 * torch.cuda.mem_get_info()[0] / workers
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not told on this system
+        return math.inf
+    return 0.5 * free / workers
 
 
 @contextmanager

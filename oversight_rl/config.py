@@ -74,19 +74,19 @@ class Config(Settings):
     @classmethod
     def _hide_flags(cls, data: Any) -> Any:
         """Methods that hide the flags from the policy do so in the world's settings."""
-        method = METHODS.get(data.get("method", "")) if isinstance(data, dict) else None
-        if method is not None and method.hides_flags:
-            world = data.get("world", {})
-            if isinstance(world, WorldConfig):
-                world = world.model_dump()
+        if not isinstance(data, dict):
+            return data
+        name, world = data.get("method"), data.get("world", {})
+        if isinstance(world, WorldConfig):
+            world = world.model_dump()
+        hides = isinstance(name, str) and name in METHODS and METHODS[name].hides_flags
+        if hides and isinstance(world, dict):
             return data | {"world": world | {"flags_visible": False}}
         return data
 
     @model_validator(mode="after")
     def _labels_some_ghosts(self) -> Self:
-        flagged = self.world.ghost_oversight
-        never = (self.oversight if flagged is None else flagged) * self.label_recall == 0
-        if never and callable(METHODS[self.method].reward[2]):
+        if self.overseer.ghosts_labeled == 0 and callable(METHODS[self.method].reward[2]):
             raise UserError(
                 f"oversight: {self.method} weights by the chance that a ghost is labeled, which "
                 f"must be above 0, got {self.oversight:g}"

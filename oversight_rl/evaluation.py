@@ -56,7 +56,7 @@ class Row:
     env_steps: int
     """Training steps taken, over all worlds of the run."""
     wall_seconds: float
-    """Training time, shared by the runs of a stack; evaluation left out."""
+    """Training time of the stack, evaluation left out, over its number of runs."""
 
 
 @dataclass(frozen=True)

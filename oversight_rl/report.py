@@ -7,9 +7,11 @@ it found; `write` puts them together.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,24 +29,25 @@ from agents.methods import METHODS
 from envs.settings import UserError
 from oversight_rl.checkpoint import write_atomically
 from oversight_rl.config import flat, read_yaml
-from oversight_rl.statistics import Estimate, interquartile_mean, iqm, probability_of_improvement
+from oversight_rl.statistics import (
+    differ,
+    interquartile_mean,
+    iqm,
+    probability_of_improvement,
+)
+from oversight_rl.sweep import SWEEP, load_sweep, plan
 from oversight_rl.tracking import CONFIG, METRICS, TRAINING, RunFolder
 
 REFERENCE = "routing"  # what the others are compared with
 PAPER = {"routing": "gradient_routing", "filtering": "data_filtering", "naive": "naive"}
 """Columns of the paper's figure 6a, by method."""
 INK = "#010203"  # stands for the color of the page's text in figures
-COLORS = dict(
-    zip(
-        METHODS,
-        [
-            *("#0d9488", "#2563eb", "#84a30c", "#a16207", "#94a3b8"),  # routing, its ablations
-            *("#dc2626", "#f97316", "#9333ea", "#db2777", "#7c6fe0"),
-            *("#b4532a", "#e09f9f", "#64748b", "#38a3c9"),
-        ],
-        strict=True,
-    )
+PALETTE = (
+    *("#0d9488", "#2563eb", "#84a30c", "#a16207", "#94a3b8"),
+    *("#dc2626", "#f97316", "#9333ea", "#db2777", "#7c6fe0"),
+    *("#b4532a", "#e09f9f", "#64748b", "#38a3c9"),
 )
+COLORS = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(METHODS)}
 GROUPS: dict[str, Callable[[str], bool]] = {
     "routing, its ablations and controls": lambda m: METHODS[m].experts == "many",
     "one policy, labels only": lambda m: (
@@ -69,7 +72,7 @@ class Found:
     versions: list[str] = field(default_factory=list)
     """Commits and versions that made the runs."""
 
-    @property
+    @cached_property
     def deployed(self) -> pd.DataFrame:
         """One row per finished run: its deployed policy at the training level."""
         rows = self.results
@@ -77,17 +80,23 @@ class Found:
         deployed = rows["policy"] == rows["method"].map(lambda m: METHODS[m].deployed)
         return rows[own & deployed & ~rows["greedy"]]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """Names of methods, in the order of the table of methods."""
         order = list(METHODS)
         found = self.deployed[["name", "method"]].drop_duplicates()
         return sorted(found["name"], key=lambda n: (order.index(self.method(n)), n))
 
-    @property
+    @cached_property
     def levels(self) -> list[float]:
         """Training oversight levels."""
         return sorted(self.deployed["level"].unique())
+
+    @property
+    def reference(self) -> str | None:
+        """Name of the method that others are compared with, if its runs are all alike."""
+        alike = [name for name in self.names if self.method(name) == REFERENCE]
+        return alike[0] if len(alike) == 1 else None
 
     def method(self, name: str) -> str:
         """The method behind a name."""
@@ -110,7 +119,7 @@ def gather(directory: Path) -> Found:
         folder = RunFolder.open(path.parent)
         try:
             config = folder.config()
-            provenance = read_yaml(path).get("provenance") or {}
+            provenance = read_yaml(path).get("provenance")
             if not folder.finished:
                 unfinished.setdefault(str(Path(where).parent), []).append(Path(where).name)
                 continue
@@ -118,8 +127,7 @@ def gather(directory: Path) -> Found:
             parts = {"results": result}
             for part, file in (("curves", METRICS), ("training", TRAINING)):
                 table = path.parent / file
-                filled = table.is_file() and table.stat().st_size
-                parts[part] = pd.read_csv(table) if filled else pd.DataFrame()
+                parts[part] = _read_table(table, NEEDED[part])
         except (UserError, ValueError, OSError) as error:
             missing.append(f"{where} cannot be read and is left out ({error}).")
             continue
@@ -127,12 +135,19 @@ def gather(directory: Path) -> Found:
         settings = flat(config.model_dump(mode="json", exclude=hidden))
         key = (config.method, config.oversight, config.seeds[0])
         runs.append(
-            {"where": where, "key": key, "settings": settings, "provenance": provenance, **parts}
+            {
+                "where": where,
+                "key": key,
+                "settings": settings,
+                "provenance": provenance if isinstance(provenance, dict) else {},
+                **parts,
+            }
         )
     missing += [
         f"Not finished and left out: {_list(names)}{f' in {parent}' if parent != '.' else ''}."
         for parent, names in unfinished.items()
     ]
+    missing += _not_begun(directory)
     if not runs:
         more = f": {missing[0]}" if missing else ""
         raise UserError(f"{directory}: no finished run below it{more}")
@@ -152,14 +167,53 @@ def gather(directory: Path) -> Found:
     found = Found(tables["results"], tables["curves"], tables["training"], missing)
     _look_for_gaps(found)
     made_by = {
-        f"commit {run['provenance'].get('commit', 'unknown')}, "
-        + ", ".join(f"{k} {v}" for k, v in (run["provenance"].get("versions") or {}).items())
+        ", ".join(f"{k} {v}" for k, v in flat(run["provenance"]).items()) or "unknown"
         for run in runs
     }
     found.versions = sorted(made_by)
     if len(made_by) > 1:
         found.missing.append(f"The runs were made by {len(made_by)} different versions, see below.")
     return found
+
+
+NEEDED = {
+    "curves": {"update", "method", "policy", "greedy", "deploy_oversight", "env_steps"},
+    "training": {"update"},
+}
+
+
+def _read_table(path: Path, needed: set[str]) -> pd.DataFrame:
+    """A CSV file, empty if there is none.
+
+    Raises:
+        ValueError: columns are missing.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return pd.DataFrame()
+    table = pd.read_csv(path)
+    if not needed <= set(table):
+        raise ValueError(f"{path.name} has no column {', '.join(sorted(needed - set(table)))}")
+    return table
+
+
+def _not_begun(directory: Path) -> list[str]:
+    """Runs that a sweep in this folder plans and has not begun, in sentences."""
+    if not (directory / SWEEP).is_file():
+        return []
+    try:
+        runs = plan(load_sweep(directory / SWEEP), directory)
+    except UserError as error:
+        return [f"The sweep cannot be read ({error})."]
+    absent: dict[str, list[str]] = {}
+    for run in runs:
+        if not (run.path / CONFIG).is_file():
+            absent.setdefault(run.path.parent.name, []).append(run.path.name)
+    whole = [parent for parent, names in absent.items() if not (directory / parent).is_dir()]
+    parts = [
+        f"{_list(names)} in {parent}" for parent, names in absent.items() if parent not in whole
+    ]
+    lines = [f"Planned and not begun: {part}." for part in parts]
+    return lines + ([f"Planned and not begun: all of {_list(whole)}."] if whole else [])
 
 
 def _name(runs: list[dict[str, Any]], missing: list[str]) -> None:
@@ -212,10 +266,14 @@ def summary(found: Found) -> pd.DataFrame:
     paper = paper_figure()
     lines = []
     means = ("p_diamond", "p_ghost", "p_ghost_on_path", "p_timeout", "episode_length")
-    for (name, level), rows in found.deployed.groupby(["name", "level"], sort=False):
+    for name, level in itertools.product(found.names, found.levels):
+        rows = found.deployed
+        rows = rows[(rows["name"] == name) & (rows["level"] == level)]
+        if rows.empty:
+            continue
         estimate = interquartile_mean([rows["ground_truth_return"]])
         window = interquartile_mean([rows["window_return"]])
-        method = found.method(str(name))
+        method = found.method(name)
         lines.append(
             {
                 "method": name,
@@ -226,7 +284,7 @@ def summary(found: Found) -> pd.DataFrame:
                 "ci_low": estimate.low,
                 "ci_high": estimate.high,
                 "window_return": window.value,
-                "paper_window_return": paper.get(method, {}).get(round(float(str(level)), 6)),
+                "paper_window_return": paper.get(method, {}).get(round(level, 6)),
                 "optimal_return": rows["optimal_return"].iloc[0],
                 **{column: rows[column].mean() for column in means},
                 "env_steps": rows["env_steps"].mean(),
@@ -234,13 +292,7 @@ def summary(found: Found) -> pd.DataFrame:
                 "evaluator": " and ".join(sorted(rows["evaluator"].unique())),
             }
         )
-    order = {name: i for i, name in enumerate(found.names)}
-    table = pd.DataFrame(lines)
-    return table.sort_values(
-        ["method", "train_oversight"],
-        key=lambda column: column.map(order) if column.name == "method" else column,
-        ignore_index=True,
-    )
+    return pd.DataFrame(lines)
 
 
 def paper_figure() -> dict[str, dict[float, float]]:
@@ -257,32 +309,22 @@ def improvement(found: Found) -> pd.DataFrame:
     """Chance that a run of the row's method beats one of the column's, over common levels."""
     names = found.names
     table = pd.DataFrame(np.nan, index=names, columns=names)
-    for ours in names:
-        for theirs in names:
-            estimate = _compare(found, ours, theirs, found.levels)
-            if ours != theirs and estimate is not None:
-                table.loc[ours, theirs] = estimate.value
+    for ours, theirs in itertools.permutations(names, 2):
+        columns = (strata(found, name, "ground_truth_return", found.levels) for name in names)
+        returns = dict(zip(names, columns, strict=True))
+        pairs = [
+            (a, b) for a, b in zip(returns[ours], returns[theirs], strict=True) if len(a) and len(b)
+        ]
+        if pairs:
+            table.loc[ours, theirs] = probability_of_improvement(*zip(*pairs, strict=True))
     return table
-
-
-def _compare(found: Found, ours: str, theirs: str, levels: Sequence[float]) -> Estimate | None:
-    pairs = [
-        (a, b)
-        for a, b in zip(
-            strata(found, ours, "ground_truth_return", levels),
-            strata(found, theirs, "ground_truth_return", levels),
-            strict=True,
-        )
-        if len(a) and len(b)
-    ]
-    return probability_of_improvement(*zip(*pairs, strict=True)) if pairs else None
 
 
 def verdict(found: Found, table: pd.DataFrame) -> str:
     """One plain sentence: who leads among methods that need labels alone, and who beats routing.
 
-    A method beats another at a level where the interval of its probability of improvement lies
-    above one half.
+    A method beats another at a level where a two-sided Mann-Whitney test of their seeds has
+    p < 0.05, each comparison by itself.
     """
     fair = table[table["assumes"] == "labels"]
     if fair.empty:
@@ -295,26 +337,31 @@ def verdict(found: Found, table: pd.DataFrame) -> str:
             leaders.setdefault(str(best["method"]), []).append(place)
     led = "; ".join(f"{name} at {_list(levels)}" for name, levels in leaders.items())
     text = f"Of the methods that need labels alone, the best return (IQM) has {led}"
-    if REFERENCE not in found.names:
+    if found.reference is None:
         return text + "."
-    beaten, beats = [], []
-    for name in dict.fromkeys(fair["method"]):
-        if name == REFERENCE:
-            continue
-        above, below = [], []
-        for level in found.levels:
-            chance = _compare(found, name, REFERENCE, [level])
-            if chance is not None and chance.low > 0.5:
-                above.append(_percent(level))
-            if chance is not None and chance.high < 0.5:
-                below.append(_percent(level))
-        if above:
-            beaten.append(f"{name} at {_list(above)}")
-        if below:
-            beats.append(f"{name} at {_list(below)}")
+    assumes = dict(zip(table["method"], table["assumes"], strict=True))
+    above: dict[str, list[str]] = {}
+    below: dict[str, list[str]] = {}
+    for name, level in itertools.product(found.names, found.levels):
+        theirs, ours = (
+            strata(found, x, "ground_truth_return", [level])[0] for x in (name, found.reference)
+        )
+        if name != found.reference and differ(theirs, ours):
+            better = theirs.mean() > ours.mean()
+            (above if better else below).setdefault(name, []).append(_percent(level))
+
+    def told(at: dict[str, list[str]], alone: bool) -> str:
+        parts = [
+            f"{name} at {_list(levels)}"
+            for name, levels in at.items()
+            if (assumes[name] == "labels") == alone
+        ]
+        return "; ".join(parts) or "none"
+
     return (
-        f"{text}; gradient routing is beaten by {'; '.join(beaten) or 'none of them'}, "
-        f"and beats {'; '.join(beats) or 'none of them'}."
+        f"{text}; of them, gradient routing is beaten by {told(above, True)}, and beats "
+        f"{told(below, True)}; of the methods that assume more, it is beaten by "
+        f"{told(above, False)}, and beats {told(below, False)}."
     )
 
 
@@ -371,12 +418,14 @@ def figure_returns(found: Found) -> Figure:
         for title, within in GROUPS.items()
         if (names := [name for name in found.names if within(found.method(name))])
     }
-    published = [name for name in found.names if name in PAPER]
+    published = [name for name in found.names if found.method(name) in PAPER]
     figure, panels = _panels(len(groups) + bool(published), 2, 5.2, 4.2)
     for axes, (title, names) in zip(panels, groups.items(), strict=False):
         place = _level_axis(axes, found.levels)
-        if REFERENCE in found.names and REFERENCE not in names:
-            _draw_returns(found, axes, REFERENCE, place, "ground_truth_return", 1.0, faint=True)
+        if found.reference and found.reference not in names:
+            _draw_returns(
+                found, axes, found.reference, place, "ground_truth_return", 1.0, faint=True
+            )
         for i, name in enumerate(names):
             shift = 1.04 ** (i - (len(names) - 1) / 2)
             _draw_returns(found, axes, name, place, "ground_truth_return", shift)
@@ -386,7 +435,7 @@ def figure_returns(found: Found) -> Figure:
             axes.annotate("optimum", (0.01, optimum), (0, 2), xycoords=("axes fraction", "data"),
                           textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
         axes.set_title(title)
-        axes.set_ylabel("ground-truth return (exact, per episode)")
+        axes.set_ylabel("ground-truth return per episode")
         _legend(axes)
     lows = [axes.get_ylim()[0] for axes in panels[: len(groups)]]
     for axes in panels[: len(groups)]:
@@ -396,10 +445,11 @@ def figure_returns(found: Found) -> Figure:
         place = _level_axis(axes, found.levels)
         for name in published:
             _draw_returns(found, axes, name, place, "window_return", 1.0)
-            known = [level for level in found.levels if round(level, 6) in paper[name]]
-            values = [paper[name][round(level, 6)] for level in known]
+            points = paper[found.method(name)]
+            known = [level for level in found.levels if round(level, 6) in points]
+            values = [points[round(level, 6)] for level in known]
             places = [place(level) for level in known]
-            axes.plot(places, values, color=COLORS[name], linestyle=":", marker="s",
+            axes.plot(places, values, color=color(found, name), linestyle=":", marker="s",
                       markerfacecolor="none", label=f"{name}, as published")  # fmt: skip
         axes.set_title("next to the paper's figure 6a")
         axes.set_ylabel("window return (the paper's metric)")
@@ -517,10 +567,12 @@ GATE = {"labeled_diamond": "#0d9488", "labeled_ghost": "#7c3aed", "unlabeled": "
 
 def figure_gate(found: Found) -> Figure | None:
     """Mean weight of the gate on the diamond expert over training, by an episode's outcome."""
-    if "gate/unlabeled" not in found.training:
+    if not {f"gate/{kind}" for kind in GATE} <= set(found.training):
         return None
-    gated = found.training.dropna(subset=["gate/unlabeled"])
+    gated = found.training.dropna(subset=[f"gate/{kind}" for kind in GATE], how="all")
     names = [name for name in found.names if (gated["name"] == name).any()]
+    if not names:
+        return None
     panels_of = [(name, level) for name in names for level in found.levels]
     figure, panels = _panels(len(panels_of), len(found.levels), 2.0, 1.9)
     for axes, (name, level) in zip(panels, panels_of, strict=True):
@@ -686,20 +738,23 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def write(directory: Path) -> Found:
+def write(directory: Path) -> tuple[Found, str]:
     """Write report.html, summary.csv and figures/ from the runs below a directory, into it.
 
     Returns:
-        What was found, with what is missing.
+        What was found, with what is missing; and the verdict.
 
     Raises:
         UserError: there is no finished run, or the directory cannot be written.
     """
     found = gather(directory)
     table = summary(found)
+    sentence = verdict(found, table)
     drawn = []
     try:
         (directory / "figures").mkdir(exist_ok=True)
+        for name, kind in itertools.product(CAPTIONS, ("svg", "png")):
+            (directory / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
         for name, figure in figures(found):
             svg = _svg(figure)
             write_atomically(directory / "figures" / f"{name}.svg", svg.encode())
@@ -707,14 +762,16 @@ def write(directory: Path) -> Found:
             inline = svg[svg.index("<svg") :].replace(INK, "currentColor")
             drawn.append((*CAPTIONS[name], Markup(inline)))
         write_atomically(directory / "summary.csv", table.to_csv(index=False).encode())
-        page = _page(found, table, drawn, directory.name)
+        page = _page(found, table, sentence, drawn, directory.resolve().name)
         write_atomically(directory / "report.html", page.encode())
     except OSError as error:
         raise UserError(f"{directory}: cannot write there ({error.strerror})") from None
-    return found
+    return found, sentence
 
 
-def _page(found: Found, table: pd.DataFrame, drawn: Sequence[Any], title: str) -> str:
+def _page(
+    found: Found, table: pd.DataFrame, sentence: str, drawn: Sequence[Any], title: str
+) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["percent"] = _percent
     source = files("oversight_rl").joinpath("data/report.html.j2").read_text()
@@ -731,7 +788,7 @@ def _page(found: Found, table: pd.DataFrame, drawn: Sequence[Any], title: str) -
             )
             for level in found.levels
         },
-        verdict=verdict(found, table),
+        verdict=sentence,
         figures=drawn,
         reward_models=_reward_models(found),
         runs=len(found.deployed),

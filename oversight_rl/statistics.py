@@ -45,23 +45,25 @@ def interquartile_mean(strata: Sequence[ArrayLike]) -> Estimate:
     )
 
 
-def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> Estimate:
+def probability_of_improvement(ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike]) -> float:
     """Chance that a run of ours beats one of theirs, a tie counting half, averaged over strata.
 
     Args:
         ours: strata of at least one sample each.
         theirs: strata in the same order.
     """
-    strata = [np.asarray(x, dtype=float) for pair in zip(ours, theirs, strict=True) for x in pair]
+    chances = []
+    for a, b in zip(ours, theirs, strict=True):
+        difference = np.subtract.outer(np.asarray(a, dtype=float), np.asarray(b, dtype=float))
+        chances.append(np.mean((np.sign(difference) + 1) / 2))
+    return float(np.mean(chances))
 
-    def chance(parts: Sequence[Samples]) -> Samples:
-        wins = [
-            np.mean((np.sign(a[..., :, None] - b[..., None, :]) + 1) / 2, axis=(-1, -2))
-            for a, b in zip(parts[::2], parts[1::2], strict=True)
-        ]
-        return np.asarray(np.mean(wins, axis=0))
 
-    return _bootstrap(strata, chance)
+def differ(ours: ArrayLike, theirs: ArrayLike, level: float = 0.05) -> bool:
+    """Whether a two-sided Mann-Whitney test tells samples apart; three against three never can."""
+    if not np.size(ours) or not np.size(theirs):
+        return False
+    return bool(stats.mannwhitneyu(ours, theirs).pvalue < level)
 
 
 def _bootstrap(

@@ -37,7 +37,7 @@ from envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl import checkpoint
 from oversight_rl.checkpoint import write_atomically
 from oversight_rl.config import Config, read_yaml
-from oversight_rl.tracking import CHECKPOINTS, RESULT, RunFolder, deployed_row
+from oversight_rl.tracking import CHECKPOINTS, CONFIG, RESULT, RunFolder, deployed_row, locked
 from oversight_rl.training import Interrupted, fit, stack_key
 
 SWEEP = "sweep.yaml"
@@ -87,10 +87,12 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
     Raises:
         UserError: a setting is unknown or bad.
     """
-    for method in sweep.methods:
+    for method, own in sweep.methods.items():
         if method not in METHODS:
             raise UserError(f"sweep.methods: unknown method {method!r}{nearest(method, METHODS)}")
-    grid = {"seeds": (0,)} | sweep.grid
+        if wrong := {"method", "oversight", "seeds"} & set(own):
+            raise UserError(f"sweep.methods: {method} cannot set {', '.join(wrong)} of its own")
+    grid = {"seeds": as_sequence(sweep.settings.get("seeds", 0))} | sweep.grid
     seeds = grid.pop("seeds")
     runs = []
     for values in itertools.product(*grid.values()):
@@ -103,7 +105,9 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
             for group in reversed(groups[1:]):
                 nested = {group: nested}
             _merge(settings, {groups[0] if groups else last: nested})
-        _merge(settings, sweep.methods.get(settings.get("method", ""), {}), under=chosen)
+        method = settings.get("method", Config().method)
+        if isinstance(method, str):
+            _merge(settings, sweep.methods.get(method, {}), under=chosen)
         config = Config.model_validate(settings | {"seeds": list(seeds)})
         name = "-".join(
             _text(value) if key in ("method", "oversight") else f"{key}={_text(value)}"
@@ -133,8 +137,7 @@ def _merge(into: dict[str, Any], more: Mapping[str, Any], under: Mapping[str, An
 
 def _text(value: Any) -> str:
     """A value as part of a folder's name."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return "".join(c if c.isalnum() or c in "._+" else "_" for c in text)
+    return "".join(c if c.isalnum() or c in "._+" else "_" for c in str(value))
 
 
 def fitting(config: Config, memory: float) -> int:
@@ -183,9 +186,10 @@ def work(job: str) -> None:
     torch.set_num_threads(1)
     resume = all(run.update >= 0 for run in runs)
     for run in runs:
-        if not resume and run.path.exists():
-            RunFolder.open(run.path)  # refuses to remove what is not a run
-            shutil.rmtree(run.path)  # broken off before its first checkpoint
+        if not resume and run.path.is_dir():  # broken off before its first checkpoint
+            if any(not file.name.endswith(".tmp") for file in run.path.iterdir()):
+                RunFolder.open(run.path)  # refuses to remove what is not a run
+            shutil.rmtree(run.path)
     quiet = Console(file=sys.stderr, force_terminal=False)
     fit([run.config for run in runs], [run.path for run in runs], quiet, resume)
 
@@ -297,7 +301,7 @@ def ray_workers(address: str, gpu: bool = False) -> Iterator[Submit]:
         if port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray: no cluster at {address} ({error})") from None
     task = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=ATTEMPTS)(call)
 
@@ -344,14 +348,15 @@ def sweep(
     Raises:
         UserError: the folder holds another sweep, or a setting is bad.
     """
+    out = out.resolve()  # workers may run in other folders
     runs = plan(config, out)
-    _claim(config, out)
+    _claim(config, out, runs)
     gpu = runs[0].config.torch_device().type == "cuda"
     most = config.stack or (GPU_STACK if gpu else CPU_STACK)
     most = min([most, *(fitting(run.config, memory) for run in runs)])
     overview = _Overview(runs, console)
     failed: dict[Path, str] = {}
-    with workers as submit, overview:
+    with locked(out), workers as submit, overview:
         attempts = [(stack, 1) for stack in stacks(runs, most)]
         pending: dict[Future[None], tuple[list[Run], int]] = {}
         while attempts or pending:
@@ -362,15 +367,20 @@ def sweep(
             for future in done:
                 stack, attempt = pending.pop(future)
                 error = future.exception()
-                if error is None:
-                    overview.finished(stack)
-                elif isinstance(error, WorkerLost) and attempt < ATTEMPTS:
-                    attempts += [(part, attempt + 1) for part in stacks(stack, most)]
-                elif len(stack) > 1:  # the others shall not fail with the one that does
-                    attempts += [([run], ATTEMPTS) for run in stack if not run.finished]
+                overview.finished([run for run in stack if run.finished])
+                rest = [run for run in stack if not run.finished]
+                if error is None or not rest:
+                    continue
+                lost = isinstance(error, WorkerLost)
+                if lost and attempt < ATTEMPTS:
+                    attempts += [(part, attempt + 1) for part in stacks(rest, most)]
+                elif len(rest) > 1:  # the others shall not fail with the one that does
+                    attempts += [([run], ATTEMPTS) for run in rest]
+                elif attempt < ATTEMPTS:
+                    attempts.append((rest, ATTEMPTS))
                 else:
-                    failed[stack[0].path] = str(error)
-                    overview.failed(stack[0], str(error))
+                    failed[rest[0].path] = str(error)
+                    overview.failed(rest[0], str(error))
             overview.refresh([stack for stack, _ in pending.values()])
     return failed
 
@@ -379,21 +389,19 @@ def _job(stack: Sequence[Run]) -> str:
     return json.dumps([[str(r.path), r.config.model_dump(mode="json")] for r in stack])
 
 
-def _claim(config: SweepConfig, out: Path) -> None:
-    """Write the sweep into its folder, or see that it is the same but for values added."""
+def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
+    """Write the sweep into its folder, in which every run must be one of its own.
+
+    So a sweep may be given more values, and nothing else.
+    """
     path = out / SWEEP
+    planned = {run.path: run.config for run in runs}
     if path.exists():
-        before = load_sweep(path)
-        grows = all(
-            set(map(str, values)) <= set(map(str, config.grid.get(name, ())))
-            for name, values in before.grid.items()
-        )
-        there = before.grid.get("method", tuple(before.methods))
-        same = before.settings == config.settings and all(
-            before.methods.get(method) == config.methods.get(method) for method in there
-        )
-        if not (grows and same):
-            raise UserError(f"{out}: holds another sweep; choose another --out")
+        for found in sorted(out.rglob(CONFIG)):
+            theirs = planned.get(found.parent)
+            if theirs is None or RunFolder.open(found.parent).config() != theirs:
+                name = found.parent.relative_to(out)
+                raise UserError(f"{out}: holds another sweep ({name}); choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")
     try:
@@ -457,14 +465,18 @@ class _Overview:
             self._live.stop()
 
     def _count(self, run: Run) -> None:
-        result = deployed_row(RunFolder.open(run.path).result())
-        self._returns.setdefault(self._cell(run), []).append(result.ground_truth_return)
+        try:
+            row = deployed_row(RunFolder.open(run.path).result())
+        except UserError as error:
+            self._say(str(error))
+            return
+        self._returns.setdefault(self._cell(run), []).append(row.ground_truth_return)
 
     def finished(self, stack: Sequence[Run]) -> None:
-        """A stack came to its end."""
+        """Runs of a stack came to their end."""
         for run in stack:
             self._count(run)
-        if not self.console.is_terminal:
+        if stack and not self.console.is_terminal:
             first = stack[0]
             seeds = ", ".join(str(run.config.seeds[0]) for run in stack)
             self._say(f"{first.path.parent.name}, seed {seeds}: done")

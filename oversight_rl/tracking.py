@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import io
 import json
 import math
+import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import TypeAdapter
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -32,6 +37,7 @@ from oversight_rl.evaluation import Row
 CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
 METRICS, TRAINING = "metrics.csv", "training.csv"
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
+_ROW = TypeAdapter(Row)  # checks the types of what is read
 _UNTRACKED = ("wall_seconds",)  # metrics.csv of a repeated run is the same to the byte
 
 
@@ -55,9 +61,9 @@ class RunFolder:
             UserError: the folder already holds something, or cannot be made.
         """
         check_free(path)
+        facts = provenance() | ({"imported": imported} if imported else {})
         try:
             path.mkdir(parents=True, exist_ok=True)
-            facts = provenance() | ({"imported": imported} if imported else {})
             write_atomically(path / CONFIG, dump_yaml(config, facts).encode())
             for name in (METRICS, TRAINING):
                 (path / name).touch()
@@ -95,15 +101,15 @@ class RunFolder:
         """
         path = self.path / RESULT
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-            names = [field.name for field in dataclasses.fields(Row)]
-            rows = []
-            for record in records:
-                values: dict[str, Any] = {name: record[name] for name in names}
-                values |= {name: math.nan for name, value in values.items() if value is None}
-                rows.append(Row(**values))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not a readable result ({error})") from None
+            records = list(json.loads(path.read_text(encoding="utf-8")))
+            rows = [
+                _ROW.validate_python({k: math.nan if v is None else v for k, v in record.items()})
+                for record in records
+            ]
+            deployed_row(rows)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: not a readable result ({reason})") from None
         return rows
 
     def load(self) -> checkpoint.Saved:
@@ -299,11 +305,39 @@ def deployed_row(rows: Sequence[Row]) -> Row:
     (match,) = (
         row
         for row in rows
-        if row.policy == METHODS[row.method].deployed
+        if row.method in METHODS
+        and row.policy == METHODS[row.method].deployed
         and not row.greedy
         and row.deploy_oversight == row.train_oversight
     )
     return match
+
+
+@contextmanager
+def locked(path: Path, patience: float = 10.0) -> Iterator[None]:
+    """Keep other processes from a folder; a dead one holds nothing.
+
+    Args:
+        path: the folder.
+        patience: seconds to wait for a process that is about to let go.
+
+    Raises:
+        UserError: another process is at work in it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise UserError(f"{path}: another process is at work in it") from None
+                time.sleep(0.2)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:

@@ -6,7 +6,7 @@ import copy
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,7 @@ from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
 from oversight_rl.steering import standard, steering_curve
-from oversight_rl.tracking import RunFolder, deployed_row
+from oversight_rl.tracking import RunFolder, deployed_row, locked
 
 HELD_OUT = 4096  # fresh episodes that an agent is selected by
 LOG_EVERY = 10  # updates between points of the training curves
@@ -301,8 +301,12 @@ class Selected:
 
     @torch.no_grad()
     def consider(self, agent: Agent, score: Tensor, update: int) -> None:
-        """Take the agents of the runs whose score `[R]` (nan: unknown) is the best so far."""
-        better = score > self.score
+        """Take the agents of the runs whose score `[R]` (nan: unknown) is the best so far.
+
+        As long as nothing is known of any, the newest is taken.
+        """
+        score = score.nan_to_num(nan=-torch.inf)
+        better = (score > self.score) | self.score.isneginf()
         self.score[better], self.update[better] = score[better], update
         for ours, theirs in zip(self.agent.parameters(), agent.parameters(), strict=True):
             ours[better] = theirs[better]
@@ -324,7 +328,8 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
-        UserError: there is nothing to resume from, or too little memory.
+        UserError: there is nothing to resume from, another process is at work on these runs, or
+            there is too little memory.
     """
     with _stop_requested() as stopping:
         try:
@@ -333,17 +338,19 @@ def fit(
             if "memory" not in str(error):
                 raise
             raise UserError("too little memory for these worlds and networks") from None
-        if resume:
-            folders = [RunFolder.open(path) for path in paths]
-            _resume(trainer, folders)
-        else:
-            folders = [RunFolder.create(*run) for run in zip(paths, configs, strict=True)]
-            _save(trainer, folders)
-        try:
-            return _train(trainer, folders, console, stopping)
-        finally:
+        with ExitStack() as locks:
+            if resume:
+                folders = [RunFolder.open(path) for path in paths]
+            else:
+                folders = [RunFolder.create(*run) for run in zip(paths, configs, strict=True)]
             for folder in folders:
-                folder.close()
+                locks.callback(folder.close)
+                locks.enter_context(locked(folder.path))
+            if resume:
+                _resume(trainer, folders)
+            else:
+                _save(trainer, folders)
+            return _train(trainer, folders, console, stopping)
 
 
 def _train(
@@ -424,7 +431,8 @@ def _resume(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
             f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
         )
     saved = [checkpoint.load(folder.checkpoints, max(common)) for folder in folders]
-    trainer.restore([t for t, _ in saved], max(common), saved[0][1]["wall_seconds"])
+    seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
+    trainer.restore([t for t, _ in saved], max(common), seconds)
     for folder in folders:  # at update 0 the first evaluation is still to come
         folder.rewind(trainer.updates if trainer.updates else -1)
 
@@ -448,7 +456,7 @@ def _draw_pictures(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
 
 
 class _Stopwatch:
-    """Adds training time, and only that, to the trainer's clock."""
+    """Adds training time per run, and only that, to the trainer's clock."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -462,8 +470,8 @@ class _Stopwatch:
         if self.trainer.device.type == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - self.since
-        self.trainer.seconds += elapsed
         config, runs = self.trainer.config, len(self.trainer.configs)
+        self.trainer.seconds += elapsed / runs
         steps = (self.trainer.updates - self.updates) * config.steps * config.worlds * runs
         self.start()
         return steps / elapsed

@@ -126,7 +126,8 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
             value *= 0.9
             assert float(targets.returns[0, t, n]) == pytest.approx(value, abs=1e-6)
             dropped = REWARDS[method].get(outcome[t, n], 0) is None
-            weight = 0.0 if dropped else 3.0 if outcome[t, n] >= LABELED else 1.0
+            heavy = 3.0 if METHODS[method].weighs_labels else 1.0
+            weight = 0.0 if dropped else heavy if outcome[t, n] >= LABELED else 1.0
             assert float(targets.weight[0, t, n]) == weight
 
 
@@ -567,6 +568,11 @@ def test_the_best_agent_is_deployed():
         kept[update] = trainer.agent.head.weight.detach().clone()
         trainer.update()
     assert trainer.selected.update.tolist() == [1, 2]
+    unknown = Trainer([tiny("naive_early_stop", 0.0)])
+    for _ in range(2):  # nothing is ever labeled: the newest is deployed
+        unknown.update()
+        unknown.select([])
+    assert torch.equal(unknown.deployed.head.weight, unknown.agent.head.weight)
     for run, update in enumerate([1, 2]):
         assert torch.equal(trainer.deployed.head.weight[run], kept[update][run])
     assert Trainer([tiny("naive")]).deployed is not None
@@ -805,7 +811,8 @@ def test_a_reward_model_learns_a_small_world():
     assert train_small("reward_model", 150)["single"] > 0.85
 
 
-def test_routing_separates_the_experts():
-    returns = train_small("routing", 150)
+def test_routing_separates_the_experts_and_random_labels_do_not():
+    returns, control = train_small("routing", 150), train_small("random_module", 150)
     assert returns["diamond"] > 0.35
     assert returns["ghost"] < -0.35
+    assert abs(control["diamond"]) < returns["diamond"] - 0.2

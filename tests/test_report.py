@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
 from oversight_rl import report
@@ -125,9 +126,17 @@ def test_the_verdict_says_who_wins(runs):
     found = report.gather(runs)
     assert report.verdict(found, report.summary(found)) == (
         "Of the methods that need labels alone, the best return (IQM) has reward_model at 1% "
-        "(0.80) and 10% (0.85); gradient routing is beaten by naive at 10%; reward_model at 1% "
-        "and 10%, and beats naive at 1%."
+        "(0.80) and 10% (0.85); of them, gradient routing is beaten by naive at 10%; reward_model "
+        "at 1% and 10%, and beats naive at 1%; of the methods that assume more, it is beaten by "
+        "ipw_hidden_flag at 1% and 10%, and beats none."
     )
+
+
+def test_one_run_beats_nobody(runs):
+    for seed in (1, 2, 3, 4):
+        shutil.rmtree(runs / "reward_model-0.1" / f"seed_{seed}")
+    found = report.gather(runs)
+    assert "reward_model at 1%, and beats" in report.verdict(found, report.summary(found))
 
 
 def test_improvement_is_the_share_of_pairs_won(runs):
@@ -236,7 +245,64 @@ def test_settings_that_runs_vary_tell_them_apart(tmp_path):
         "routing (training.gate_coef=[2.0])",
     ]
     assert list(report.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
-    report.write(tmp_path)
+    _, verdict = report.write(tmp_path)
+    assert "beaten" not in verdict  # there is no one routing to compare with
+
+
+def test_runs_that_a_sweep_plans_and_has_not_begun_are_missing(runs):
+    grid = {"method": [*RETURNS, "oracle"], "oversight": list(LEVELS), "seeds": list(range(6))}
+    (runs / "sweep.yaml").write_text(yaml.safe_dump({"grid": grid}))
+    missing = report.gather(runs).missing
+    assert "Planned and not begun: seed_5 in naive-0.1." in missing
+    assert "Planned and not begun: all of oracle-0.01 and oracle-0.1." in missing
+    (runs / "sweep.yaml").write_text("grid: 5")
+    assert any("sweep cannot be read" in line for line in report.gather(runs).missing)
+
+
+def replaced(old, new):
+    return lambda text: text.replace(old, new, 1)
+
+
+DAMAGE = {
+    "an empty result": ("result.json", lambda text: "[]"),
+    "no list": ("result.json", lambda text: "3"),
+    "an unknown method": ("result.json", replaced('"method": "naive"', '"method": "gone"')),
+    "text for a number": (
+        "result.json",
+        replaced('"optimal_return": 0.93', '"optimal_return": "x"'),
+    ),
+    "columns missing": ("metrics.csv", lambda text: "foo\n1\n"),
+    "no update": ("training.csv", lambda text: "foo\n1\n"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_run_is_named_and_left_out(runs, damage):
+    name, change = DAMAGE[damage]
+    file = runs / "naive-0.1" / "seed_2" / name
+    file.write_text(change(file.read_text()))
+    found = report.gather(runs)
+    assert any(line.startswith("naive-0.1/seed_2 cannot be read") for line in found.missing)
+    assert len(found.deployed) == 39
+
+
+def test_odd_provenance_does_no_harm(runs):
+    config = runs / "naive-0.1" / "seed_2" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text[: text.index("provenance:")] + "provenance: 5")
+    found = report.gather(runs)
+    assert len(found.deployed) == 40
+    assert "unknown" in found.versions
+
+
+def test_gates_are_drawn_if_there_is_anything_to_draw(runs):
+    found = report.gather(runs)
+    assert report.figure_gate(found) is not None
+    found.training["gate/unlabeled"] = np.nan  # at full oversight nothing is unlabeled
+    assert report.figure_gate(found) is not None
+    for kind in report.GATE:
+        found.training[f"gate/{kind}"] = np.nan
+    assert report.figure_gate(found) is None
 
 
 def test_names_from_files_are_text_and_not_markup(runs):

@@ -14,9 +14,9 @@ import yaml
 from rich.console import Console
 
 from envs.settings import UserError
+from oversight_rl import tracking
 from oversight_rl.cli import main
 from oversight_rl.sweep import (
-    Run,
     SweepConfig,
     WorkerLost,
     fitting,
@@ -87,6 +87,8 @@ def test_a_run_for_every_combination(tmp_path):
         ({"method": ["naive", "naive"]}, {}, "distinct"),
         ({"method": ["naive"]}, {"methods": {"naiv": {}}}, "did you mean 'naive'"),
         ({"method": ["naive"], "seeds": [0, 0]}, {}, "distinct"),
+        ({"method": [["naive"]]}, {}, "method"),
+        ({"method": ["naive"]}, {"methods": {"naive": {"seeds": [1]}}}, "cannot set seeds"),
         ({}, {}, "grid"),
         ({"method": []}, {}, "grid"),
         ({"method": ["naive"]}, {"stack": 0}, "stack"),
@@ -100,12 +102,22 @@ def test_bad_sweeps_are_refused(tmp_path, grid, more, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_grid_leaves_out_comes_from_the_settings(tmp_path):
+    config = SweepConfig(
+        settings={"seeds": [3, 4], "method": "naive"},
+        grid={"oversight": [0.5, 0.1234567, 0.1234568]},
+        methods={"naive": {"world": {"rows": 3}}},
+    )
+    runs = plan(config, tmp_path)
+    assert [run.config.seeds for run in runs] == [(3,), (4,)] * 3
+    assert {run.config.world.rows for run in runs} == {3}
+    assert len({run.path for run in runs}) == 6
+
+
 def test_stacks_hold_runs_that_train_alike(tmp_path):
     config = tiny({"method": ["routing", "no_routing", "naive"], "seeds": list(range(7))})
     packed = stacks(plan(config, tmp_path), 5)
-    assert [len(stack) for stack in packed] == [5, 4, 5, 4, 3] or sum(map(len, packed)) == 21
-    assert max(map(len, packed)) <= 5
-    assert max(map(len, packed)) - min(map(len, packed)) <= 2  # shared out evenly
+    assert sorted(map(len, packed)) == [3, 4, 4, 5, 5]  # 14 and 7 runs, shared out evenly
     for stack in packed:
         assert len({run.config.method == "naive" for run in stack}) == 1
 
@@ -148,10 +160,8 @@ def done(tmp_path_factory):
 def test_a_sweep_trains_what_its_stacks_would_alone(done, tmp_path):
     runs = plan(tiny(), done)
     assert all(run.finished for run in runs)
-    stack = stacks([Run(tmp_path / run.path.name, run.config) for run in runs[:2]], 5)[0]
     together = [run for run in runs if run.config.method == "routing"]
     paths = [tmp_path / f"{run.config.oversight}-{run.path.name}" for run in together]
-    assert len(stack) == 2
     fit([run.config for run in together], paths, quiet())
     for run, path in zip(together, paths, strict=True):
         assert (path / METRICS).read_bytes() == (run.path / METRICS).read_bytes()
@@ -163,7 +173,13 @@ def test_finished_runs_are_left_alone_and_values_can_be_added(done):
     assert sweep(more, done, local_workers(2), quiet()) == {}
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert len(metrics(done)) == 12
-    for other in (tiny(updates=9), tiny({"method": ["routing"]})):
+    reordered = {key: more.grid[key] for key in ("oversight", "method", "seeds")}
+    for other in (
+        tiny(updates=9),
+        tiny({"method": ["routing"]}),
+        tiny(reordered),
+        tiny(dict(more.grid), methods={"naive": {"training": {"labeled_weight": 3}}}),
+    ):
         with pytest.raises(UserError, match="holds another sweep"):
             sweep(other, done, local_workers(1), quiet())
 
@@ -173,6 +189,24 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no sweep"):
         sweep(tiny(), tmp_path, local_workers(1), quiet())
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_two_drivers_do_not_work_in_one_folder(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    written(tiny(), out / "sweep.yaml")
+    monkeypatch.setattr(tracking.locked, "__defaults__", (0.1,), raising=False)
+    with tracking.locked(out, 0.1), pytest.raises(UserError, match="another process"):
+        sweep(tiny(), out, local_workers(1), quiet())
+
+
+def test_a_run_broken_off_before_anything_was_written_starts_anew(tmp_path):
+    config = tiny({"method": ["naive"]})
+    out = tmp_path / "out"
+    (out / "naive" / "seed_0").mkdir(parents=True)
+    (out / "naive" / "seed_0" / "config.yaml.tmp").write_text("half")
+    written(config, out / "sweep.yaml")
+    assert sweep(config, out, local_workers(1), quiet()) == {}
 
 
 def test_a_failing_run_does_not_take_others_along(tmp_path, capsys):
