@@ -53,13 +53,20 @@ class RewardModel(nn.Module):
         self.memory = Memory(runs, world.n_active if sees_flags else FLAGS_FROM, LESSON)
 
     def forward(self, final: Tensor) -> Tensor:
-        """Logits that endings are on the diamond: `[R, B, D or more]` -> `[R, B]`."""
-        runs, batch, _ = final.shape
-        dense = torch.zeros(runs, batch, self.world.inputs + 1, device=final.device)
-        dense = dense.scatter(-1, final[..., : self.memory.active.shape[-1]], 1.0)[..., :-1]
-        cells = dense.unflatten(-1, (len(PLANES), -1)).mT.flatten(1, 2)  # [R, B * S, planes]
-        hidden = affine(cells, self.convolution.weight, self.convolution.bias).relu()
-        pooled = hidden.unflatten(1, (batch, -1)).sum(2)
+        """Logits that endings are on the diamond: `[R, B, D or more]` -> `[R, B]`.
+
+        Cells where nothing is have the same features, so that only the others are worked out.
+        """
+        active = final[..., : self.memory.active.shape[-1]]  # [R, B, D]
+        cells, bias = self.world.config.cells, self.convolution.bias[:, None, None]  # [R, 1, 1, H]
+        there = active < self.world.inputs  # a flag that is off is nowhere
+        together = active[..., :, None] % cells == active[..., None, :] % cells
+        together = (together & there[..., None] & there[..., None, :]).float()  # [R, B, D, D]
+        rows = F.pad(self.convolution.weight.mT, (0, 0, 0, 1))  # [R, planes + 1, H], the last is 0
+        run = torch.arange(len(rows), device=rows.device)[:, None, None]
+        features = (together @ rows[run, active // cells] + bias).relu() - bias.relu()
+        share = there / together.sum(-1).clamp(min=1)  # inputs of one cell stand for it together
+        pooled = (features * share[..., None]).sum(2) + cells * bias[:, 0].relu()
         return affine(pooled, self.out.weight, self.out.bias).squeeze(-1)
 
     def loss(self, uniform: Tensor) -> Tensor:
