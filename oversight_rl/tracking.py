@@ -37,6 +37,7 @@ from oversight_rl.evaluation import Row
 CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
 METRICS, TRAINING = "metrics.csv", "training.csv"
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
+PATIENCE = 10.0  # seconds to wait for a process that is about to let go of a folder
 _ROW = TypeAdapter(Row)  # checks the types of what is read
 _UNTRACKED = ("wall_seconds",)  # metrics.csv of a repeated run is the same to the byte
 
@@ -314,19 +315,15 @@ def deployed_row(rows: Sequence[Row]) -> Row:
 
 
 @contextmanager
-def locked(path: Path, patience: float = 10.0) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Keep other processes from a folder; a dead one holds nothing.
-
-    Args:
-        path: the folder.
-        patience: seconds to wait for a process that is about to let go.
 
     Raises:
         UserError: another process is at work in it.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        end = time.monotonic() + patience
+        end = time.monotonic() + PATIENCE
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.methods import METHODS
 from agents.networks import AgentConfig
-from oversight_rl import checkpoint
+from oversight_rl import checkpoint, tracking
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.sweep import load_sweep, plan
@@ -343,6 +343,16 @@ def test_a_second_signal_acts_at_once():
         assert stopping()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_is_being_trained_is_not_resumed(run, tmp_path, capsys, monkeypatch):
+    busy = tmp_path / "busy"
+    shutil.copytree(run, busy)
+    (busy / "result.json").unlink()
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    with tracking.locked(busy):
+        assert "another process" in refused(capsys, train, ["--resume", busy])
+    train(["--resume", str(busy)])  # nobody holds it any more
 
 
 def test_a_finished_run_is_not_resumed(run, capsys):

@@ -195,8 +195,8 @@ def test_two_drivers_do_not_work_in_one_folder(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     written(tiny(), out / "sweep.yaml")
-    monkeypatch.setattr(tracking.locked, "__defaults__", (0.1,), raising=False)
-    with tracking.locked(out, 0.1), pytest.raises(UserError, match="another process"):
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    with tracking.locked(out), pytest.raises(UserError, match="another process"):
         sweep(tiny(), out, local_workers(1), quiet())
 
 
