@@ -352,7 +352,7 @@ def verdict(found: Found, table: pd.DataFrame) -> str:
 
     def told(at: dict[str, list[str]], alone: bool) -> str:
         parts = [
-            f"{name} at {_list(levels)}"
+            f"{name} at {'every level' if len(levels) == len(found.levels) else _list(levels)}"
             for name, levels in at.items()
             if (assumes[name] == "labels") == alone
         ]

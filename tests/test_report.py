@@ -127,8 +127,8 @@ def test_the_verdict_says_who_wins(runs):
     assert report.verdict(found, report.summary(found)) == (
         "Of the methods that need labels alone, the best return (IQM) has reward_model at 1% "
         "(0.80) and 10% (0.85); of them, gradient routing is beaten by naive at 10%; reward_model "
-        "at 1% and 10%, and beats naive at 1%; of the methods that assume more, it is beaten by "
-        "ipw_hidden_flag at 1% and 10%, and beats none."
+        "at every level, and beats naive at 1%; of the methods that assume more, it is beaten by "
+        "ipw_hidden_flag at every level, and beats none."
     )
 
 
