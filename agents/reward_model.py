@@ -64,7 +64,9 @@ class RewardModel(nn.Module):
         together = (together & there[..., None] & there[..., None, :]).float()  # [R, B, D, D]
         rows = F.pad(self.convolution.weight.mT, (0, 0, 0, 1))  # [R, planes + 1, H], the last is 0
         run = torch.arange(len(rows), device=rows.device)[:, None, None]
-        features = (together @ rows[run, active // cells] + bias).relu() - bias.relu()
+        # an embedding's gradient is summed in a fixed order, that of indexing is not
+        each = F.embedding(active // cells + run * rows.shape[1], rows.flatten(0, 1))
+        features = (together @ each + bias).relu() - bias.relu()
         share = there / together.sum(-1).clamp(min=1)  # inputs of one cell stand for it together
         pooled = (features * share[..., None]).sum(2) + cells * bias[:, 0].relu()
         return affine(pooled, self.out.weight, self.out.bias).squeeze(-1)

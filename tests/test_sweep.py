@@ -283,7 +283,7 @@ def test_a_broken_off_sweep_ends_as_if_nothing_had_happened(tmp_path, long, who)
         said, _ = driver.communicate(timeout=120)
         if who == "driver politely":
             assert driver.returncode == 130
-            assert "go on with: oversight-rl sweep" in said
+            assert "the same command goes on: oversight-rl sweep" in said
         wait_for(lambda: not Path(f"/proc/{worker}").exists())  # it stops with its driver
         assert not any(run.finished for run in runs)
         main(["sweep", str(file), "--out", str(out), "--workers", "1"])
