@@ -134,8 +134,10 @@ def shares(bench: Bench, chosen: Config, name: str) -> None:
         rollout, trainer.state = timed(
             "collect", reinforce.collect, agent, world, trainer.state, draw
         )
-        targets = timed("loss", reinforce.label, agent, rollout, methods, learner)
-        losses = timed("loss", reinforce.loss, agent, rollout, targets)
+        targets = timed(
+            "loss", reinforce.label, rollout, methods, learner, 0.0, None, trainer.gate_memory
+        )
+        losses = timed("loss", reinforce.loss, agent, rollout, targets, None, trainer.gate_memory)
         trainer.optimizer.zero_grad()
         timed("backward", losses.total(learner, 0.5).sum().backward)
         timed("optimizer", trainer.optimizer.step)
