@@ -116,7 +116,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*stack, outputs))
 
 
-def linears(stack: Sequence[int], sizes: Sequence[int]) -> Sequence[Linear]:
+def _linears(stack: Sequence[int], sizes: Sequence[int]) -> Sequence[Linear]:
     """Layers of the given sizes, as a registered sequence."""
     layers = nn.ModuleList(Linear(stack, *pair) for pair in pairwise(sizes))
     return cast(Sequence[Linear], layers)
@@ -177,7 +177,7 @@ class Agent(nn.Module):
         trunks = self.n_experts + self.has_gate + (not self.affine_value)
         # trunk j: the experts in order, then the gate, then the value net
         sizes = [self.inputs, *config.hidden]
-        self.trunks: Sequence[Linear] = linears([runs, trunks], sizes)
+        self.trunks: Sequence[Linear] = _linears([runs, trunks], sizes)
         width = config.hidden[-1]
         self.head = Linear([runs], width, actions)
         self.gate_out = Linear([runs], width, self.n_experts - 1) if self.has_gate else None
@@ -185,7 +185,7 @@ class Agent(nn.Module):
             Linear([runs], self.planes, self.planes) if self.has_gate and config.gate_conv else None
         )
         value_sizes = [*sizes, 1] if self.affine_value else [width, 1]
-        self.value_layers: Sequence[Linear] = linears([runs], value_sizes)
+        self.value_layers: Sequence[Linear] = _linears([runs], value_sizes)
         if generators is not None:
             initialize(self, generators)
 

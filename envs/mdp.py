@@ -106,9 +106,7 @@ class WorldMDP:
         Returns:
             Endings, `[Q, L]` float64.
         """
-        levels = levels.to(self.world.device, torch.float64)
-        on, off = levels, 1 - levels
-        flag_weight = torch.stack([off * off, off * on, on * off, on * on])  # [F, L]
+        flag_weight = self._flag_weight(levels)
         by_flags = torch.stack(
             [self._by_flags(policy, discount, window) for policy in table]
         )  # [Q, 5, F]
@@ -183,9 +181,7 @@ class WorldMDP:
         Returns:
             `[Q, L]` float64.
         """
-        levels = levels.to(self.world.device, torch.float64)
-        on, off = levels, 1 - levels
-        flag_weight = torch.stack([off * off, off * on, on * off, on * on])  # [F, L]
+        flag_weight = self._flag_weight(levels)
         placed = torch.arange(self.world.config.cells**3, device=self.world.device)
         on_path = self.world.ghost_on_path(self.world.unkey(placed * FLAGS))
         start = self.start * on_path.view_as(self.start)
@@ -201,6 +197,12 @@ class WorldMDP:
                 chance = before
             found.append((chance * start[:, None]).sum((0, 2, 3)))
         return torch.stack(found) @ flag_weight
+
+    def _flag_weight(self, levels: Tensor) -> Tensor:
+        """Chance of each setting of the two flags at levels `[L]`. [F, L] float64"""
+        on = levels.to(self.world.device, torch.float64)
+        off = 1 - on
+        return torch.stack([off * off, off * on, on * off, on * on])
 
     def _dense(self, policy: Tensor) -> Tensor:
         """A policy `[n_states, A]` by action, agent cell, flags, diamond cell, ghost cell."""

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 from gymnasium import spaces
-from minigrid.core.actions import Actions
 from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_OBJECT, OBJECT_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
@@ -25,10 +24,10 @@ from minigrid.utils.rendering import (
 )
 from numpy.typing import NDArray
 
+from envs.gym import Reward
 from envs.world import BEHAVIORS
 
 Layout = Literal["empty", "four_rooms"]
-Reward = Literal["reached", "ground_truth"]
 FLAGGED = 1  # state of a square that shows its oversight flag
 
 for _name in BEHAVIORS:  # MiniGrid numbers the types of objects; ours come after its own
@@ -175,7 +174,6 @@ class DiamondGhostEnv(MiniGridEnv):
             max_steps=8 * size if max_steps is None else max_steps,
             **kwargs,
         )
-        self.actions = Actions
         self.action_space = spaces.Discrete(3)
         self.reward_range = (-1, 1)
 

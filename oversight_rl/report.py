@@ -309,9 +309,8 @@ def improvement(found: Found) -> pd.DataFrame:
     """Chance that a run of the row's method beats one of the column's, over common levels."""
     names = found.names
     table = pd.DataFrame(np.nan, index=names, columns=names)
+    returns = {name: strata(found, name, "ground_truth_return", found.levels) for name in names}
     for ours, theirs in itertools.permutations(names, 2):
-        columns = (strata(found, name, "ground_truth_return", found.levels) for name in names)
-        returns = dict(zip(names, columns, strict=True))
         pairs = [
             (a, b) for a, b in zip(returns[ours], returns[theirs], strict=True) if len(a) and len(b)
         ]

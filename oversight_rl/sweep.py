@@ -100,11 +100,9 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
         settings: dict[str, Any] = {}
         _merge(settings, sweep.settings)
         for name, value in chosen.items():
-            *groups, last = name.split(".")
-            nested: Any = value if not groups else {last: value}
-            for group in reversed(groups[1:]):
-                nested = {group: nested}
-            _merge(settings, {groups[0] if groups else last: nested})
+            for part in reversed(name.split(".")):
+                value = {part: value}
+            _merge(settings, value)
         method = settings.get("method", Config().method)
         if isinstance(method, str):
             _merge(settings, sweep.methods.get(method, {}), under=chosen)
