@@ -14,27 +14,29 @@ class Memory(nn.Module):
 
     Args:
         runs: number of runs R.
-        active: active inputs of an observation that are kept (D), the first ones.
-        draws: samples that `draw` gives at most (M); never more than there are steps in a window.
+        width: numbers of an observation that are kept (D), the first ones: its active inputs, or
+            all of it.
+        draws: samples that `draw` gives at most (M); never more than uniform numbers given to it.
+        dtype: of these numbers.
     """
 
-    active: Tensor  # [R, CAPACITY + 1, D] int16, active inputs; the last row is scratch
+    observation: Tensor  # [R, CAPACITY + 1, D]; the last row is scratch
     label: Tensor  # [R, CAPACITY + 1] int8, index into BEHAVIORS
     count: Tensor  # [R] int64, samples met so far
 
-    def __init__(self, runs: int, active: int, draws: int) -> None:
+    def __init__(self, runs: int, width: int, draws: int, dtype: torch.dtype = torch.int16) -> None:
         super().__init__()
         self.draws = draws
-        self.register_buffer("active", torch.zeros(runs, CAPACITY + 1, active, dtype=torch.int16))
+        self.register_buffer("observation", torch.zeros(runs, CAPACITY + 1, width, dtype=dtype))
         self.register_buffer("label", torch.zeros(runs, CAPACITY + 1, dtype=torch.int8))
         self.register_buffer("count", torch.zeros(runs, dtype=torch.int64))
 
     @torch.no_grad()
-    def add(self, active: Tensor, label: Tensor, labeled: Tensor) -> None:
+    def add(self, observation: Tensor, label: Tensor, labeled: Tensor) -> None:
         """Keep the labeled ones among B samples, in the place of the oldest.
 
         Args:
-            active: `[R, B, D or more]` active inputs.
+            observation: `[R, B, D or more]`.
             label: `[R, B]`.
             labeled: `[R, B]` bool.
         """
@@ -42,7 +44,8 @@ class Memory(nn.Module):
         fits = labeled & (rank >= rank[:, -1:] + 1 - CAPACITY)
         place = torch.where(fits, (self.count[:, None] + rank) % CAPACITY, CAPACITY)
         run = torch.arange(len(place), device=place.device)[:, None]
-        self.active[run, place] = active[..., : self.active.shape[-1]].short()
+        kept = observation[..., : self.observation.shape[-1]]
+        self.observation[run, place] = kept.to(self.observation.dtype)
         self.label[run, place] = label.to(torch.int8)
         self.count += labeled.sum(-1)
 
@@ -50,12 +53,15 @@ class Memory(nn.Module):
         """Draw M samples, with replacement, by uniform numbers `[R, B]` in [0, 1); M <= B.
 
         Returns:
-            active inputs `[R, M, D]`, labels `[R, M]`, and weights `[R, M]`: 1, but 0 in runs that
-            remember nothing.
+            observations `[R, M, D]` (whole numbers as int64), labels `[R, M]`, and weights
+            `[R, M]`: 1, but 0 in runs that remember nothing.
         """
         uniform = uniform[:, : self.draws]
         known = self.count.clamp(max=CAPACITY)[:, None]
         index = (uniform * known).long()
         run = torch.arange(len(index), device=index.device)[:, None]
         weight = (known > 0).to(uniform.dtype).expand_as(uniform)
-        return self.active[run, index].long(), self.label[run, index].long(), weight
+        drawn = self.observation[run, index]
+        if not drawn.is_floating_point():
+            drawn = drawn.long()
+        return drawn, self.label[run, index].long(), weight

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agents.routing import everything, own_expert_only
-from envs.world import BEHAVIORS
+from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 # Outcomes of an episode as a learner sees them; LABELED + b is one labeled as behavior b
 UNFINISHED, TIMEOUT, UNLABELED, LABELED = range(4)
@@ -202,6 +202,7 @@ def tables(
     overseers: Sequence[Overseer],
     experts: int,
     device: torch.device | str = "cpu",
+    behaviors: int = len(BEHAVIORS),
 ) -> MethodTables:
     """The tables of one method and overseer per run.
 
@@ -210,6 +211,7 @@ def tables(
         overseers: one per run.
         experts: number of experts K of the stack.
         device: where the tensors live.
+        behaviors: that labels tell apart; the first is wanted, all others are as ghosts.
 
     Raises:
         ValueError: a reward is weighted by inverse propensity, and ghosts are never labeled.
@@ -226,22 +228,61 @@ def tables(
             if overseer.ghosts_labeled == 0:
                 raise ValueError("weighting by inverse propensity needs labels on some ghosts")
             ghost = ghost(overseer.ghosts_labeled)
-        return [0.0, 0.0, unlabeled, diamond, ghost]
+        return [0.0, 0.0, unlabeled, diamond, *[ghost] * (behaviors - 1)]
 
     def share(method: Method, overseer: Overseer) -> float:
         return overseer.recall * (overseer.oversight if method.labels == "audit" else 1.0)
 
     def error(method: Method, overseer: Overseer) -> float:
-        return 1 - 1 / len(BEHAVIORS) if method.labels == "shuffled" else overseer.error
+        return 1 - 1 / behaviors if method.labels == "shuffled" else overseer.error
 
     pairs = list(zip(methods, overseers, strict=True))
     return MethodTables(
         reward=tensor([reward(*pair) for pair in pairs]),
-        sample_weight=tensor([[1.0, 1.0, float(m.keep_unlabeled), 1.0, 1.0] for m in methods]),
+        sample_weight=tensor(
+            [[1.0, 1.0, float(m.keep_unlabeled), *[1.0] * behaviors] for m in methods]
+        ),
         weighs_labels=tensor([float(m.weighs_labels) for m in methods]),
-        routes=tensor([[plain, plain, plain, *m.routes(experts, len(BEHAVIORS))] for m in methods]),
+        routes=tensor([[plain, plain, plain, *m.routes(experts, behaviors)] for m in methods]),
         sees_truth=torch.tensor([m.labels in ("truth", "audit") for m in methods], device=device),
         label_share=tensor([share(*pair) for pair in pairs]),
         label_error=tensor([error(*pair) for pair in pairs]),
         contrasts=all(m.contrasts for m in methods),
     )
+
+
+def outcomes(
+    seen: Seen, truth: Truth, audit: Tensor, methods: MethodTables
+) -> tuple[Tensor, Tensor]:
+    """The outcome of the episode that each sample belongs to, and the steps left until its end.
+
+    A label is known at an episode's end only, and is written back to all of its steps. Only runs
+    of oracle methods look at the truth.
+
+    Args:
+        seen: what the learner sees of each step, `[R, T, N]`.
+        truth: how episodes ended.
+        audit: uniform in [0, 1), decides which labels go missing or wrong, `[R, T, N]`.
+        methods: of the R runs.
+
+    Returns:
+        outcome `[R, T, N]`, and steps `[R, T, N]` from the sample to its episode's last step, or
+        to the end of the window where the episode is unfinished.
+    """
+    steps, behaviors = audit.shape[1], methods.reward.shape[1] - LABELED
+    sees_truth = methods.sees_truth[:, None, None]
+    share = methods.label_share[:, None, None]
+    error = share * methods.label_error[:, None, None]
+    label = torch.where(sees_truth, truth.ending, seen.label)
+    wrong = audit < error
+    shift = torch.where(wrong, audit / error, 0.0) * (behaviors - 1)  # uniform among the others
+    other = (label + 1 + shift.long()) % behaviors
+    given = torch.where(wrong, other, label)
+    label = torch.where((label == NO_LABEL) | (audit >= share), NO_LABEL, given)
+    reached = torch.where(label == NO_LABEL, UNLABELED, LABELED + label)
+    ended_as = torch.where(seen.terminated, reached, TIMEOUT)
+    time = torch.arange(steps, device=audit.device)[:, None]  # [T, 1]
+    done = seen.terminated | seen.truncated
+    end = torch.where(done, time, steps).flip(1).cummin(1).values.flip(1)  # [R, T, N]
+    outcome = ended_as.gather(1, end.clamp(max=steps - 1))
+    return torch.where(end < steps, outcome, UNFINISHED), end - time

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, cast
 
@@ -286,9 +287,13 @@ class FirstLayer:
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
         runs, nets, _, inputs = weight.shape
-        self.table = F.pad(weight.mT.flatten(0, 2), (0, 0, 0, 1))  # the last row is zero
         nets_first = torch.arange(runs * nets, device=weight.device) * inputs
         self.offset = nets_first.view(runs, nets, 1, 1)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """A row for each input of each net, and one of zeros."""
+        return F.pad(self.weight.mT.flatten(0, 2), (0, 0, 0, 1))
 
     def __call__(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Before the activation, nets `start` to `stop`: `[R or 1, B, ...]` -> `[R, J, B, H]`."""

@@ -14,12 +14,12 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from agents.memory import Memory
-from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables
+from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables, outcomes
 from agents.networks import Agent, Output
 from agents.reward_model import RewardModel
 from agents.routing import lookup
 from envs.settings import Settings, as_sequence
-from envs.world import BEHAVIORS, NO_LABEL, Record, Seen, State, Truth, World
+from envs.world import Record, Seen, State, Truth, World
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Schedule = Annotated[
@@ -218,41 +218,6 @@ class _Distinct:
         return self.slots.view(-1).take(key), active
 
 
-def outcomes(rollout: Rollout, methods: MethodTables) -> tuple[Tensor, Tensor]:
-    """The outcome of the episode that each sample belongs to, and the steps left until its end.
-
-    Only runs of oracle methods look at the truth.
-
-    Returns:
-        outcome `[R, T, N]`, and steps `[R, T, N]` from the sample to its episode's last step, or
-        to the end of the window where the episode is unfinished.
-    """
-    seen, steps = rollout.seen, rollout.action.shape[1]
-    sees_truth = methods.sees_truth[:, None, None]
-    share = methods.label_share[:, None, None]
-    error = share * methods.label_error[:, None, None]
-    label = torch.where(sees_truth, rollout.truth.ending, seen.label)
-    other = (label + 1) % len(BEHAVIORS)
-    given = torch.where(rollout.audit < error, other, label)
-    label = torch.where((label == NO_LABEL) | (rollout.audit >= share), NO_LABEL, given)
-    reached = torch.where(label == NO_LABEL, UNLABELED, LABELED + label)
-    ended_as = torch.where(seen.terminated, reached, TIMEOUT)
-    end = _end(rollout)
-    outcome = ended_as.gather(1, end.clamp(max=steps - 1))
-    return torch.where(end < steps, outcome, UNFINISHED), end - _time(rollout)
-
-
-def _time(rollout: Rollout) -> Tensor:
-    return torch.arange(rollout.action.shape[1], device=rollout.action.device)[:, None]  # [T, 1]
-
-
-def _end(rollout: Rollout) -> Tensor:
-    """When the episode of each sample ends, T if not within the window. [R, T, N]"""
-    done = rollout.seen.terminated | rollout.seen.truncated
-    end = torch.where(done, _time(rollout), done.shape[1])
-    return end.flip(1).cummin(1).values.flip(1)
-
-
 @torch.no_grad()
 def label(
     rollout: Rollout,
@@ -269,7 +234,7 @@ def label(
     remembers the labeled endings, and pays for the others what it expects them to be worth; a
     memory keeps all labeled samples for the gate.
     """
-    outcome, left = outcomes(rollout, methods)
+    outcome, left = outcomes(rollout.seen, rollout.truth, rollout.audit, methods)
     labeled = outcome >= LABELED
     if memory is not None:
         behavior = (outcome - LABELED).flatten(1)
@@ -283,7 +248,8 @@ def label(
         endings = labeled & rollout.seen.terminated
         reward_model.memory.add(final, (outcome - LABELED).flatten(1), endings.flatten(1))
         imputed = reward_model(final).sigmoid().view_as(reward)
-        at_end = imputed.gather(1, (_time(rollout) + left).clamp(max=imputed.shape[1] - 1))
+        time = torch.arange(imputed.shape[1], device=imputed.device)[:, None]  # [T, 1]
+        at_end = imputed.gather(1, (time + left).clamp(max=imputed.shape[1] - 1))
         reward = torch.where(outcome == UNLABELED, 2 * at_end - 1, reward)
     discount = config.discount**left
     heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)

@@ -57,7 +57,7 @@ class RewardModel(nn.Module):
 
         Cells where nothing is have the same features, so that only the others are worked out.
         """
-        active = final[..., : self.memory.active.shape[-1]]  # [R, B, D]
+        active = final[..., : self.memory.observation.shape[-1]]  # [R, B, D]
         cells, bias = self.world.config.cells, self.convolution.bias[:, None, None]  # [R, 1, 1, H]
         there = active < self.world.inputs  # a flag that is off is nowhere
         together = active[..., :, None] % cells == active[..., None, :] % cells

@@ -28,10 +28,10 @@ from rich.progress import track
 from rich.table import Table
 
 from agents import reinforce
+from agents.steering import keep, standard
 from envs.world import ACTIONS, World, WorldConfig
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator
-from oversight_rl.steering import keep, standard
 from oversight_rl.training import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from agents.methods import METHODS
 from agents.networks import Agent
+from agents.steering import Steering
 from envs.settings import UserError
 from envs.world import ACTIONS
 from oversight_rl.config import Config
-from oversight_rl.steering import SteeredPolicy, Steering
+from oversight_rl.steering import SteeredPolicy
 
 POLICY = "oversight_rl_policy"  # metadata key of an exported policy
 KEEP = 2  # newest checkpoints left in a folder: runs of one stack may be one apart

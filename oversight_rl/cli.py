@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.methods import METHODS
+from agents.steering import Steering, parse, standard
 from envs import render
 from envs.settings import UserError
 from envs.world import World
@@ -29,7 +30,7 @@ from oversight_rl import checkpoint, reference, report
 from oversight_rl import pictures as drawing
 from oversight_rl.config import Config, Probability, load_yaml
 from oversight_rl.evaluation import Evaluator, Row, Subject
-from oversight_rl.steering import SteeredPolicy, Steering, parse, standard
+from oversight_rl.steering import SteeredPolicy
 from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
 from oversight_rl.tracking import check_free, open_runs, write_json
 from oversight_rl.training import Interrupted, fit, stack_key

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from agents.networks import Agent
 from agents.reinforce import cumulative, sample
+from agents.steering import Steering
 from envs.mdp import Endings, WorldMDP, why_not
 from envs.world import NO_LABEL, World, WorldConfig
-from oversight_rl.steering import Steering
 
 WINDOW = 32
 """Steps of the published metric's windows."""

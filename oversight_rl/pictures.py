@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from agents.networks import Agent
+from agents.steering import Steering
 from envs import render
 from envs.world import NO_LABEL, State, World
-from oversight_rl.steering import SteeredPolicy, Steering
+from oversight_rl.steering import SteeredPolicy
 
 MOST_POLICIES = 4  # panels in a row; a page shows no more
 FRAMES = 48

@@ -26,16 +26,16 @@ from torch import Tensor, nn
 
 from agents import reinforce
 from agents.memory import Memory
-from agents.methods import LABELED, METHODS, tables
+from agents.methods import LABELED, METHODS, outcomes, tables
 from agents.networks import Agent
 from agents.reward_model import RewardModel
+from agents.steering import standard, steering_curve
 from envs import render
 from envs.settings import UserError
 from envs.world import State, World
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
-from oversight_rl.steering import standard, steering_curve
 from oversight_rl.tracking import RunFolder, deployed_row, locked
 
 HELD_OUT = 4096  # fresh episodes that an agent is selected by
@@ -172,7 +172,7 @@ class Trainer:
         start = self.world.reset(noise[:, -1:, :, : self.world.noise_channels])[:, 0]
         with torch.no_grad():
             rollout, _ = reinforce.collect(self.agent, self.world, start, noise)
-        first = reinforce.outcomes(rollout, self.methods)
+        first = outcomes(rollout.seen, rollout.truth, rollout.audit, self.methods)
         outcome, left = first[0][:, 0], first[1][:, 0]  # [R, N]
         sign = (outcome == LABELED).float() - (outcome == LABELED + 1).float()
         return (sign * self.config.discount**left).sum(-1) / sign.abs().sum(-1)

@@ -7,10 +7,10 @@ import pytest
 
 from agents.networks import AgentConfig
 from agents.reinforce import ReinforceConfig
+from agents.steering import standard
 from envs.world import WorldConfig
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.steering import standard
 from oversight_rl.training import Trainer
 
 EPISODES = 200_000

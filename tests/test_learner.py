@@ -10,14 +10,23 @@ import torch
 
 from agents import reinforce
 from agents.memory import CAPACITY, Memory
-from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED, Overseer, tables
+from agents.methods import (
+    LABELED,
+    METHODS,
+    TIMEOUT,
+    UNFINISHED,
+    UNLABELED,
+    Overseer,
+    outcomes,
+    tables,
+)
 from agents.networks import Agent, AgentConfig
 from agents.reinforce import ReinforceConfig, Rollout
 from agents.reward_model import RewardModel
+from agents.steering import standard
 from envs.world import NO_LABEL, Seen, Truth, World, WorldConfig
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.steering import standard
 from oversight_rl.training import HELD_OUT, Trainer, stack_key
 
 SMALL = AgentConfig(hidden=(8, 8))
@@ -27,6 +36,10 @@ SHAPE = (4, 3, 3)
 def make_agent(runs=1, experts="many", gate="learned", config=SMALL, seed=0):
     generators = [torch.Generator().manual_seed(seed + r) for r in range(runs)]
     return Agent(config, SHAPE, 4, runs, experts, gate, generators)
+
+
+def read(rollout, methods):
+    return outcomes(rollout.seen, rollout.truth, rollout.audit, methods)
 
 
 def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0, rows=3):
@@ -95,7 +108,9 @@ def plain_outcomes(seen, steps, worlds):
 @pytest.mark.parametrize("seed", range(5))
 def test_outcomes_agree_with_a_loop_over_episodes(seed):
     rollout = make_rollout(make_agent(), seed=seed)
-    outcome, left = reinforce.outcomes(rollout, tables(["routing"], [Overseer(0.5)], 2))
+    outcome, left = outcomes(
+        rollout.seen, rollout.truth, rollout.audit, tables(["routing"], [Overseer(0.5)], 2)
+    )
     expected, expected_left = plain_outcomes(rollout.seen, 12, 20)
     assert set(np.unique(expected)) == {UNFINISHED, TIMEOUT, UNLABELED, LABELED, LABELED + 1}
     assert np.array_equal(outcome[0].numpy(), expected)
@@ -319,10 +334,14 @@ def test_methods_that_learn_from_the_truth_say_so():
 def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
     agent = make_agent(experts="one")
     rollout = make_rollout(agent, level=0.0, worlds=4000)
-    outcome, _ = reinforce.outcomes(rollout, tables(["oracle_filtering"], [Overseer(0.3)], 1))
+    outcome, _ = outcomes(
+        rollout.seen, rollout.truth, rollout.audit, tables(["oracle_filtering"], [Overseer(0.3)], 1)
+    )
     reached = outcome[rollout.seen.terminated]
     assert float((reached >= LABELED).float().mean()) == pytest.approx(0.3, abs=0.02)
-    outcome, _ = reinforce.outcomes(rollout, tables(["oracle"], [Overseer(0.0)], 1))
+    outcome, _ = outcomes(
+        rollout.seen, rollout.truth, rollout.audit, tables(["oracle"], [Overseer(0.0)], 1)
+    )
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
 
@@ -332,7 +351,9 @@ def test_labels_go_missing_and_wrong_at_their_rates(method):
     agent = make_agent(experts=METHODS[method].experts)
     rollout = make_rollout(agent, level=0.8, worlds=20_000)
     overseer = Overseer(0.8, recall=0.6, error=0.1)
-    outcome, _ = reinforce.outcomes(rollout, tables([method], [overseer], agent.n_experts))
+    outcome, _ = outcomes(
+        rollout.seen, rollout.truth, rollout.audit, tables([method], [overseer], agent.n_experts)
+    )
     for behavior in range(2):
         ended = rollout.seen.terminated & (rollout.truth.ending == behavior)
         labeled = outcome[ended] >= LABELED
@@ -368,7 +389,9 @@ def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
     state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
     rollout, _ = reinforce.collect(agent, world, state, noise)
     assert not world.observe(state)[..., 3, :, :].any()
-    outcome, _ = reinforce.outcomes(rollout, tables(["ipw_hidden_flag"], [Overseer(1.0)], 1))
+    outcome, _ = outcomes(
+        rollout.seen, rollout.truth, rollout.audit, tables(["ipw_hidden_flag"], [Overseer(1.0)], 1)
+    )
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
 
@@ -418,25 +441,25 @@ def test_a_reward_model_looks_at_flags_only_if_told_to(sees_flags):
 
 
 def test_runs_remember_the_newest_labeled_samples_only():
-    memory = Memory(runs=2, active=3, draws=8)
+    memory = Memory(runs=2, width=3, draws=8)
     assert not memory.draw(torch.rand(2, 8))[2].any()  # nothing to learn from yet
     steps = CAPACITY + 5
     active = torch.arange(steps)[None, :, None].expand(2, -1, 3)
     labeled = torch.stack([torch.ones(steps), torch.arange(steps) % 2 == 1]).bool()
     memory.add(active, active[..., 0] % 2, labeled)
     assert memory.count.tolist() == [steps, steps // 2]
-    assert sorted(memory.active[0, :CAPACITY, 0].tolist()) == list(range(5, steps))
-    assert memory.active[1, : steps // 2, 0].tolist() == list(range(1, steps, 2))
+    assert sorted(memory.observation[0, :CAPACITY, 0].tolist()) == list(range(5, steps))
+    assert memory.observation[1, : steps // 2, 0].tolist() == list(range(1, steps, 2))
     assert memory.label[1, : steps // 2].tolist() == [1] * (steps // 2)
     more = torch.tensor([[[7, 7, 7]], [[8, 8, 8]]])
     memory.add(more, torch.zeros(2, 1).long(), torch.tensor([[True], [False]]))
     assert memory.count.tolist() == [steps + 1, steps // 2]
-    assert memory.active[0, steps % CAPACITY].tolist() == [7, 7, 7]
-    assert not (memory.active[1, :CAPACITY] == 8).all(-1).any()
+    assert memory.observation[0, steps % CAPACITY].tolist() == [7, 7, 7]
+    assert not (memory.observation[1, :CAPACITY] == 8).all(-1).any()
 
 
 def test_remembered_samples_are_drawn_evenly():
-    memory = Memory(runs=1, active=1, draws=1000)
+    memory = Memory(runs=1, width=1, draws=1000)
     memory.add(torch.arange(4)[None, :, None], torch.arange(4)[None] % 2, torch.ones(1, 4) > 0)
     active, label, weight = memory.draw(torch.linspace(0, 1 - 2**-24, 2000)[None, ::2])
     assert active[0, :, 0].bincount().tolist() == [250] * 4
@@ -650,8 +673,8 @@ def test_a_reward_model_is_checked_against_the_truth_on_unlabeled_endings():
     methods = tables(["reward_model"], [Overseer(0.5)], 1)
     targets = reinforce.label(rollout, methods, ReinforceConfig(), reward_model=model)
     found = reinforce.statistics(rollout, targets)
-    for kind, outcomes in (("unlabeled", [UNLABELED]), ("labeled", [LABELED, LABELED + 1])):
-        among = rollout.seen.terminated & torch.isin(targets.outcome, torch.tensor(outcomes))
+    for kind, among in (("unlabeled", [UNLABELED]), ("labeled", [LABELED, LABELED + 1])):
+        among = rollout.seen.terminated & torch.isin(targets.outcome, torch.tensor(among))
         right = (targets.imputed > 0.5) == (rollout.truth.ending == 0)
         share = right[among].float().mean()
         assert float(found[f"reward_model/accuracy_{kind}"]) == pytest.approx(float(share))

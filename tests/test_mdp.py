@@ -238,7 +238,7 @@ import resource, torch
 from agents.networks import Agent, AgentConfig
 from envs.world import WorldConfig
 from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.steering import standard
+from agents.steering import standard
 agent = Agent(AgentConfig(hidden=(128, 128)), (4, 8, 8), 4, 1, generators=[torch.Generator()])
 evaluator = Evaluator(WorldConfig(rows=8, cols=8), 0.97)
 rows = evaluator.evaluate(agent, [Subject("routing", 0, 0.1)], standard(2)[:1], [[0.1]])[0]

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from agents.networks import Agent, AgentConfig
-from envs.settings import UserError
-from envs.world import World, WorldConfig
-from oversight_rl import checkpoint
-from oversight_rl.config import Config
-from oversight_rl.steering import (
+from agents.steering import (
     MIXTURE,
-    SteeredPolicy,
     Steering,
     ablate,
     blend,
@@ -21,6 +16,11 @@ from oversight_rl.steering import (
     parse,
     standard,
 )
+from envs.settings import UserError
+from envs.world import World, WorldConfig
+from oversight_rl import checkpoint
+from oversight_rl.config import Config
+from oversight_rl.steering import SteeredPolicy
 
 
 @pytest.fixture

@@ -1,0 +1,145 @@
+"""Steering: what to do with a trained agent's experts at deployment.
+
+A steering is a set of mixing weights on the experts, with a temperature: keep one expert, blend
+several, ablate one, replace the gate by a constant, or leave the gate in charge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.networks import Output
+from envs.settings import UserError, nearest
+from envs.world import BEHAVIORS
+
+
+def expert_names(experts: int, behaviors: Sequence[str] = BEHAVIORS) -> tuple[str, ...]:
+    """Names of the experts: the behaviors they are meant for, then `expert_2`, ..."""
+    if experts == 1:
+        return ("single",)
+    return tuple(behaviors[k] if k < len(behaviors) else f"expert_{k}" for k in range(experts))
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How experts become one policy. Build one with `mixture`, `keep`, `blend` or `parse`."""
+
+    name: str
+    weights: tuple[float, ...] | None = None
+    """Mixing weight of each expert in place of the gate's; None: the gate's own."""
+    ablated: tuple[int, ...] = ()
+    """Experts whose output is zero."""
+    temperature: float = 1.0
+    greedy: bool = False
+    """Whether the likeliest action is taken always."""
+
+    def mix(self, output: Output) -> Tensor:
+        """What the steered policy's head puts out, before the temperature: `[R, B, A]`."""
+        weights = output.gate
+        if self.weights is not None:
+            weights = weights.new_tensor(self.weights).expand_as(weights)
+        if self.ablated:
+            kept = weights.new_ones(weights.shape[-1])
+            kept[list(self.ablated)] = 0.0
+            weights = weights * kept
+        return output.mix(weights)
+
+    def probabilities(self, output: Output) -> Tensor:
+        """Action probabilities of the steered policy, with A actions: `[R, B, A]`."""
+        logits = self.mix(output)
+        if self.greedy:
+            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        return (logits / self.temperature).softmax(-1)
+
+    def with_options(self, greedy: bool = False, temperature: float = 1.0) -> Steering:
+        """The same steering, taken greedily or at another temperature.
+
+        Raises:
+            UserError: the temperature is not above 0.
+        """
+        if not temperature > 0:
+            raise UserError(f"temperature: must be above 0, got {temperature} (or steer greedily)")
+        return replace(self, greedy=greedy, temperature=temperature)
+
+
+MIXTURE = Steering("mixture")
+"""The agent as trained: the gate mixes the experts."""
+
+
+def keep(expert: str, experts: int, behaviors: Sequence[str] = BEHAVIORS) -> Steering:
+    """One expert alone, under the shared head (the gate forced to 1)."""
+    index = _index(expert, experts, behaviors)
+    return Steering(expert, tuple(float(k == index) for k in range(experts)))
+
+
+def blend(
+    weights: Mapping[str, float], experts: int, behaviors: Sequence[str] = BEHAVIORS
+) -> Steering:
+    """Experts mixed with constant weights, whatever the gate says; experts not named get 0."""
+    vector = [0.0] * experts
+    for name, weight in weights.items():
+        vector[_index(name, experts, behaviors)] = float(weight)
+    if not np.isfinite(vector).all():
+        raise UserError(f"steer: weights must be finite, got {dict(weights)}")
+    return Steering(",".join(f"{n}={w:g}" for n, w in weights.items()), tuple(vector))
+
+
+def ablate(expert: str, experts: int, behaviors: Sequence[str] = BEHAVIORS) -> Steering:
+    """The mixture with one expert's output zero."""
+    return Steering(f"without:{expert}", ablated=(_index(expert, experts, behaviors),))
+
+
+def parse(text: str, experts: int, behaviors: Sequence[str] = BEHAVIORS) -> Steering:
+    """Read a steering from the command line.
+
+    Args:
+        text: `mixture`, an expert's name, `NAME=WEIGHT,NAME=WEIGHT` or `without:NAME`.
+        experts: number of experts of the agent.
+        behaviors: that its first experts are meant for.
+
+    Raises:
+        UserError: the text names no expert or no number.
+    """
+    if text == MIXTURE.name and experts > 1:
+        return MIXTURE
+    if text.startswith("without:"):
+        return ablate(text.removeprefix("without:"), experts, behaviors)
+    if "=" not in text:
+        return keep(text, experts, behaviors)
+    weights = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            weights[name.strip()] = float(number)
+        except ValueError:
+            raise UserError(f"steer: expected NAME=WEIGHT, got {part!r}") from None
+    return blend(weights, experts, behaviors)
+
+
+def standard(experts: int, behaviors: Sequence[str] = BEHAVIORS) -> list[Steering]:
+    """The policies of the result table: the mixture and each expert, or `single`."""
+    names = expert_names(experts, behaviors)
+    alone = [keep(name, experts, behaviors) for name in names]
+    return alone if experts == 1 else [MIXTURE, *alone]
+
+
+def steering_curve(experts: int, behaviors: Sequence[str] = BEHAVIORS) -> list[Steering]:
+    """Blends between the first two experts, from mostly the second to mostly the first."""
+    first, second = expert_names(experts, behaviors)[:2]
+    shares = [w / 10 for w in range(1, 10)]
+    return [blend({first: w, second: 1 - w}, experts, behaviors) for w in shares]
+
+
+def _index(expert: str, experts: int, behaviors: Sequence[str]) -> int:
+    names = expert_names(experts, behaviors)
+    if expert not in names:
+        choices = names if experts == 1 else (MIXTURE.name, *names)
+        raise UserError(
+            f"steer: must be one of {', '.join(choices)}, got {expert!r}{nearest(expert, choices)}"
+        )
+    return names.index(expert)
