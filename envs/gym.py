@@ -287,17 +287,21 @@ def _start(world: World, rng: np.random.Generator, n: int) -> State:
     return world.reset(torch.from_numpy(rng.random((n, world.noise_channels), dtype=np.float32)))
 
 
-def _actions(actions: Any, n: int) -> torch.Tensor:
-    """Actions as a tensor.
+def check_actions(actions: Any, n: int, choices: int) -> NDArray[np.int64]:
+    """Actions as an array `[n]`.
 
     Raises:
-        ValueError: there are not `n` of them, or one is not the index of an action.
+        ValueError: there are not `n` of them, or one is not in `range(choices)`.
     """
     given = np.asarray(actions)
-    valid = given.dtype.kind in "iu" and ((given >= 0) & (given < len(ACTIONS))).all()
+    valid = given.dtype.kind in "iu" and ((given >= 0) & (given < choices)).all()
     if given.shape != (n,) or not valid:
-        raise ValueError(f"expected {n} actions from 0 to {len(ACTIONS) - 1}, got {actions!r}")
-    return torch.as_tensor(given, dtype=torch.int64)
+        raise ValueError(f"expected {n} actions from 0 to {choices - 1}, got {actions!r}")
+    return given.astype(np.int64)
+
+
+def _actions(actions: Any, n: int) -> torch.Tensor:
+    return torch.from_numpy(check_actions(actions, n, len(ACTIONS)))
 
 
 def _rewards(step: Step, reward: Reward) -> torch.Tensor:

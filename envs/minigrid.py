@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_OBJECT, OBJECT_TO_IDX
+from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_OBJECT, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
 from minigrid.core.world_object import Lava, WorldObj
@@ -207,3 +208,34 @@ class DiamondGhostEnv(MiniGridEnv):
         if square.flagged:
             info["label"] = square.type
         return observation, truth if self.paid == "ground_truth" else 1.0, True, False, info
+
+
+class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
+    """Only the `image` of MiniGrid's observation, as symbols that no library takes for a picture.
+
+    The `direction` is dropped, since the view turns with the agent, and so is the text.
+
+    Observation: `Box(0, high, (v, v, 3), uint8)` of (object, color, state) per tile of a view of
+    v x v tiles; `high` is the largest index of each.
+
+    Args:
+        env: an environment with MiniGrid's dictionary of the agent's view.
+
+    Raises:
+        ValueError: the observations of `env` hold no such view.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        space = env.observation_space
+        image = space.get("image") if isinstance(space, spaces.Dict) else None
+        if image is None or image.shape is None or len(image.shape) != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected a dictionary with MiniGrid's view as image, got {space}")
+        indices = (OBJECT_TO_IDX, COLOR_TO_IDX, STATE_TO_IDX)
+        high = np.array([max(of.values()) for of in indices], np.uint8)
+        high = np.broadcast_to(high, image.shape)
+        self.observation_space = spaces.Box(np.zeros_like(high), high, dtype=np.uint8)
+
+    def observation(self, observation: dict[str, Any]) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = observation["image"]
+        return image

@@ -1,0 +1,310 @@
+"""Many MiniGrid diamond/ghost worlds as arrays, stepped together behind an SB3 VecEnv.
+
+The same rules, starts and observations as `envs.minigrid.DiamondGhostEnv`, whose docstring is the
+specification, at a few hundred times its speed.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from minigrid.core.constants import DIR_TO_VEC, OBJECT_TO_IDX
+from minigrid.core.grid import Grid
+from minigrid.core.world_object import Wall
+from numpy.typing import ArrayLike, NDArray
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+
+from envs.gym import Reward, check_actions
+from envs.minigrid import Diamond, DiamondGhostEnv, Ghost, Layout, Pit, SymbolicObservation
+
+UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
+SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag
+KINDS = (Diamond, Ghost, Pit)
+FORWARD = 2
+TURNS = np.array([-1, 1, 0])  # of the direction, per action
+SHARED = ("oversight", "paid", "max_steps")  # attributes that may change between steps
+
+Tiles = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class DiamondGhostVecEnv(VecEnv):
+    """Many `DiamondGhostEnv`s as a Stable-Baselines3 VecEnv, seen as by `SymbolicObservation`.
+
+    As SB3 has it, an ended world is reset in the same step; its info holds, besides what
+    `DiamondGhostEnv` says, the old episode's last observation as `terminal_observation`,
+    `TimeLimit.truncated`, and the record of SB3's Monitor as `episode`. All worlds draw from one
+    stream of random numbers, which `seed` and then `reset` start.
+
+    Args:
+        num_envs: number of worlds N.
+        size: this and all others as of `DiamondGhostEnv`.
+        layout: see there.
+        oversight: see there.
+        flags_visible: see there.
+        lava: see there.
+        reward: see there.
+        max_steps: see there.
+        agent_view_size: tiles v along a side of the view, odd.
+        render_mode: None or "rgb_array".
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        size: int = 8,
+        layout: Layout = "empty",
+        oversight: float = 0.1,
+        flags_visible: bool = True,
+        lava: int = 0,
+        reward: Reward = "reached",
+        max_steps: int | None = None,
+        agent_view_size: int = 7,
+        render_mode: str | None = None,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        self._tiles: Tiles | None = None  # [N, size * size], tile of cell y * size + x
+        self._one = DiamondGhostEnv(  # checks and holds the settings
+            size, layout, oversight, flags_visible, lava, reward, max_steps,
+            agent_view_size=agent_view_size, render_mode=render_mode,
+        )  # fmt: skip
+        view = SymbolicObservation(self._one).observation_space
+        super().__init__(num_envs, view, self._one.action_space)
+
+        squares = [kind(flag, flags_visible).encode() for kind in KINDS for flag in (False, True)]
+        encodings = [(UNSEEN, 0, 0), (EMPTY, 0, 0), Wall().encode(), *squares]
+        self._encodings = np.array(encodings, np.uint8)  # [tile, 3]
+        self._moves = np.array([x + y * size for x, y in DIR_TO_VEC])  # from cell to cell
+        self._view = _view(self._moves, agent_view_size)
+        self._walls, self._gaps = _walls(size, layout)
+        self._all = np.arange(num_envs)
+        self._first = self._all * size**2  # each world's first tile
+        self._agent, self._direction, self._steps = np.zeros((3, num_envs), np.int64)
+        self._action = np.zeros(num_envs, np.int64)
+        self._rng = np.random.Generator(np.random.SFC64())
+        self._clock = time.time()
+
+    def reset(self) -> Tiles:
+        if self._seeds[0] is not None:
+            self._rng = np.random.Generator(np.random.SFC64(self._seeds[0]))
+        self._reset_seeds()
+        self._reset_options()
+        self._tiles = np.empty((self.num_envs, self._walls.size), np.uint8)
+        self._start(self._all)
+        return self._observe(self._all)
+
+    def step_async(self, actions: ArrayLike) -> None:
+        self._action = check_actions(actions, self.num_envs, len(TURNS))
+
+    def step_wait(self) -> tuple[Tiles, NDArray[np.float32], Bools, list[dict[str, Any]]]:
+        tiles, one = self._started(), self._one
+        ahead = self._agent + self._moves[self._direction]
+        moved = (self._action == FORWARD) & (tiles.take(self._first + ahead) != WALL)
+        self._agent = np.where(moved, ahead, self._agent)
+        self._direction = (self._direction + TURNS[self._action]) % 4
+        self._steps = self._steps + 1
+
+        kind, flag = np.divmod(tiles.take(self._first + self._agent).astype(np.int64) - SQUARES, 2)
+        terminated = kind >= 0
+        truth = np.where(kind == 0, 1, -1)
+        paid = truth if one.paid == "ground_truth" else 1
+        reward = np.where(terminated, paid, 0).astype(np.float32)
+        done = terminated | (self._steps >= one.max_steps)
+
+        observation = self._observe(self._all)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        ended = np.flatnonzero(done)
+        if not ended.size:
+            return observation, reward, done, infos
+        elapsed = round(time.time() - self._clock, 6)
+        for i, last in zip(ended.tolist(), observation[ended], strict=True):
+            record = {"r": float(reward[i]), "l": int(self._steps[i]), "t": elapsed}
+            infos[i] = {
+                "terminal_observation": last,
+                "TimeLimit.truncated": not terminated[i],
+                "episode": record,
+            }
+            if terminated[i]:
+                behavior = one.behaviors[kind[i]]
+                infos[i] |= {"behavior": behavior, "ground_truth_reward": float(truth[i])}
+                if flag[i]:
+                    infos[i]["label"] = behavior
+        self._start(ended)
+        observation[ended] = self._observe(ended)
+        return observation, reward, done, infos
+
+    def get_state(self) -> dict[str, NDArray[Any]]:
+        """All that decides the future, as arrays; the clock of `episode` records is not part."""
+        random = self._rng.bit_generator.state
+        words, rest = random["state"]["state"].view(np.int64), ("has_uint32", "uinteger")
+        return {
+            "tiles": self._started().copy(),
+            "agent": self._agent.copy(),
+            "direction": self._direction.copy(),
+            "steps": self._steps.copy(),
+            "random": np.array([*words, *(random[name] for name in rest)], np.int64),
+        }
+
+    def set_state(self, state: Mapping[str, ArrayLike]) -> None:
+        """Go on from a state of `get_state`, of as many worlds with the same settings.
+
+        Raises:
+            ValueError: an array is missing, unknown or not of this batch's shape.
+        """
+        given = {name: np.asarray(value) for name, value in state.items()}
+        n = (self.num_envs,)
+        shapes = {"tiles": (*n, self._walls.size), "agent": n, "direction": n, "steps": n}
+        shapes |= {"random": (6,)}
+        found = {name: value.shape for name, value in given.items()}
+        if found != shapes:
+            raise ValueError(f"expected a state of shapes {shapes}, got {found}")
+        self._tiles = given["tiles"].astype(np.uint8)
+        self._agent, self._direction, self._steps = (
+            given[name].astype(np.int64) for name in ("agent", "direction", "steps")
+        )
+        *words, has_uint32, uinteger = given["random"].astype(np.int64).tolist()
+        self._rng.bit_generator.state = {
+            "bit_generator": "SFC64",
+            "state": {"state": np.array(words, np.int64).view(np.uint64)},
+            "has_uint32": has_uint32,
+            "uinteger": uinteger,
+        }
+
+    def world(self, i: int) -> DiamondGhostEnv:
+        """World `i` as it is now, as an environment of its own."""
+        tiles, size = self._started()[i], self._one.width
+        env = copy.copy(self._one)
+        env.grid = Grid(size, size)
+        for cell in np.flatnonzero(tiles != EMPTY).tolist():
+            y, x = divmod(cell, size)
+            if tiles[cell] == WALL:
+                env.grid.set(x, y, Wall())
+            else:
+                kind, flag = divmod(int(tiles[cell]) - SQUARES, 2)
+                env.put_obj(KINDS[kind](bool(flag), env.flags_visible), x, y)
+        y, x = divmod(int(self._agent[i]), size)
+        env.agent_pos, env.agent_dir = (x, y), int(self._direction[i])
+        env.step_count = int(self._steps[i])
+        return env
+
+    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
+        if self._tiles is None:
+            return [None] * self.num_envs
+        return [self.world(i).get_frame() for i in range(self.num_envs)]
+
+    def close(self) -> None:
+        self._tiles = None
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        started = self._tiles is not None
+        chosen = self._get_indices(indices)
+        return [getattr(self.world(i) if started else self._one, attr_name) for i in chosen]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        if attr_name not in SHARED:
+            raise AttributeError(f"of a batch of worlds only {SHARED} can be set, not {attr_name}")
+        if list(self._get_indices(indices)) != list(range(self.num_envs)):
+            raise ValueError("worlds of one batch share their attributes: set them for all")
+        setattr(self._one, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
+    ) -> list[Any]:
+        raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """True for Monitor, whose record the infos hold."""
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
+
+    def _started(self) -> Tiles:
+        if self._tiles is None:
+            raise gym.error.ResetNeeded("call reset() first")
+        return self._tiles
+
+    def _start(self, worlds: Ints) -> None:
+        """Start an episode in each of the worlds, `[n]`."""
+        rng, each = self._rng, np.arange(len(worlds))
+        tiles = np.repeat(self._walls[None], len(worlds), axis=0)  # [n, size * size]
+        for gap in self._gaps:
+            tiles[each, rng.choice(gap, len(worlds))] = EMPTY
+        rank = np.where(tiles == EMPTY, rng.random(tiles.shape), -1)
+        for kind in (None, 0, 1, *[2] * self._one.lava):  # the agent, then the squares
+            cell = rank.argmax(axis=1)
+            rank[each, cell] = -1
+            if kind is None:
+                self._agent[worlds] = cell
+            else:
+                flagged = rng.random(len(worlds)) < self._one.oversight
+                tiles[each, cell] = SQUARES + 2 * kind + flagged
+        self._started()[worlds] = tiles
+        self._direction[worlds] = rng.integers(len(DIR_TO_VEC), size=len(worlds))
+        self._steps[worlds] = 0
+
+    def _observe(self, worlds: Ints) -> Tiles:
+        """What the agents of these worlds see: `[n]` to `[n, v, v, 3]`."""
+        at = self._first[worlds] + self._agent[worlds]
+        cells = self._view.take(self._direction[worlds], axis=2) + at  # [v, v, n]
+        # An index beyond the outer wall meets some other tile; walls hide it.
+        tiles = self._started().take(cells, mode="clip")
+        tiles = np.where(_seen(tiles != WALL), tiles, np.uint8(UNSEEN))
+        v = self._one.agent_view_size
+        tiles[v // 2, v - 1] = EMPTY  # what the agent stands on
+        return self._encodings.take(tiles.transpose(2, 0, 1), axis=0)
+
+
+def _view(moves: Ints, v: int) -> Ints:
+    """Steps from the agent's cell to those of its view, `[v, v, direction]`.
+
+    The agent is in the middle of the bottom row; the first axis goes to its right, the second
+    back towards it.
+    """
+    right, back, direction = np.ogrid[:v, :v, : len(moves)]
+    ahead, aside = moves[direction], np.roll(moves, -1)[direction]
+    offset: Ints = ahead * (v - 1 - back) + aside * (right - v // 2)
+    return offset
+
+
+def _walls(size: int, layout: Layout) -> tuple[Tiles, list[Ints]]:
+    """Tiles of a world without its gaps, and for each gap the cells that it may take."""
+    tiles = np.full((size, size), EMPTY, np.uint8)
+    tiles[[0, -1]] = tiles[:, [0, -1]] = WALL
+    if layout == "empty":
+        return tiles.ravel(), []
+    middle = size // 2
+    tiles[middle] = tiles[:, middle] = WALL
+    halves = np.arange(1, middle), np.arange(middle + 1, size - 1)
+    gaps = [cells for half in halves for cells in (half * size + middle, middle * size + half)]
+    return tiles.ravel(), gaps
+
+
+def _seen(clear: Bools) -> Bools:
+    """Which tiles of a view are seen: MiniGrid's `Grid.process_vis`, `[v, v, n]` to the same.
+
+    From the agent's tile on, a clear tile that is seen shows its neighbors to the left and right,
+    and the three ahead.
+    """
+    seen = np.zeros_like(clear)
+    seen[len(clear) // 2, -1] = True
+    while True:
+        light = seen & clear
+        wide = light.copy()
+        wide[1:] |= light[:-1]
+        wide[:-1] |= light[1:]
+        more = seen | wide
+        more[:, :-1] |= wide[:, 1:]
+        if np.array_equal(more, seen):
+            return seen
+        seen = more

@@ -1,0 +1,62 @@
+"""Any registered environment as a Stable-Baselines3 VecEnv, ours as fast batches."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from minigrid.minigrid_env import MiniGridEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from envs.gym import OversightGridVecEnv
+from envs.minigrid import SymbolicObservation
+from envs.minigrid_batch import DiamondGhostVecEnv
+from envs.settings import UserError, nearest
+
+BATCHES: dict[str, Callable[..., VecEnv]] = {
+    "envs.gym:OversightGridEnv": OversightGridVecEnv,
+    "envs.minigrid:DiamondGhostEnv": DiamondGhostVecEnv,
+}
+
+
+def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
+    """Many environments of one id.
+
+    Args:
+        env_id: an id registered with gymnasium, or `module:id` to import `module` first.
+        num_envs: how many.
+        kwargs: arguments of the environment, besides those of its registration.
+
+    Returns:
+        Our worlds as one batch; others as a DummyVecEnv of monitored environments, a MiniGrid
+        dictionary reduced to its symbols.
+
+    Raises:
+        UserError: the id is unknown, or there are no environments.
+    """
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        spec = gym.spec(name)
+    except (gym.error.Error, ModuleNotFoundError):
+        raise UserError(f"no environment {env_id!r}{nearest(name, gym.registry)}") from None
+    if num_envs < 1:
+        raise UserError(f"num_envs must be at least 1, got {num_envs}")
+    batch = BATCHES.get(str(spec.entry_point))
+    wrapped = spec.max_episode_steps is not None or spec.additional_wrappers
+    if batch is not None and not wrapped:
+        return batch(num_envs, **{**spec.kwargs, **kwargs})
+    return DummyVecEnv([partial(_monitored, name, kwargs)] * num_envs)
+
+
+def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
+    env = gym.make(env_id, **kwargs)
+    minigrid = isinstance(env.unwrapped, MiniGridEnv)
+    if minigrid and isinstance(env.observation_space, gym.spaces.Dict):
+        env = SymbolicObservation(env)
+    return Monitor(env)
