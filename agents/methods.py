@@ -59,6 +59,11 @@ class Method:
         return BEHAVIORS[0] if self.experts == "many" else "single"
 
     @property
+    def any_environment(self) -> bool:
+        """Whether it needs nothing but what an episode's end says, so that PPO can follow it."""
+        return not self.contrasts and not self.imputes and self.deploys == "last"
+
+    @property
     def shape(self) -> tuple[object, ...]:
         """What methods must share to train in one stack."""
         return (

@@ -299,7 +299,9 @@ class FirstLayer:
         """Before the activation, nets `start` to `stop`: `[R or 1, B, ...]` -> `[R, J, B, H]`."""
         bias = self.bias[:, start:stop, None]
         if observation.is_floating_point():
-            return observation[:, None] @ self.weight[:, start:stop].mT + bias
+            weight = self.weight[:, start:stop]
+            product = observation @ weight.flatten(1, 2).mT  # one product for all nets
+            return product.unflatten(-1, weight.shape[1:3]).transpose(1, 2) + bias
         nowhere = observation[:, None] == self.weight.shape[-1]
         row = (observation[:, None] + self.offset[:, start:stop]).masked_fill(
             nowhere, len(self.table) - 1

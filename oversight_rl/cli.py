@@ -189,7 +189,7 @@ def evaluate(
             _draw(pictures, saved, policies)
         config = saved.config
         evaluator = Evaluator(
-            config.world, config.training.discount, episodes=config.evaluation.episodes
+            config.world, config.learner.discount, episodes=config.evaluation.episodes
         )
         subject = Subject(
             config.method, config.seeds[0], config.oversight, saved.env_steps, saved.wall_seconds

@@ -12,10 +12,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from agents.methods import METHODS, Overseer
 from agents.networks import AgentConfig
+from agents.ppo_config import PPOConfig
 from agents.reinforce import ReinforceConfig
 from envs.settings import Settings, UserError, as_sequence, nearest
 from envs.world import WorldConfig
 
+GRID = "OversightGrid-v0"
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -35,6 +37,15 @@ class EvaluationConfig(Settings):
 class Config(Settings):
     """A training run. Every setting has a flag; a YAML file holds only what differs."""
 
+    env: str = GRID
+    """Environment to train on, by its gymnasium id (`module:id` imports the module first). All but
+    the default need --algo ppo."""
+    env_settings: dict[str, bool | int | float | str] = {}
+    """Arguments of the environment, besides its oversight: `lava: 2`. The default environment has
+    its own settings under `world`."""
+    algo: Literal["reinforce", "ppo"] = "reinforce"
+    """Learner: REINFORCE on the diamond/ghost grid, with settings under `training`, or PPO on any
+    environment, with settings under `ppo`."""
     method: str = "routing"
     """What to train with; see the table of methods in the README."""
     oversight: Probability = 0.1
@@ -54,6 +65,7 @@ class Config(Settings):
     world: WorldConfig = WorldConfig()
     agent: AgentConfig = AgentConfig()
     training: ReinforceConfig = ReinforceConfig()
+    ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @field_validator("method")
@@ -85,6 +97,20 @@ class Config(Settings):
         return data
 
     @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.algo == "reinforce" and self.env != GRID:
+            raise UserError(f"env: {self.env} needs --algo ppo (reinforce trains on {GRID} only)")
+        if self.env == GRID and self.env_settings:
+            raise UserError(f"env_settings: {GRID} has its settings under world")
+        method = METHODS[self.method]
+        if self.algo == "ppo" and not method.any_environment:
+            fitting = [name for name, other in METHODS.items() if other.any_environment]
+            raise UserError(
+                f"method: with --algo ppo must be one of {', '.join(fitting)}, got {self.method!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_some_ghosts(self) -> Self:
         if self.overseer.ghosts_labeled == 0 and callable(METHODS[self.method].reward[2]):
             raise UserError(
@@ -92,6 +118,19 @@ class Config(Settings):
                 f"must be above 0, got {self.oversight:g}"
             )
         return self
+
+    @property
+    def learner(self) -> ReinforceConfig | PPOConfig:
+        """Settings of the learner in use."""
+        return self.ppo if self.algo == "ppo" else self.training
+
+    @property
+    def env_arguments(self) -> dict[str, Any]:
+        """Arguments of the environment, besides its oversight, for `envs.vector.make_vec`."""
+        if self.env == GRID:
+            return self.world.model_dump()
+        hides = {"flags_visible": False} if METHODS[self.method].hides_flags else {}
+        return dict(self.env_settings) | hides
 
     @property
     def overseer(self) -> Overseer:

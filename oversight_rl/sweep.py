@@ -497,7 +497,7 @@ class _Overview:
         if self.console.is_terminal:
             done = sum(len(returns) for returns in self._returns.values())
             shares = [
-                len(stack) * max(0, stack[0].update) / stack[0].config.training.updates
+                len(stack) * max(0, stack[0].update) / stack[0].config.learner.updates
                 for stack in pending
             ]
             self._progress.update(self._task, completed=done + sum(shares))

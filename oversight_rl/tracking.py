@@ -200,7 +200,7 @@ class RunFolder:
         # add_hparams of the writer itself would open a second event file
         for summary in hparams(hyperparameters, metrics):
             self.writer._get_file_writer().add_summary(summary)
-        self.log(config.training.updates, metrics)
+        self.log(config.learner.updates, metrics)
         self.close()
 
     def close(self) -> None:

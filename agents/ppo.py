@@ -1,0 +1,684 @@
+"""Gradient routing on Stable-Baselines3: `RoutedPPO` and its mixture-of-experts policy.
+
+The methods, the routes, the networks and the memory are those of the REINFORCE learner; here they
+meet SB3's PPO, its environments, callbacks, logger and files. A label is known at an episode's
+end, so `RoutedRolloutBuffer` writes it back to the episode's steps before the learner sees them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Generator, Sequence
+from typing import Any, ClassVar, NamedTuple, Self, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    FlattenExtractor,
+    NatureCNN,
+)
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import explained_variance
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.memory import Memory
+from agents.methods import LABELED, METHODS, UNLABELED, MethodTables, Overseer, outcomes, tables
+from agents.networks import Agent, AgentConfig, Output
+from agents.reinforce import weighted_mean
+from agents.routing import lookup
+from agents.steering import MIXTURE, Steering, parse
+from envs.settings import nearest
+from envs.vector import make_vec
+from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
+
+PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
+PATIENCE = 2000
+"""Episodes without a single label after which a warning is due."""
+SYMBOLS = 64
+"""Integer observations with fewer values than this are symbols, and not pixels."""
+
+
+# ---- networks
+
+
+class SymbolicCNN(BaseFeaturesExtractor):
+    """A small CNN over a grid of symbols: `[B, rows, cols, channels]` integers.
+
+    Each channel is a one-hot code. A 1x1 convolution of the codes is a sum of a few rows of a
+    table, so it is looked up; a 3x3 convolution of stride 2 follows.
+
+    Args:
+        observation_space: `Box` of integers from 0, with three axes.
+        width: channels after the first convolution.
+        channels: channels after the second.
+    """
+
+    sizes: Tensor
+    """Number of symbols in each channel."""
+
+    def __init__(self, observation_space: spaces.Box, width: int = 8, channels: int = 24) -> None:
+        kernel = [min(3, side) for side in observation_space.shape[:2]]
+        steps = [(side - 3) // 2 + 1 if side > 3 else 1 for side in observation_space.shape[:2]]
+        super().__init__(observation_space, channels * math.prod(steps))
+        sizes = observation_space.high.max(axis=(0, 1)).astype(np.int64) + 1
+        self.register_buffer("sizes", torch.as_tensor(sizes), persistent=False)
+        self.codes = nn.ParameterList(nn.Parameter(torch.randn(n, width)) for n in sizes)
+        self.convolution = nn.Conv2d(width, channels, kernel, stride=2)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Features `[B, features_dim]`."""
+        # one row for each combination of symbols, so that a cell is one look-up
+        table = self.codes[0]
+        for code in list(self.codes)[1:]:
+            table = (table[:, None] + code).flatten(0, 1)
+        combination: Tensor = observation[..., 0].long()
+        for channel, size in enumerate(self.sizes[1:].unbind(), start=1):
+            combination = combination * size + observation[..., channel].long()
+        x = F.embedding(combination, table).relu()
+        return self.convolution(x.movedim(-1, 1)).relu().flatten(1)  # type: ignore[no-any-return]
+
+
+def default_extractor(space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:
+    """The features extractor of an observation space, where none is asked for."""
+    if is_image_space(space):
+        return NatureCNN
+    if is_symbolic(space):
+        return SymbolicCNN
+    return FlattenExtractor
+
+
+def is_symbolic(space: spaces.Space[Any]) -> bool:
+    """Whether observations are grids of a few integer symbols, as MiniGrid's are."""
+    return (
+        isinstance(space, spaces.Box)
+        and len(space.shape) == 3
+        and np.issubdtype(space.dtype, np.integer)
+        and bool((space.low == 0).all() and space.high.max() < SYMBOLS)
+    )
+
+
+class MoEPolicy(ActorCriticPolicy):
+    """A mixture of experts under one shared linear head, a gate and a value net.
+
+    The networks are those of `agents.networks.Agent`, on the features that SB3's extractor makes
+    of an observation. The mixture of the experts' outputs are the parameters of the action
+    distribution: logits, or the mean of a Gaussian.
+
+    Args:
+        args: as SB3's ActorCriticPolicy.
+        experts: number of experts; 1 for a single policy without a gate.
+        behaviors: that the first experts are meant for, by name.
+        gate: "learned", or "fixed" at 1/K.
+        kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
+            gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
+            symbols, SB3's NatureCNN for images, and none for vectors.
+
+    Raises:
+        ValueError: an argument asks for what this policy has not got.
+    """
+
+    FIXED: ClassVar[dict[str, Any]] = {
+        "activation_fn": nn.ReLU,
+        "ortho_init": False,
+        "use_sde": False,
+        "share_features_extractor": True,
+    }
+
+    def __init__(
+        self,
+        *args: Any,
+        experts: int = 2,
+        behaviors: Sequence[str] = BEHAVIORS,
+        gate: str = "learned",
+        **kwargs: Any,
+    ) -> None:
+        for name, only in self.FIXED.items():
+            if kwargs.setdefault(name, only) != only:
+                raise ValueError(f"MoEPolicy: {name} must be {only}, got {kwargs[name]}")
+        space = kwargs.get("observation_space", args[0] if args else None)
+        kwargs.setdefault("features_extractor_class", default_extractor(space))
+        net_arch = kwargs.get("net_arch")
+        if net_arch is None:
+            kwargs["net_arch"] = [64, 64]
+        elif not isinstance(net_arch, list | tuple) or not net_arch:
+            raise ValueError(
+                "MoEPolicy: net_arch must be one list of hidden units (experts, gate and value "
+                f"net are alike), got {net_arch!r}"
+            )
+        self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
+        self.steering: Steering = MIXTURE
+        super().__init__(*args, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
+        return super()._get_constructor_parameters() | own
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        gaussian = isinstance(self.action_dist, DiagGaussianDistribution)
+        if gaussian:
+            outputs = int(np.prod(self.action_space.shape or (1,)))
+            self.log_std = nn.Parameter(torch.full((outputs,), float(self.log_std_init)))
+        else:  # a categorical distribution over all choices, concatenated
+            net = self.action_dist.proba_distribution_net(latent_dim=1)
+            outputs = cast(nn.Linear, net).out_features
+        self.agent = Agent(
+            AgentConfig(experts=max(2, self.n_experts), hidden=tuple(cast(Any, self.net_arch))),
+            (1, self.features_dim),
+            outputs,
+            runs=1,
+            experts="many" if self.n_experts > 1 else "one",
+            gate=cast(Any, self.gate),
+            generators=[torch.default_generator],
+        )
+        self.optimizer = self.optimizer_class(
+            self.parameters(),
+            lr=lr_schedule(1),
+            **self.optimizer_kwargs,  # type: ignore[call-arg]
+        )
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether there is a gate that learns."""
+        return self.agent.has_gate
+
+    def output(self, obs: Any) -> Output:
+        """Everything that the networks compute for B observations: `Output` with R = 1."""
+        return self.agent(self._features(obs))  # type: ignore[no-any-return]
+
+    def gate_log_probabilities(self, obs: Tensor) -> Tensor:
+        """The gate's log-probabilities alone, `[1, B, K]`."""
+        return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
+
+    def _features(self, obs: Any) -> Tensor:
+        return cast(Tensor, self.extract_features(obs))[None]
+
+    def distribution(self, parameters: Tensor) -> Distribution:
+        """The action distribution with these logits or means, `[B, A]`."""
+        if isinstance(self.action_dist, DiagGaussianDistribution):
+            return self.action_dist.proba_distribution(parameters, self.log_std)
+        return self.action_dist.proba_distribution(action_logits=parameters)  # type: ignore[call-arg]
+
+    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions of the mixture, values `[B, 1]` and log-probabilities `[B]`."""
+        output = self.output(obs)
+        distribution = self.distribution(output.mix(output.gate)[0])
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        actions = actions.reshape((-1, *(self.action_space.shape or ())))
+        return actions, output.value[0][:, None], log_prob
+
+    def evaluate_actions(
+        self, obs: Any, actions: Tensor, routes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values `[B, 1]`, log-probabilities and entropies `[B]` of the mixture.
+
+        Args:
+            obs: B observations.
+            actions: that were taken.
+            routes: gradient weights into the experts and the gate, `[B, K + 1]`; None: all 1.
+        """
+        output = self.output(obs)
+        if routes is not None:
+            output = output.routed(routes[None])
+        distribution = self.distribution(output.mix(output.gate)[0])
+        return output.value[0][:, None], distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: Any) -> Distribution:
+        """The action distribution under the policy's steering, the mixture's by default."""
+        parameters = self.steering.mix(self.output(obs))[0]
+        if not isinstance(self.action_dist, DiagGaussianDistribution):
+            parameters = parameters / self.steering.temperature
+        return self.distribution(parameters)
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
+        return super()._predict(observation, deterministic or self.steering.greedy)
+
+    def predict_values(self, obs: Any) -> Tensor:
+        """Value estimates, `[B, 1]`."""
+        return self.agent.prepare().value(self._features(obs))[0][:, None]
+
+    def steer(self, text: str) -> MoEPolicy:
+        """This policy, steered: it shares the parameters and can predict; see `steering.parse`.
+
+        Raises:
+            UserError: the text names no expert.
+        """
+        return self.steered(parse(text, self.n_experts, self.behaviors))
+
+    def steered(self, steering: Steering) -> MoEPolicy:
+        """This policy under a steering; it shares the parameters."""
+        policy = copy.copy(self)
+        policy.steering = steering
+        return policy
+
+
+# ---- experience
+
+
+class RoutedSamples(NamedTuple):
+    """A minibatch: SB3's `RolloutBufferSamples`, and what a method makes of it."""
+
+    observations: Tensor
+    actions: Tensor
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor  # [B], sample weights
+    routes: Tensor  # [B, K + 1], gradient weights of the experts and the gate
+
+
+class RoutedRolloutBuffer(RolloutBuffer):
+    """A rollout buffer that learns at an episode's end what the episode was.
+
+    Args:
+        args: as SB3's RolloutBuffer.
+        methods: tables of the one run.
+        behaviors: names that labels may have.
+        labeled_weight: weight of a labeled sample next to others, for methods that have it.
+        memory: keeps labeled observations; None where nothing learns from them.
+        generator: decides which labels go missing or wrong.
+        kwargs: as SB3's RolloutBuffer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        methods: MethodTables,
+        behaviors: Sequence[str],
+        labeled_weight: float,
+        memory: Memory | None,
+        generator: np.random.Generator,
+        **kwargs: Any,
+    ) -> None:
+        self.methods, self.behaviors = methods, tuple(behaviors)
+        self.labeled_weight, self.memory, self.rng = labeled_weight, memory, generator
+        self.unfinished: tuple[NDArray[Any], NDArray[np.int64]] | None = None
+        self.episodes = self.labels = 0
+        super().__init__(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all steps, but for those of episodes that go on."""
+        super().reset()
+        shape = (self.buffer_size, self.n_envs)
+        self.terminated, self.truncated = np.zeros(shape, bool), np.zeros(shape, bool)
+        self.label = np.full(shape, NO_LABEL)
+        self.truth = np.full(shape, NO_LABEL)
+
+    def note(self, infos: Sequence[dict[str, Any]], dones: NDArray[np.bool_]) -> None:
+        """Keep what the current step's infos say of episodes that ended.
+
+        An episode that ended in some behavior has it as `info["behavior"]` (only oracle methods
+        look at which one it was), and as `info["label"]` too where an overseer saw it. Without
+        either, a terminated episode counts as one that nobody saw, a truncated one as a timeout.
+
+        Raises:
+            ValueError: a behavior is unknown.
+        """
+        for env in np.flatnonzero(dones):
+            info = infos[env]
+            behavior, label = info.get("behavior"), info.get("label")
+            cut = bool(info.get("TimeLimit.truncated", False))
+            reached = label is not None or behavior is not None
+            if not reached and "behavior" not in info:
+                reached = not cut
+            self.terminated[self.pos, env], self.truncated[self.pos, env] = reached, not reached
+            self.label[self.pos, env] = self._index(label, "label")
+            self.truth[self.pos, env] = self._index(behavior, "behavior")
+            self.episodes += 1
+            self.labels += label is not None
+
+    def _index(self, name: str | None, key: str) -> int:
+        if name is None:
+            return NO_LABEL
+        if name not in self.behaviors:
+            raise ValueError(
+                f"info[{key!r}] must be one of {', '.join(self.behaviors)}, got {name!r}"
+                f"{nearest(str(name), self.behaviors)}; RoutedPPO takes others as behaviors=(...)"
+            )
+        return self.behaviors.index(name)
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[Any]) -> None:
+        """Write labels back to all steps of their episodes; rewards, then GAE as SB3 has it."""
+
+        def stacked(x: NDArray[Any]) -> Tensor:
+            return torch.as_tensor(x)[None]  # [1, T, N]
+
+        seen = Seen(stacked(self.terminated), stacked(self.truncated), stacked(self.label))
+        audit = stacked(self.rng.random(self.label.shape, dtype=np.float32))
+        outcome, _ = outcomes(seen, Truth(stacked(self.truth)), audit, self.methods)
+        labeled = outcome >= LABELED
+        heavy = self.methods.weighs_labels * (self.labeled_weight - 1) * labeled + 1
+        self.weights = (heavy * lookup(self.methods.sample_weight, outcome))[0].numpy()
+        self.routes = lookup(self.methods.routes, outcome)[0].numpy()
+        # a method's table says what reaching a behavior is worth; the environment pays that much
+        factor = self.methods.reward.clone()
+        factor[:, :UNLABELED] = 1.0
+        self.rewards *= lookup(factor, outcome)[0].numpy()
+        self.outcome = outcome[0].numpy()
+        if self.memory is not None:
+            self._remember(self.memory)
+        super().compute_returns_and_advantage(last_values, dones)
+
+    def _remember(self, memory: Memory) -> None:
+        """Keep labeled observations, those that an episode began with in the last rollout too."""
+        steps = np.arange(self.buffer_size)[:, None]
+        if self.unfinished is not None:
+            before, since = self.unfinished
+            label = self.outcome[0] - LABELED  # of the episode that went on
+            self._add(memory, before, label[None].repeat(len(before), 0), steps >= since)
+        self._add(memory, self.observations, self.outcome - LABELED, np.True_)
+        done = self.terminated | self.truncated
+        last = np.where(done, steps + 1, 0).max(0)  # where each unfinished episode begins
+        self.unfinished = self.observations, last
+
+    @staticmethod
+    def _add(memory: Memory, observations: NDArray[Any], label: NDArray[Any], among: Any) -> None:
+        known = (label >= 0) & among
+        if known.any():
+            rows = torch.as_tensor(observations[known]).flatten(1)[None]
+            memory.add(rows, torch.as_tensor(label[known])[None], torch.ones(1, len(rows[0])) > 0)
+
+    def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
+        """Minibatches of `RoutedSamples`, in random order."""
+        if not self.generator_ready:
+            self.weights = self.swap_and_flatten(self.weights)[:, 0]
+            self.routes = self.swap_and_flatten(self.routes)
+        yield from super().get(batch_size)
+
+    def _get_samples(self, batch_inds: NDArray[Any], env: Any = None) -> Any:
+        plain = super()._get_samples(batch_inds, env)
+        more = self.to_torch(self.weights[batch_inds]), self.to_torch(self.routes[batch_inds])
+        return RoutedSamples(*plain[:6], *more)
+
+
+# ---- the algorithm
+
+
+class RoutedPPO(PPO):
+    """PPO with gradient routing, for any environment whose overseer labels some episodes.
+
+    An environment says at an episode's end, in `info`, which behavior it was (`behavior`) and, if
+    an overseer saw it, the same as `label`; `envs.labels.OversightLabels` does it for any other.
+    The first behavior is the wanted one, and the first expert its own.
+
+    Args:
+        policy: "MoEPolicy", or a subclass of it.
+        env: an environment, a VecEnv, or an id, of which `n_envs` are made.
+        method: a row of the table of methods that PPO can follow, see `PPO_METHODS`.
+        oversight: chance that a behavior is watched in an episode; given to an environment that is
+            made from its id, and None with any other.
+        n_envs: number of environments, made from an id.
+        behaviors: names that labels may have; None: the environment's own `behaviors`, or diamond
+            and ghost.
+        labeled_weight: weight of a labeled episode's samples next to any other's.
+        gate_coef: weight of the gate loss.
+        gate_replay: remembered labeled observations that the gate learns from in each minibatch.
+        label_recall: chance that an ending which should be labeled is.
+        label_error: chance that a label names a wrong behavior.
+        env_kwargs: more for an environment that is made from its id.
+        policy_kwargs: as SB3's; `experts` defaults to one for each behavior.
+        kwargs: as SB3's PPO, with other defaults: short rollouts of many environments, few epochs.
+
+    Raises:
+        ValueError: the method, an argument or a space is not one that this works with.
+
+    Source: arXiv 2410.04332, section 4.3, for the routes; PPO as in SB3.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MoEPolicy": MoEPolicy}
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "learning_rate": 1e-3,
+        "n_steps": 32,
+        "batch_size": 2048,
+        "n_epochs": 3,
+        "gamma": 0.97,
+        "gae_lambda": 0.95,
+        "ent_coef": 0.01,
+        "device": "cpu",
+    }
+
+    def __init__(
+        self,
+        policy: str | type[MoEPolicy],
+        env: Any,
+        *args: Any,
+        method: str = "routing",
+        oversight: float | None = None,
+        n_envs: int = 128,
+        behaviors: Sequence[str] | None = None,
+        labeled_weight: float = 5.0,
+        gate_coef: float = 1.0,
+        gate_replay: int = 256,
+        label_recall: float = 1.0,
+        label_error: float = 0.0,
+        env_kwargs: dict[str, Any] | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if method not in PPO_METHODS:
+            raise ValueError(
+                f"method must be one of {', '.join(PPO_METHODS)}, got {method!r}"
+                f"{nearest(method, PPO_METHODS)}"
+            )
+        for name, p in {"label_recall": label_recall, "label_error": label_error}.items():
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {p}")
+        hides = {"flags_visible": False} if METHODS[method].hides_flags else {}
+        if isinstance(env, str):
+            level = {} if oversight is None else {"oversight": oversight}
+            env = make_vec(env, n_envs, **(env_kwargs or {}), **level, **hides)
+        elif oversight is not None or env_kwargs:
+            raise ValueError(
+                "oversight and env_kwargs are for environments made from their id; give them to "
+                "the environment itself, or to OversightLabels"
+            )
+        self.method, self.behaviors = method, tuple(behaviors or ())
+        self.overseer = Overseer(0.0, None, label_recall, label_error)
+        self.labeled_weight = labeled_weight
+        self.gate_coef, self.gate_replay = gate_coef, gate_replay
+        kwargs["policy_kwargs"] = policy_kwargs
+        given = inspect.signature(PPO).bind_partial(policy, env, *args, **kwargs).arguments
+        kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in given}
+        super().__init__(policy, env, *args, **kwargs)
+
+    def _setup_model(self) -> None:
+        if isinstance(self.observation_space, spaces.Dict):
+            raise ValueError(
+                "RoutedPPO takes no Dict observations; wrap the environment, in "
+                "envs.minigrid.SymbolicObservation for MiniGrid, or gymnasium's FlattenObservation"
+            )
+        if self.use_sde:
+            raise ValueError("RoutedPPO: use_sde must be False")
+        method = METHODS[self.method]
+        if self.env is not None:
+            self._ask_environment(method.hides_flags)
+        self.behaviors = self.behaviors or BEHAVIORS
+        experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
+        experts = experts if method.experts == "many" else 1
+        if 1 < experts < len(self.behaviors):
+            raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
+        own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate}
+        self.policy_kwargs = self.policy_kwargs | own
+        replays = experts > 1 and method.gate == "learned" and self.gate_replay > 0
+        self.memory = self._new_memory() if replays else None
+        self.rollout_buffer_class = self.rollout_buffer_class or RoutedRolloutBuffer
+        self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
+            "methods": tables(
+                [self.method], [self.overseer], experts, behaviors=len(self.behaviors)
+            ),
+            "behaviors": self.behaviors,
+            "labeled_weight": self.labeled_weight,
+            "memory": self.memory,
+            "generator": np.random.default_rng(self.seed),
+        }
+        self._warned = False
+        super()._setup_model()
+
+    def _ask_environment(self, hides_flags: bool) -> None:
+        """Take from the environment what it says of behaviors and oversight."""
+
+        def ask(name: str) -> Any:
+            try:
+                return self.env.get_attr(name)[0]  # type: ignore[union-attr]
+            except AttributeError:
+                return None
+
+        self.behaviors = self.behaviors or tuple(ask("behaviors") or ())
+        level = ask("oversight")
+        if hides_flags and ask("flags_visible") is not False:
+            raise ValueError(
+                f"method {self.method} is for environments that hide their flags from the policy "
+                "(an attribute flags_visible that is False)"
+            )
+        overseer = vars(self.overseer) | {"oversight": 0.0 if level is None else float(level)}
+        self.overseer = Overseer(**overseer)
+        self._knows_level = level is not None
+
+    def _new_memory(self) -> Memory:
+        space = self.observation_space
+        return Memory(
+            1,
+            int(np.prod(space.shape or (1,))),
+            self.gate_replay,
+            torch.as_tensor(np.zeros(1, space.dtype)).dtype,
+        )
+
+    def _update_info_buffer(self, infos: Any, dones: Any = None) -> None:
+        super()._update_info_buffer(infos, dones)
+        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        buffer.note(infos, dones)
+        unexpected = not self._knows_level or self.overseer.oversight > 0
+        if buffer.episodes >= PATIENCE and not (buffer.labels or self._warned) and unexpected:
+            self._warned = True
+            warnings.warn(
+                f"none of {buffer.episodes:,} episodes was labeled: does the environment put "
+                "'label' into info at an episode's end, and does every wrapper pass info on?",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def train(self) -> None:
+        """Update the policy from the rollout: PPO's losses, with every gradient routed."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        figures: dict[str, list[Tensor]] = {}
+        for _ in range(self.n_epochs):
+            for batch in self.rollout_buffer.get(self.batch_size):
+                loss, parts = self.loss(cast(Any, batch), clip)
+                for name, value in parts.items():
+                    figures.setdefault(name, []).append(value)
+                if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
+                    break
+                self.policy.optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+            else:
+                self._n_updates += 1
+                continue
+            break
+        for name, values in figures.items():
+            self.logger.record(f"train/{name}", torch.stack(values).mean().item())
+        buffer = self.rollout_buffer
+        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        self.logger.record("train/explained_variance", explained)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip)
+
+    def loss(self, batch: RoutedSamples, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a minibatch, and its parts.
+
+        The surrogate and entropy losses reach the experts and the gate through `route`; the value
+        loss reaches the value net, and the gate loss (cross entropy against remembered labels) the
+        gate; all reach the features extractor, and all samples the shared head.
+        """
+        policy, weight = cast(MoEPolicy, self.policy), batch.weights
+        actions = batch.actions
+        if isinstance(self.action_space, spaces.Discrete):
+            actions = actions.long().flatten()
+        values, log_prob, entropy = policy.evaluate_actions(
+            batch.observations, actions, batch.routes if policy.n_experts > 1 else None
+        )
+        advantages = batch.advantages
+        if self.normalize_advantage:
+            kept = (weight > 0).to(weight.dtype)
+            centered = advantages - _mean(advantages, kept)
+            advantages = centered / (_mean(centered**2, kept).sqrt() + 1e-8)
+        log_ratio = log_prob - batch.old_log_prob
+        ratio = log_ratio.exp()
+        gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
+        values = values.flatten()
+        if self.clip_range_vf is not None:
+            within = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+            values = batch.old_values + (values - batch.old_values).clamp(-within, within)
+        spread = -log_prob if entropy is None else entropy
+        parts = {
+            "policy_gradient_loss": -_mean(gain, weight),
+            "value_loss": _mean((batch.returns - values) ** 2, weight),
+            "entropy_loss": -_mean(spread, weight),
+            "gate_loss": self._gate_loss(policy),
+        }
+        loss = (
+            parts["policy_gradient_loss"]
+            + self.vf_coef * parts["value_loss"]
+            + self.ent_coef * parts["entropy_loss"]
+            + self.gate_coef * parts["gate_loss"]
+        )
+        parts = {name: value.detach() for name, value in parts.items()}
+        with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+            parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
+            parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
+        return loss, parts | {"loss": loss.detach()}
+
+    def _gate_loss(self, policy: MoEPolicy) -> Tensor:
+        """Cross entropy of the gate against remembered labels; 0 where there are none."""
+        if self.memory is None:
+            return torch.zeros((), device=self.device)
+        rows, label, known = self.memory.draw(torch.rand(1, self.gate_replay))
+        shape = self.observation_space.shape or ()
+        log_gate = policy.gate_log_probabilities(rows[0].reshape(-1, *shape).to(self.device))
+        chosen = log_gate.gather(-1, label[..., None].to(self.device)).squeeze(-1)
+        return -weighted_mean(chosen, known.to(self.device)).sum()
+
+    def steer(self, text: str) -> MoEPolicy:
+        """The policy, steered: `mixture`, a behavior's expert, a blend or an ablation.
+
+        It predicts as any SB3 policy does, and shares its parameters with this model.
+
+        Raises:
+            UserError: the text names no expert.
+        """
+        return cast(MoEPolicy, self.policy).steer(text)
+
+    def learn(self, *args: Any, tb_log_name: str = "RoutedPPO", **kwargs: Any) -> Self:
+        """Train, as SB3's PPO does."""
+        return super().learn(*args, tb_log_name=tb_log_name, **kwargs)
+
+    def _excluded_save_params(self) -> list[str]:
+        # made anew from the rest on loading
+        return [*super()._excluded_save_params(), "rollout_buffer_kwargs"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, variables = super()._get_torch_save_params()
+        return modules + ([] if self.memory is None else ["memory"]), variables
+
+
+def _mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of `x` `[B]` under weights `[B]`; 0 where all are 0."""
+    return weighted_mean(x[None], weight[None])[0]

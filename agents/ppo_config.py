@@ -1,0 +1,45 @@
+"""Settings of the PPO learner, apart from it so that reading them does not load SB3."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from agents.reinforce import NonNegative, Schedule
+from envs.settings import Settings
+
+
+class PPOConfig(Settings):
+    """The PPO learner. A schedule is one number (constant) or two (linear, first to last)."""
+
+    section: ClassVar[str] = "ppo"
+
+    updates: int = Field(250, ge=1, le=2**31)
+    """Number of updates, of one rollout each."""
+    worlds: int = Field(128, ge=1, le=2**16)
+    """Environments N stepped in parallel."""
+    steps: int = Field(32, ge=2, le=2**16)
+    """Steps T of each environment per update."""
+    batch_size: int = Field(2048, ge=2)
+    """Samples of a minibatch."""
+    epochs: int = Field(3, ge=1)
+    """Passes over the rollout in an update."""
+    learning_rate: Schedule = (1e-3, 1e-4)
+    """Adam step size."""
+    discount: float = Field(0.97, gt=0, le=1)
+    """Discount per step, of training and of every reported return."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Lambda of generalized advantage estimation."""
+    clip_range: float = Field(0.2, gt=0)
+    """How far the ratio of new to old policy counts."""
+    value_coef: NonNegative = 0.5
+    """Weight of the value loss."""
+    entropy_coef: NonNegative = 0.01
+    """Weight of the entropy bonus."""
+    gate_coef: NonNegative = 1.0
+    """Weight of the gate loss."""
+    gate_replay: int = Field(256, ge=0)
+    """Remembered labeled observations that the gate learns from in each minibatch."""
+    labeled_weight: float = Field(5.0, gt=0)
+    """Weight of a labeled episode's samples next to any other's."""
