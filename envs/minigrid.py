@@ -166,6 +166,9 @@ class DiamondGhostEnv(MiniGridEnv):
             raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
         if lava < 0 or size < (4 if layout == "empty" else 7) or free < 3 + lava:
             raise ValueError(f"size {size} has no room for {3 + lava} things in layout {layout!r}")
+        view = kwargs.get("agent_view_size", 7)
+        if view < 3 or view % 2 == 0:
+            raise ValueError(f"agent_view_size must be odd and at least 3, got {view}")
         self.layout, self.oversight, self.flags_visible = layout, oversight, flags_visible
         self.lava, self.paid = lava, reward
         self.behaviors = BEHAVIORS + (("lava",) if lava else ())

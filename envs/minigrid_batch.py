@@ -1,7 +1,7 @@
 """Many MiniGrid diamond/ghost worlds as arrays, stepped together behind an SB3 VecEnv.
 
 The same rules, starts and observations as `envs.minigrid.DiamondGhostEnv`, whose docstring is the
-specification, at a few hundred times its speed.
+specification, at about a hundred times its speed.
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ def test_minigrids_wrappers_work(wrapper):
         ({"size": 3}, "no room"),
         ({"size": 5, "lava": 7}, "no room"),
         ({"reward": "gold"}, "reward must be"),
+        ({"agent_view_size": 6}, "agent_view_size must be odd"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

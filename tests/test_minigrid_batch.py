@@ -304,6 +304,7 @@ def test_unknown_ids_are_refused(env_id, message):
         ({"oversight": 1.5}, "oversight must lie"),
         ({"size": 5, "lava": 7}, "no room"),
         ({"reward": "gold"}, "reward must be"),
+        ({"agent_view_size": 1}, "agent_view_size must be odd"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
