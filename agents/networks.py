@@ -300,11 +300,12 @@ class FirstLayer:
         bias = self.bias[:, start:stop, None]
         if observation.is_floating_point():
             weight = self.weight[:, start:stop]
-            product = observation @ weight.flatten(1, 2).mT  # one product for all nets
-            return product.unflatten(-1, weight.shape[1:3]).transpose(1, 2) + bias
+            dense = observation @ weight.flatten(1, 2).mT  # one product for all nets
+            product: Tensor = dense.unflatten(-1, weight.shape[1:3]).transpose(1, 2)
+            return product + bias
         nowhere = observation[:, None] == self.weight.shape[-1]
         row = (observation[:, None] + self.offset[:, start:stop]).masked_fill(
             nowhere, len(self.table) - 1
         )  # [R, J, B, active]
-        product = F.embedding_bag(row.flatten(0, 2), self.table, mode="sum")
-        return product.view(*row.shape[:3], -1) + bias
+        summed = F.embedding_bag(row.flatten(0, 2), self.table, mode="sum")
+        return summed.view(*row.shape[:3], -1) + bias

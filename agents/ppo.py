@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Generator, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class SymbolicCNN(BaseFeaturesExtractor):
     """Number of symbols in each channel."""
 
     def __init__(self, observation_space: spaces.Box, width: int = 8, channels: int = 24) -> None:
-        kernel = [min(3, side) for side in observation_space.shape[:2]]
+        kernel = cast(Any, tuple(min(3, side) for side in observation_space.shape[:2]))
         steps = [(side - 3) // 2 + 1 if side > 3 else 1 for side in observation_space.shape[:2]]
         super().__init__(observation_space, channels * math.prod(steps))
         sizes = observation_space.high.max(axis=(0, 1)).astype(np.int64) + 1
@@ -147,7 +147,7 @@ class MoEPolicy(ActorCriticPolicy):
         for name, only in self.FIXED.items():
             if kwargs.setdefault(name, only) != only:
                 raise ValueError(f"MoEPolicy: {name} must be {only}, got {kwargs[name]}")
-        space = kwargs.get("observation_space", args[0] if args else None)
+        space: Any = kwargs.get("observation_space", args[0] if args else None)
         kwargs.setdefault("features_extractor_class", default_extractor(space))
         net_arch = kwargs.get("net_arch")
         if net_arch is None:
@@ -208,7 +208,7 @@ class MoEPolicy(ActorCriticPolicy):
         """The action distribution with these logits or means, `[B, A]`."""
         if isinstance(self.action_dist, DiagGaussianDistribution):
             return self.action_dist.proba_distribution(parameters, self.log_std)
-        return self.action_dist.proba_distribution(action_logits=parameters)  # type: ignore[call-arg]
+        return self.action_dist.proba_distribution(action_logits=parameters)
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions of the mixture, values `[B, 1]` and log-probabilities `[B]`."""
@@ -250,7 +250,7 @@ class MoEPolicy(ActorCriticPolicy):
         return self.agent.prepare().value(self._features(obs))[0][:, None]
 
     def steer(self, text: str) -> MoEPolicy:
-        """This policy, steered: it shares the parameters and can predict; see `steering.parse`.
+        """The same policy, steered; it shares the parameters. See `steering.parse`.
 
         Raises:
             UserError: the text names no expert.
@@ -258,7 +258,7 @@ class MoEPolicy(ActorCriticPolicy):
         return self.steered(parse(text, self.n_experts, self.behaviors))
 
     def steered(self, steering: Steering) -> MoEPolicy:
-        """This policy under a steering; it shares the parameters."""
+        """The same policy under a steering; it shares the parameters."""
         policy = copy.copy(self)
         policy.steering = steering
         return policy
@@ -290,6 +290,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         labeled_weight: weight of a labeled sample next to others, for methods that have it.
         memory: keeps labeled observations; None where nothing learns from them.
         generator: decides which labels go missing or wrong.
+        normalize: whether advantages are brought to mean 0 and spread 1.
         kwargs: as SB3's RolloutBuffer.
     """
 
@@ -301,10 +302,12 @@ class RoutedRolloutBuffer(RolloutBuffer):
         labeled_weight: float,
         memory: Memory | None,
         generator: np.random.Generator,
+        normalize: bool,
         **kwargs: Any,
     ) -> None:
         self.methods, self.behaviors = methods, tuple(behaviors)
         self.labeled_weight, self.memory, self.rng = labeled_weight, memory, generator
+        self.normalize = normalize
         self.unfinished: tuple[NDArray[Any], NDArray[np.int64]] | None = None
         self.episodes = self.labels = 0
         super().__init__(*args, **kwargs)
@@ -327,7 +330,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         Raises:
             ValueError: a behavior is unknown.
         """
-        for env in np.flatnonzero(dones):
+        for env in np.flatnonzero(dones).tolist():
             info = infos[env]
             behavior, label = info.get("behavior"), info.get("label")
             cut = bool(info.get("TimeLimit.truncated", False))
@@ -368,9 +371,30 @@ class RoutedRolloutBuffer(RolloutBuffer):
         factor[:, :UNLABELED] = 1.0
         self.rewards *= lookup(factor, outcome)[0].numpy()
         self.outcome = outcome[0].numpy()
+        self.ended = self.outcome[self.terminated | self.truncated]
         if self.memory is not None:
             self._remember(self.memory)
         super().compute_returns_and_advantage(last_values, dones)
+        self._scale_advantages(self.outcome >= LABELED)
+
+    def _scale_advantages(self, labeled: NDArray[np.bool_]) -> None:
+        """Normalize advantages over the samples that count, if asked to.
+
+        A labeled episode trains its own expert alone, whose task is to bring that behavior about.
+        The value net foretells any behavior, so it is no baseline for that: once it is right,
+        labeled episodes would be no better than expected, and the experts would stay alike. Where
+        labels are routed, labeled samples therefore go without a baseline, as if episodes of the
+        other behaviors had return 0.
+        """
+        routed = labeled & (self.routes != 1).any(-1)
+        plain = (self.weights > 0) & ~routed
+        if self.normalize:
+            mean = self.advantages[plain].mean() if plain.any() else 0.0
+            spread = self.advantages[plain].std() if plain.any() else 1.0
+            self.advantages = (self.advantages - mean) / (spread + 1e-8)
+            self.advantages[routed] = self.returns[routed] / (spread + 1e-8)
+        else:
+            self.advantages[routed] = self.returns[routed]
 
     def _remember(self, memory: Memory) -> None:
         """Keep labeled observations, those that an episode began with in the last rollout too."""
@@ -523,6 +547,7 @@ class RoutedPPO(PPO):
             "labeled_weight": self.labeled_weight,
             "memory": self.memory,
             "generator": np.random.default_rng(self.seed),
+            "normalize": self.normalize_advantage,
         }
         self._warned = False
         super()._setup_model()
@@ -584,7 +609,7 @@ class RoutedPPO(PPO):
                 if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
                     break
                 self.policy.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
                 self.policy.optimizer.step()
             else:
@@ -616,10 +641,6 @@ class RoutedPPO(PPO):
             batch.observations, actions, batch.routes if policy.n_experts > 1 else None
         )
         advantages = batch.advantages
-        if self.normalize_advantage:
-            kept = (weight > 0).to(weight.dtype)
-            centered = advantages - _mean(advantages, kept)
-            advantages = centered / (_mean(centered**2, kept).sqrt() + 1e-8)
         log_ratio = log_prob - batch.old_log_prob
         ratio = log_ratio.exp()
         gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -665,10 +686,6 @@ class RoutedPPO(PPO):
             UserError: the text names no expert.
         """
         return cast(MoEPolicy, self.policy).steer(text)
-
-    def learn(self, *args: Any, tb_log_name: str = "RoutedPPO", **kwargs: Any) -> Self:
-        """Train, as SB3's PPO does."""
-        return super().learn(*args, tb_log_name=tb_log_name, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
         # made anew from the rest on loading

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import safetensors
 import safetensors.torch
@@ -23,10 +23,13 @@ from agents.methods import METHODS
 from agents.networks import Agent
 from agents.steering import Steering
 from envs.settings import UserError
-from envs.world import ACTIONS
+from envs.world import ACTIONS, BEHAVIORS
 from oversight_rl.config import Config
-from oversight_rl.steering import SteeredPolicy
 
+if TYPE_CHECKING:
+    from agents.ppo import MoEPolicy
+
+AnyAgent: TypeAlias = "Agent | MoEPolicy"
 POLICY = "oversight_rl_policy"  # metadata key of an exported policy
 KEEP = 2  # newest checkpoints left in a folder: runs of one stack may be one apart
 
@@ -137,53 +140,80 @@ def take_run(agent: Agent, config: Config, run: int) -> Agent:
     return single
 
 
-def agent_from(tensors: Mapping[str, Tensor], config: Config, source: Path) -> Agent:
+def agent_from(tensors: Mapping[str, Tensor], config: Config, source: Path) -> AnyAgent:
     """The agent in a checkpoint's or a policy file's tensors: the deployed one.
 
     Raises:
         UserError: tensors are missing or do not fit the configuration.
     """
+    if config.algo == "ppo":
+        policy = new_policy(config)
+        fill({f"policy.{n}": p for n, p in policy.named_parameters()}, tensors, source)
+        return policy
     agent = new_agent(config, 1)
     selected = "selected." if any(name.startswith("selected.agent.") for name in tensors) else ""
-    for name, parameter in agent.named_parameters():
-        found = tensors.get(f"{selected}agent.{name}")
-        if found is None or found.shape != parameter.shape[1:]:
+    fill({f"{selected}agent.{n}": p[0] for n, p in agent.named_parameters()}, tensors, source)
+    return agent
+
+
+def fill(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: Path) -> None:
+    """Copy saved tensors into those of the same names.
+
+    Raises:
+        UserError: one is missing or has another shape.
+    """
+    for name, tensor in ours.items():
+        found = theirs.get(name)
+        if found is None or found.shape != tensor.shape:
             was = "is missing" if found is None else f"has shape {tuple(found.shape)}"
             raise UserError(
                 f"{source}: does not fit its configuration: {name} {was}, expected "
-                f"{tuple(parameter.shape[1:])}"
+                f"{tuple(tensor.shape)}"
             )
         with torch.no_grad():
-            parameter[0] = found
-    return agent
+            tensor.copy_(found)
+
+
+def new_policy(config: Config) -> MoEPolicy:
+    """The policy of a PPO run, its parameters at random."""
+    from oversight_rl.ppo_training import make_model
+
+    return make_model(config, envs=1).policy  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Saved:
     """An agent read from disk."""
 
-    agent: Agent
+    agent: AnyAgent
     config: Config
     env_steps: int
     wall_seconds: float
     steering: Steering | None = None  # of an exported policy
 
+    @property
+    def behaviors(self) -> Sequence[str]:
+        """What its first experts are meant for."""
+        return BEHAVIORS if isinstance(self.agent, Agent) else self.agent.behaviors
 
-def write_policy(path: Path, policy: SteeredPolicy, source: Saved) -> None:
-    """Export a steered policy to one safetensors file, for `read_policy` and `evaluate`.
+
+def write_policy(path: Path, steering: Steering, source: Saved) -> None:
+    """Export a steered agent to one safetensors file, for `read_policy` and `evaluate`.
 
     Raises:
         UserError: the file cannot be written.
     """
     about = {
         "config": source.config.model_dump(mode="json"),
-        "steering": dataclasses.asdict(policy.steering),
+        "steering": dataclasses.asdict(steering),
         "env_steps": source.env_steps,
         "wall_seconds": source.wall_seconds,
     }
-    tensors = {
-        f"agent.{name}": p.detach()[0].contiguous() for name, p in policy.agent.named_parameters()
-    }
+    named = source.agent.named_parameters()
+    if isinstance(source.agent, Agent):
+        tensors = {f"agent.{name}": p.detach()[0].contiguous() for name, p in named}
+    else:
+        tensors = {f"policy.{name}": p.detach().contiguous() for name, p in named}
     content = safetensors.torch.save(tensors, metadata={POLICY: json.dumps(about)})
     try:
         write_atomically(path, content)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.methods import METHODS
+from agents.networks import Agent
 from agents.steering import Steering, parse, standard
 from envs import render
 from envs.settings import UserError
@@ -29,8 +30,7 @@ from envs.world import World
 from oversight_rl import checkpoint, reference, report
 from oversight_rl import pictures as drawing
 from oversight_rl.config import Config, Probability, load_yaml
-from oversight_rl.evaluation import Evaluator, Row, Subject
-from oversight_rl.steering import SteeredPolicy
+from oversight_rl.evaluation import Row, Subject, evaluator_of
 from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
 from oversight_rl.tracking import check_free, open_runs, write_json
 from oversight_rl.training import Interrupted, fit, stack_key
@@ -177,20 +177,19 @@ def evaluate(
             if greedy or temperature != 1.0:
                 policies = [saved.steering.with_options(greedy, temperature)]
         else:
-            chosen = [parse(text, experts) for text in steer] or standard(experts)
+            names = experts, saved.behaviors
+            chosen = [parse(text, *names) for text in steer] or standard(*names)
             policies = [policy.with_options(greedy, temperature) for policy in chosen]
         if export is not None:
             if len(loaded) > 1 or len(policies) > 1:
                 raise UserError("--export: takes one run and one --steer")
-            checkpoint.write_policy(export, SteeredPolicy(saved.agent, policies[0]), saved)
+            checkpoint.write_policy(export, policies[0], saved)
         if pictures is not None:
             if len(loaded) > 1:
                 raise UserError("--pictures: takes one run")
             _draw(pictures, saved, policies)
         config = saved.config
-        evaluator = Evaluator(
-            config.world, config.learner.discount, episodes=config.evaluation.episodes
-        )
+        evaluator = evaluator_of(config)
         subject = Subject(
             config.method, config.seeds[0], config.oversight, saved.env_steps, saved.wall_seconds
         )
@@ -202,13 +201,19 @@ def evaluate(
 
 
 def _draw(folder: Path, saved: checkpoint.Saved, policies: Sequence[Steering]) -> None:
-    world = World(saved.config.world, saved.config.oversight)
-    arrows = render.png(drawing.policies(saved.agent, world, policies))
-    animation = drawing.rollouts(saved.agent, world, policies)
+    if isinstance(saved.agent, Agent):
+        world = World(saved.config.world, saved.config.oversight)
+        files = {
+            "policies.png": render.png(drawing.policies(saved.agent, world, policies)),
+            "rollouts.gif": drawing.rollouts(saved.agent, world, policies),
+        }
+    else:
+        animation = drawing.env_rollouts(saved.agent, saved.config, policies)
+        files = {} if animation is None else {"rollouts.gif": animation}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "policies.png").write_bytes(arrows)
-        (folder / "rollouts.gif").write_bytes(animation)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
 

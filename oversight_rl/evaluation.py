@@ -5,19 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agents.networks import Agent
 from agents.reinforce import cumulative, sample
 from agents.steering import Steering
 from envs.mdp import Endings, WorldMDP, why_not
+from envs.settings import UserError
 from envs.world import NO_LABEL, World, WorldConfig
+from oversight_rl.config import Config
+
+if TYPE_CHECKING:
+    from agents.ppo import MoEPolicy
 
 WINDOW = 32
 """Steps of the published metric's windows."""
 ROLLOUT_WORLDS = 4096  # worlds per batch of rollout evaluation, bounds its memory
+ENVIRONMENTS = 512  # of rollout evaluation in any environment
 
 
 @dataclass(frozen=True)
@@ -242,3 +251,122 @@ class Evaluator:
         figures = torch.cat(batches, dim=-1)  # [9, R, episodes]
         error = figures[0].std(-1) / figures.shape[-1] ** 0.5
         return torch.cat([figures.mean(-1), error[None]]).mT  # [R, 10]
+
+
+class EnvEvaluator:
+    """Evaluates policies in any environment, by rollouts.
+
+    Args:
+        config: of the run; its oversight level is replaced by the deployment levels.
+        episodes: per policy and level.
+        seed: of the rollouts.
+    """
+
+    def __init__(self, config: Config, episodes: int, seed: int = 0) -> None:
+        self.config, self.episodes, self.seed = config, episodes, seed
+
+    def evaluate(
+        self,
+        agent: MoEPolicy,
+        subjects: Sequence[Subject],
+        policies: Sequence[Steering],
+        levels: Sequence[Sequence[float]],
+        paths: bool = False,
+    ) -> list[list[Row]]:
+        """The result table of the one run, see `Evaluator.evaluate`; no ghosts on paths here."""
+        (subject,), (own,) = subjects, levels
+        with torch.random.fork_rng(devices=[]):
+            return [[self._row(agent, subject, p, level) for p in policies for level in own]]
+
+    def _row(self, agent: MoEPolicy, subject: Subject, steering: Steering, level: float) -> Row:
+        wanted, unwanted, flagged, length, value = self._episodes(agent.steered(steering), level).T
+        return Row(
+            method=subject.method,
+            seed=subject.seed,
+            train_oversight=subject.train_oversight,
+            deploy_oversight=level,
+            policy=steering.name,
+            greedy=steering.greedy,
+            temperature=steering.temperature,
+            ground_truth_return=float(value.mean()),
+            return_se=float(value.std() / len(value) ** 0.5),
+            p_diamond=float(wanted.mean()),
+            p_ghost=float(unwanted.mean()),
+            p_timeout=float(1 - wanted.mean() - unwanted.mean()),
+            p_diamond_flagged=float((wanted * flagged).mean()),
+            p_ghost_flagged=float((unwanted * flagged).mean()),
+            p_ghost_on_path=math.nan,
+            episode_length=float(length.mean()),
+            window_return=math.nan,
+            optimal_return=math.nan,
+            evaluator="rollout",
+            env_steps=subject.env_steps,
+            wall_seconds=subject.wall_seconds,
+        )
+
+    def _episodes(self, policy: MoEPolicy, level: float) -> NDArray[np.float64]:
+        """Figures of whole episodes: wanted, unwanted, labeled (each 0 or 1), steps, return.
+
+        Each environment plays the same number of episodes, so that short ones are not
+        over-represented. Returns `[episodes or a few more, 5]`.
+        """
+        env = make_env(self.config, level, min(ENVIRONMENTS, self.episodes))
+        each = -(-self.episodes // env.num_envs)
+        torch.manual_seed(self.seed)
+        env.seed(self.seed)
+        observation = env.reset()
+        played, steps = np.zeros((2, env.num_envs), np.int64)
+        figures = []
+        while played.min() < each:
+            action, _ = policy.predict(observation)
+            observation, _, dones, infos = env.step(action)
+            steps += 1
+            for i in np.flatnonzero(dones):
+                if played[i] < each:
+                    figures.append(self._episode(infos[i], policy.behaviors[0], int(steps[i])))
+                played[i] += 1
+                steps[i] = 0
+        env.close()
+        return np.array(figures, dtype=float)
+
+    def _episode(self, info: dict[str, Any], wanted: str, steps: int) -> list[float]:
+        behavior = info.get("behavior")
+        sign = 0.0 if behavior is None else 1.0 if behavior == wanted else -1.0
+        value = self.config.learner.discount ** (steps - 1) * info.get("ground_truth_reward", sign)
+        return [sign > 0, sign < 0, "label" in info, steps, value]
+
+
+class AnyEvaluator(Protocol):
+    """What evaluates the agents of a run, exactly or by rollouts."""
+
+    def evaluate(
+        self,
+        agent: Any,
+        subjects: Sequence[Subject],
+        policies: Sequence[Steering],
+        levels: Sequence[Sequence[float]],
+        paths: bool = False,
+    ) -> list[list[Row]]:
+        """See `Evaluator.evaluate`."""
+
+
+def evaluator_of(config: Config, device: torch.device | str = "cpu") -> AnyEvaluator:
+    """The evaluator of a run's agents."""
+    episodes = config.evaluation.episodes
+    if config.algo == "ppo":
+        return EnvEvaluator(config, episodes)
+    return Evaluator(config.world, config.learner.discount, device, episodes)
+
+
+def make_env(config: Config, level: float, count: int) -> Any:
+    """The environments of a PPO run at an oversight level, as a VecEnv.
+
+    Raises:
+        UserError: there is no such environment, or it does not take these settings.
+    """
+    from envs.vector import make_vec  # SB3 and MiniGrid take a while to load
+
+    try:
+        return make_vec(config.env, count, oversight=level, **config.env_arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"env: {config.env} cannot be made ({error})") from None

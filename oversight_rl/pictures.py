@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,7 +11,12 @@ from agents.networks import Agent
 from agents.steering import Steering
 from envs import render
 from envs.world import NO_LABEL, State, World
+from oversight_rl.config import GRID, Config
+from oversight_rl.evaluation import make_env
 from oversight_rl.steering import SteeredPolicy
+
+if TYPE_CHECKING:
+    from agents.ppo import MoEPolicy
 
 MOST_POLICIES = 4  # panels in a row; a page shows no more
 FRAMES = 48
@@ -78,6 +84,55 @@ def rollouts(agent: Agent, world: World, steerings: Sequence[Steering], seed: in
     for step in zip(*columns, strict=True):
         frames.append(render.panels([p for p, _ in step], [c for _, c in step]))
     return render.gif(frames)
+
+
+def env_rollouts(
+    policy: MoEPolicy, config: Config, steerings: Sequence[Steering], seed: int = 0
+) -> bytes | None:
+    """Policies of a PPO run at work side by side, as `rollouts`, in the environment's own pictures.
+
+    Returns:
+        A GIF; None where the environment draws none.
+    """
+    columns = []
+    with torch.random.fork_rng(devices=[]):
+        for steering in steerings[:MOST_POLICIES]:
+            torch.manual_seed(seed)
+            frames = _env_rollout(policy.steered(steering), config, steering.name, seed)
+            if frames is None:
+                return None
+            columns.append(frames)
+    joined = [
+        render.panels([p for p, _ in step], [c for _, c in step])
+        for step in zip(*columns, strict=True)
+    ]
+    return render.gif(joined)
+
+
+def _env_rollout(
+    policy: MoEPolicy, config: Config, name: str, seed: int
+) -> list[tuple[render.Picture, str]] | None:
+    """Frames of one policy with their captions; None where there are no pictures."""
+    settings = config.model_copy(
+        update={"env_settings": config.env_settings | {"render_mode": "rgb_array"}}
+    )
+    env = make_env(settings if config.env != GRID else config, config.oversight, 1)
+    env.seed(seed)
+    observation = env.reset()
+    tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)
+    shown: list[tuple[render.Picture, str]] = []
+    while len(shown) < FRAMES:
+        (picture,) = env.get_images()
+        if picture is None:
+            return None
+        count = ", ".join(f"{behavior} {n}" for behavior, n in tally.items())
+        shown.append((picture, f"policy: {name}\nreached: {count}"))
+        action, _ = policy.predict(observation)
+        observation, _, dones, infos = env.step(action)
+        if dones[0]:
+            tally[infos[0].get("behavior") or "timeout"] += 1
+    env.close()
+    return shown
 
 
 def _rollout(

@@ -143,6 +143,8 @@ def fitting(config: Config, memory: float) -> int:
 
     Activations and their gradients take nearly all: a few copies of every unit for each sample.
     """
+    if config.algo == "ppo":
+        return 1  # such runs train one after another anyway
     training, agent = config.training, config.agent
     samples = training.worlds * training.steps
     trunks = 3 if METHODS[config.method].experts == "one" else agent.experts + 2

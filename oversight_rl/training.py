@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -332,6 +333,10 @@ def fit(
             there is too little memory.
     """
     with _stop_requested() as stopping:
+        if configs[0].algo == "ppo":
+            from oversight_rl import ppo_training  # loading SB3 takes a while
+
+            return ppo_training.fit(configs, paths, console, resume, stopping)
         try:
             trainer = Trainer(configs)
         except RuntimeError as error:
@@ -374,10 +379,10 @@ def _train(
         trainer.select([deployed_row(rows).ground_truth_return for rows in tables])
         return tables
 
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=total, completed=trainer.updates, speed=0.0, note="")
         if trainer.updates == 0:
-            _show(progress, task, evaluate())
+            show(progress, task, evaluate())
             _draw_pictures(trainer, folders)
         timer = _Stopwatch(trainer)
         while trainer.updates < total:
@@ -398,7 +403,7 @@ def _train(
             progress.update(task, completed=n)
             if n % every == 0 or n == total:
                 timer.lap()
-                _show(progress, task, evaluate())
+                show(progress, task, evaluate())
                 if n == total or n // every % max(1, total // every // PICTURES) == 0:
                     _draw_pictures(trainer, folders)
                 _save(trainer, folders)
@@ -477,7 +482,8 @@ class _Stopwatch:
         return steps / elapsed
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """A bar of updates done, with fields `speed` (steps per second) and `note`."""
     return Progress(
         TextColumn("update"),
         MofNCompleteColumn(),
@@ -491,13 +497,14 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _show(progress: Progress, task: TaskID, tables: list[list[Row]]) -> None:
+def show(progress: Progress, task: TaskID, tables: list[list[Row]]) -> None:
     """The current returns in the progress bar, averaged over the stack's runs."""
     returns: dict[str, list[float]] = {}
     for row in chain(*tables):
         returns.setdefault(row.policy, []).append(row.ground_truth_return)
     note = "  ".join(f"{name} {np.mean(values):+.2f}" for name, values in returns.items())
-    progress.update(task, note=f"{note}  optimum {tables[0][0].optimal_return:.2f}")
+    optimum = tables[0][0].optimal_return
+    progress.update(task, note=note if math.isnan(optimum) else f"{note}  optimum {optimum:.2f}")
 
 
 @contextmanager

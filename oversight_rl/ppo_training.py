@@ -1,0 +1,335 @@
+"""Training with PPO: SB3's loop drives, and a recorder fills the run folder between updates.
+
+Every update draws from streams of its own, seeded by the run's seed and the update's number, so a
+resumed run takes the numbers that the uninterrupted one would have taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from agents.methods import LABELED, TIMEOUT, UNLABELED
+from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer
+from agents.reinforce import at
+from agents.steering import standard, steering_curve
+from envs.settings import UserError
+from oversight_rl import checkpoint, pictures
+from oversight_rl.config import Config
+from oversight_rl.evaluation import EnvEvaluator, Row, Subject, make_env
+from oversight_rl.tracking import RunFolder, locked
+from oversight_rl.training import LOG_EVERY, PICTURES, Interrupted, progress_bar, show
+
+
+def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
+    """A fresh model of a run.
+
+    Args:
+        config: with one seed.
+        envs: number of environments; None: as the configuration says.
+
+    Raises:
+        UserError: the environment cannot be made, or is not one that PPO can train on.
+    """
+    ppo, seed = config.ppo, config.seeds[0]
+    env = make_env(config, config.oversight, envs or ppo.worlds)
+    _seed(seed, 0)
+    experts = {} if config.agent.experts == 2 else {"experts": config.agent.experts}
+    try:
+        return RoutedPPO(
+            "MoEPolicy",
+            env,
+            learning_rate=functools.partial(_schedule, ppo.learning_rate),
+            n_steps=ppo.steps,
+            batch_size=min(ppo.batch_size, ppo.steps * env.num_envs),
+            n_epochs=ppo.epochs,
+            gamma=ppo.discount,
+            gae_lambda=ppo.gae_lambda,
+            ent_coef=ppo.entropy_coef,
+            vf_coef=ppo.value_coef,
+            clip_range=ppo.clip_range,
+            method=config.method,
+            labeled_weight=ppo.labeled_weight,
+            gate_coef=ppo.gate_coef,
+            gate_replay=ppo.gate_replay,
+            label_recall=config.label_recall,
+            label_error=config.label_error,
+            policy_kwargs={"net_arch": list(config.agent.hidden), **experts},
+            seed=seed,
+            device=config.torch_device(),
+        )
+    except ValueError as error:
+        raise UserError(f"env: {config.env}: {error}") from None
+
+
+def _schedule(schedule: tuple[float, ...], remaining: float) -> float:
+    return at(schedule, 1 - remaining)
+
+
+def _seed(seed: int, update: int) -> np.random.Generator:
+    """Seed SB3's streams, which are global, for one update; returns a stream for the labels."""
+    states = np.random.SeedSequence(seed, spawn_key=(update,)).generate_state(3)
+    torch.manual_seed(int(states[0]))
+    np.random.seed(states[1])
+    return np.random.default_rng(states[2])
+
+
+def fit(
+    configs: Sequence[Config],
+    paths: Sequence[Path],
+    console: Console,
+    resume: bool,
+    stopping: Callable[[], bool],
+) -> list[list[Row]]:
+    """Train runs one after another, writing their folders; see `training.fit`."""
+    with ExitStack() as locks:
+        make_model(configs[0], envs=1)  # refuses what cannot be trained before anything is written
+        folders = [
+            RunFolder.open(path) if resume else RunFolder.create(path, config)
+            for path, config in zip(paths, configs, strict=True)
+        ]
+        for folder in folders:
+            locks.callback(folder.close)
+            locks.enter_context(locked(folder.path))
+        return [
+            folder.result() if folder.finished else _train(config, folder, console, stopping)
+            for config, folder in zip(configs, folders, strict=True)
+        ]
+
+
+def _train(
+    config: Config, folder: RunFolder, console: Console, stopping: Callable[[], bool]
+) -> list[Row]:
+    model = make_model(config)
+    env = cast(VecEnv, model.env)
+    env.seed(int(np.random.SeedSequence(config.seeds[0]).generate_state(1)[0]))
+    model.set_logger(Logger(folder=None, output_formats=[_Points()]))
+    recorder = _Recorder(config, folder, console, stopping)
+    saved = checkpoint.updates(folder.checkpoints)
+    if saved:
+        tensors, facts = checkpoint.load(folder.checkpoints, saved[-1])
+        recorder.restore(model, tensors, facts)
+        folder.rewind(saved[-1] if saved[-1] else -1)
+    total = config.ppo.updates * config.ppo.worlds * config.ppo.steps
+    with recorder.progress:
+        model.learn(total - model.num_timesteps, callback=recorder, reset_num_timesteps=not saved)
+    return recorder.finish(model)
+
+
+class _Points(KVWriter):
+    """Keeps what SB3 logs of an update."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
+        self.values = {k: float(v) for k, v in key_values.items() if isinstance(v, float | int)}
+
+
+class _Recorder(BaseCallback):
+    """Between updates: curves, evaluations, pictures, checkpoints, and stopping when asked to."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, console: Console, stopping: Callable[[], bool]
+    ) -> None:
+        super().__init__()
+        self.config, self.folder, self.stopping = config, folder, stopping
+        self.evaluator = EnvEvaluator(config, config.evaluation.episodes)
+        self.progress = progress_bar(console)
+        self.updates, self.seconds, self.saved = 0, 0.0, -1
+
+    @property
+    def ppo(self) -> RoutedPPO:
+        """The model in training."""
+        return cast(RoutedPPO, self.model)
+
+    @property
+    def subject(self) -> Subject:
+        """What the result table says of the run."""
+        config, steps = self.config, self.ppo.num_timesteps
+        return Subject(config.method, config.seeds[0], config.oversight, steps, self.seconds)
+
+    def restore(self, model: RoutedPPO, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        checkpoint.fill(_kept(model), tensors, self.folder.checkpoints)
+        for group in model.policy.optimizer.param_groups:
+            for parameter in group["params"]:
+                model.policy.optimizer.state[parameter]["step"].fill_(float(tensors["adam.step"]))
+        buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
+        if "unfinished.since" in tensors:
+            before, since = tensors["unfinished.observations"], tensors["unfinished.since"]
+            buffer.unfinished = before.numpy(), since.numpy()
+        world = {k.removeprefix("world."): v for k, v in tensors.items() if k.startswith("world.")}
+        if world:
+            cast(Any, model.env).set_state({name: value.numpy() for name, value in world.items()})
+            model._last_obs = tensors["last.observation"].numpy()
+            model._last_episode_starts = tensors["last.episode_starts"].numpy()
+        model.num_timesteps = facts["env_steps"]
+        self.updates, self.seconds, self.saved = (
+            facts["update"],
+            facts["wall_seconds"],
+            facts["update"],
+        )
+
+    def _on_training_start(self) -> None:
+        config = self.config
+        self.task = self.progress.add_task(
+            "", total=config.ppo.updates, completed=self.updates, speed=0.0, note=""
+        )
+        self.since = time.perf_counter()
+        if self.saved < 0:
+            self._evaluate()
+            self._draw()
+            self._save()
+        self.updates -= 1  # the first rollout begins before any update
+
+    def _on_rollout_start(self) -> None:
+        self.updates += 1
+        self._after_update()
+        buffer = cast(RoutedRolloutBuffer, self.ppo.rollout_buffer)
+        buffer.rng = _seed(self.config.seeds[0], self.updates + 1)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.updates += 1
+        self._after_update()
+
+    def _after_update(self) -> None:
+        """All that follows update number `updates`, unless that was done before a restart."""
+        n, config = self.updates, self.config
+        if n > max(self.saved, 0):
+            if n % LOG_EVERY == 0:
+                self._log()
+            self.progress.update(self.task, completed=n)
+            if n % config.evaluation.every == 0 or n == config.ppo.updates:
+                self._lap()
+                self._evaluate()
+                parts = max(1, config.ppo.updates // config.evaluation.every // PICTURES)
+                if n == config.ppo.updates or n // config.evaluation.every % parts == 0:
+                    self._draw()
+                self._save()
+        if self.stopping() and n < config.ppo.updates:
+            self._lap()
+            self._save()
+            raise Interrupted
+
+    def _lap(self) -> float:
+        """Add the training time since the last call; returns it."""
+        elapsed = time.perf_counter() - self.since
+        self.seconds += elapsed
+        self.since = time.perf_counter()
+        return elapsed
+
+    def _log(self) -> None:
+        elapsed, ppo = self._lap(), self.config.ppo
+        speed = LOG_EVERY * ppo.worlds * ppo.steps / max(elapsed, 1e-9)
+        self.ppo.logger.dump(self.updates)
+        (points,) = self.ppo.logger.output_formats
+        values = cast(_Points, points).values
+        losses = {k.removeprefix("train/"): v for k, v in values.items() if k.startswith("train/")}
+        curves = {f"loss/{name}": value for name, value in losses.items()}
+        curves |= _statistics(self.ppo)
+        self.folder.log_training(self.updates, curves)
+        self.folder.log(self.updates, {"training/env_steps_per_second": speed})
+        self.progress.update(self.task, speed=speed)
+
+    def _evaluate(self) -> None:
+        policy = cast(MoEPolicy, self.ppo.policy)
+        steerings = standard(policy.n_experts, policy.behaviors)
+        levels = [[self.config.oversight]]
+        table = self.evaluator.evaluate(policy, [self.subject], steerings, levels)
+        self.folder.log_rows(self.updates, table[0])
+        show(self.progress, self.task, table)
+        self.since = time.perf_counter()
+
+    def _draw(self) -> None:
+        if not self.config.pictures:
+            return
+        policy = cast(MoEPolicy, self.ppo.policy)
+        steerings = standard(policy.n_experts, policy.behaviors)
+        animation = pictures.env_rollouts(policy, self.config, steerings)
+        if animation is not None:
+            self.folder.picture("pictures/rollouts", self.updates, animation)
+        self.since = time.perf_counter()
+
+    def _save(self) -> None:
+        if self.saved == self.updates:
+            return
+        model = self.ppo
+        tensors = _kept(model)
+        state = model.policy.optimizer.state
+        steps = [float(s["step"]) for s in state.values()]
+        tensors["adam.step"] = torch.tensor(max(steps, default=0.0))
+        buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
+        if buffer.unfinished is not None:
+            before, since = buffer.unfinished
+            tensors |= {
+                "unfinished.observations": torch.as_tensor(before),
+                "unfinished.since": torch.as_tensor(since),
+            }
+        if hasattr(model.env, "get_state"):
+            world = cast(Any, model.env).get_state()
+            tensors |= {f"world.{k}": torch.as_tensor(np.asarray(v)) for k, v in world.items()}
+            tensors["last.observation"] = torch.as_tensor(model._last_obs)
+            tensors["last.episode_starts"] = torch.as_tensor(model._last_episode_starts)
+        facts = {"env_steps": model.num_timesteps, "wall_seconds": self.seconds}
+        checkpoint.save(self.folder.checkpoints, self.updates, tensors, facts)
+        self.saved = self.updates
+        self.since = time.perf_counter()
+
+    def finish(self, model: RoutedPPO) -> list[Row]:
+        """The final table and result.json."""
+        policy = cast(MoEPolicy, model.policy)
+        names = policy.n_experts, policy.behaviors
+        policies = standard(*names)
+        policies += [steering.with_options(greedy=True) for steering in policies]
+        own = self.config.oversight
+        levels = [sorted({own, *self.config.evaluation.oversight})]
+        rows = self.evaluator.evaluate(policy, [self.subject], policies, levels)[0]
+        if policy.n_experts > 1:
+            curve = steering_curve(*names)
+            rows += self.evaluator.evaluate(policy, [self.subject], curve, [[own]])[0]
+        self.folder.finish(self.config, rows)
+        return rows
+
+
+def _kept(model: RoutedPPO) -> dict[str, Tensor]:
+    """All tensors that learning changes in place, by name."""
+    named: dict[str, Tensor] = dict(model.policy.named_parameters())
+    kept = {f"policy.{name}": parameter for name, parameter in named.items()}
+    for name, parameter in named.items():
+        state = model.policy.optimizer.state[parameter]
+        if not state:  # as Adam has it before its first step
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            kept[f"adam.{moment}.{name}"] = state[moment]
+    if model.memory is not None:
+        kept |= {f"memory.{name}": buffer for name, buffer in model.memory.named_buffers()}
+    return kept
+
+
+def _statistics(model: RoutedPPO) -> dict[str, float]:
+    """How episodes of the last rollout ended, as the learner saw them."""
+    buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
+    if not hasattr(buffer, "ended"):
+        return {}
+    kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
+    kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
+    count = max(1, len(buffer.ended))
+    return {f"endings/{k}": float((buffer.ended == v).sum()) / count for k, v in kinds.items()}
