@@ -94,7 +94,6 @@ def import_state_dict(
     folder = RunFolder.create(run_dir, config, imported=origin)
     facts = {"env_steps": 0, "wall_seconds": 0.0, "imported": True}
     checkpoint.save(folder.checkpoints, 0, tensors, facts)
-    folder.close()
     return folder
 
 

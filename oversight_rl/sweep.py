@@ -35,8 +35,8 @@ from rich.table import Table
 from agents.methods import METHODS
 from envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl import checkpoint
-from oversight_rl.checkpoint import write_atomically
 from oversight_rl.config import Config, read_yaml
+from oversight_rl.files import write_atomically, writing
 from oversight_rl.tracking import CHECKPOINTS, CONFIG, RESULT, RunFolder, deployed_row, locked
 from oversight_rl.training import Interrupted, fit, stack_key
 
@@ -402,12 +402,10 @@ def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
                 raise UserError(f"{out}: holds another sweep ({name}); choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(path, content.encode())
-    except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror})") from None
 
 
 def load_sweep(path: Path) -> SweepConfig:

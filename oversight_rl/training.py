@@ -35,8 +35,9 @@ from envs.world import State, World
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
+from oversight_rl.files import writing
 from oversight_rl.steering import standard, steering_curve
-from oversight_rl.tracking import RunFolder, deployed_row, locked
+from oversight_rl.tracking import CONFIG, RunFolder, check_free, deployed_row, locked
 
 HELD_OUT = 4096  # fresh episodes that an agent is selected by
 LOG_EVERY = 10  # updates between points of the training curves
@@ -319,7 +320,8 @@ def fit(
 
     Args:
         configs: one per run, with one seed each.
-        paths: folder of each run, new or empty, or one to go on with.
+        paths: folder of each run, new or empty, or one to go on with (where it is empty, the run
+            begins).
         console: shows a progress bar, if it is a terminal.
         resume: go on from the newest checkpoint that all folders have.
 
@@ -328,8 +330,8 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
-        UserError: there is nothing to resume from, another process is at work on these runs, or
-            there is too little memory.
+        UserError: there is nothing to resume from, another process is at work on these runs, the
+            folders cannot be written, numbers went bad, or there is too little memory.
     """
     with _stop_requested() as stopping:
         try:
@@ -339,18 +341,26 @@ def fit(
                 raise
             raise UserError("too little memory for these worlds and networks") from None
         with ExitStack() as locks:
-            if resume:
-                folders = [RunFolder.open(path) for path in paths]
-            else:
-                folders = [RunFolder.create(*run) for run in zip(paths, configs, strict=True)]
-            for folder in folders:
-                locks.callback(folder.close)
-                locks.enter_context(locked(folder.path))
-            if resume:
-                _resume(trainer, folders)
-            else:
-                _save(trainer, folders)
-            return _train(trainer, folders, console, stopping)
+            for path in paths:
+                if not resume:
+                    check_free(path)
+                with writing(path):
+                    path.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(locked(path))
+            folders = [
+                RunFolder.open(path)
+                if resume and (path / CONFIG).is_file()
+                else RunFolder.create(path, config)
+                for path, config in zip(paths, configs, strict=True)
+            ]
+            if resume and all(folder.finished for folder in folders):
+                raise UserError(f"{paths[0]}: this run is finished")
+            with writing(paths[0], "; what was saved before is whole"):
+                if resume:
+                    _resume(trainer, folders)
+                else:
+                    _save(trainer, folders)
+                return _train(trainer, folders, console, stopping)
 
 
 def _train(
@@ -390,9 +400,8 @@ def _train(
             if n % LOG_EVERY == 0:
                 speed = timer.lap()
                 for folder, points in zip(folders, trainer.curves(), strict=True):
-                    folder.log_training(n, points)
-                for folder in folders:
                     folder.log(n, {"training/env_steps_per_second": speed})
+                    folder.log_training(n, points)
                 progress.update(task, speed=speed)
                 timer.start()
             progress.update(task, completed=n)
@@ -425,21 +434,35 @@ def _finish(
 
 
 def _resume(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
+    """Go on from the newest checkpoint that all have; what came after it is taken back."""
     common = set.intersection(*(set(checkpoint.updates(f.checkpoints)) for f in folders))
-    if not common:
-        raise UserError(
-            f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
-        )
-    saved = [checkpoint.load(folder.checkpoints, max(common)) for folder in folders]
+    if not common:  # killed before the first one was there for all, unless something was logged
+        if any(folder.has_evaluations for folder in folders):
+            raise UserError(
+                f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
+            )
+        for config, folder in zip(trainer.configs, folders, strict=True):
+            folder.clear(config)
+        _save(trainer, folders)
+        return
+    saved = [
+        checkpoint.load(folder.checkpoints, max(common), trainer.tensors(run))
+        for run, folder in enumerate(folders)
+    ]
     seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
     trainer.restore([t for t, _ in saved], max(common), seconds)
-    for folder in folders:  # at update 0 the first evaluation is still to come
-        folder.rewind(trainer.updates if trainer.updates else -1)
+    for folder, (_, facts) in zip(folders, saved, strict=True):
+        checkpoint.drop_after(folder.checkpoints, max(common))
+        folder.rewind(facts.get("logged"))
 
 
 def _save(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
-    facts = {"env_steps": trainer.env_steps, "wall_seconds": trainer.seconds}
     for run, folder in enumerate(folders):
+        facts = {
+            "env_steps": trainer.env_steps,
+            "wall_seconds": trainer.seconds,
+            "logged": folder.logged(),
+        }
         checkpoint.save(folder.checkpoints, trainer.updates, trainer.tensors(run), facts)
 
 
