@@ -51,6 +51,9 @@ class Config(Settings):
     """Where to train; auto takes a GPU if there is one."""
     pictures: bool = True
     """Whether TensorBoard gets pictures of policies and animated rollouts."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do where a loss, gradient or parameter is not a finite number: stop there, or leave
+    that update of that run out."""
     world: WorldConfig = WorldConfig()
     agent: AgentConfig = AgentConfig()
     training: ReinforceConfig = ReinforceConfig()

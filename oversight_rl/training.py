@@ -36,6 +36,7 @@ from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
 from oversight_rl.files import writing
+from oversight_rl.health import Watch
 from oversight_rl.steering import standard, steering_curve
 from oversight_rl.tracking import CONFIG, RunFolder, check_free, deployed_row, locked
 
@@ -110,6 +111,7 @@ class Trainer:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self.watch = Watch(len(configs), self.device)
         self.deploys = METHODS[configs[0].method].deploys
         self.selected = None if self.deploys == "last" else Selected(self.agent)
         self.latest: tuple[reinforce.Rollout, reinforce.Targets, reinforce.Loss] | None = None
@@ -193,16 +195,45 @@ class Trainer:
             rollout, self.methods, self.config, progress, self.reward_model, self.gate_memory
         )
         losses = reinforce.loss(self.agent, rollout, targets, self.reward_model, self.gate_memory)
-        self._step(losses.total(self.config, progress), progress)
+        self._step(losses, progress)
         self.latest = rollout, targets, losses
         self.updates += 1
 
-    def _step(self, total: Tensor, progress: float) -> None:
+    def _step(self, losses: reinforce.Loss, progress: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = reinforce.at(self.config.learning_rate, progress)
         self.optimizer.zero_grad()
-        total.sum().backward()
+        losses.total(self.config, progress).sum().backward()
+        skips = self.configs[0].on_nan == "skip"
+        before = [x.detach().clone() for x in self._learned()] if skips else []
         self.optimizer.step()
+        healthy = self.watch.look(self.updates + 1, self._numbers(losses))
+        if skips:
+            with torch.no_grad():
+                for now, was in zip(self._learned(), before, strict=True):
+                    now.copy_(torch.where(healthy.view(-1, *[1] * (now.ndim - 1)), now, was))
+
+    def _learned(self) -> list[Tensor]:
+        """Parameters and the optimizer's moments of all runs."""
+        moments = [
+            self.optimizer.state[parameter][moment]
+            for parameter in self.parameters.values()
+            for moment in ("exp_avg", "exp_avg_sq")
+        ]
+        return [*self.parameters.values(), *moments]
+
+    def _numbers(self, losses: reinforce.Loss) -> dict[str, Tensor]:
+        """All that an update makes, summed up: finite only if every number in it is. [R] each"""
+
+        def norm(x: Tensor) -> Tensor:
+            size: Tensor = torch.linalg.vector_norm(x.detach().flatten(1), dim=1)
+            return size
+
+        numbers = {f"{part} loss": value.detach() for part, value in vars(losses).items()}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                numbers[f"gradient of {name}"] = norm(parameter.grad)
+        return numbers | {f"parameter {name}": norm(p) for name, p in self.parameters.items()}
 
     def _draw(self, steps: int) -> Tensor:
         """Uniform numbers `[R, steps, N, channels]`, each run's from its own stream."""
@@ -389,14 +420,18 @@ def _train(
         if trainer.updates == 0:
             _show(progress, task, evaluate())
             _draw_pictures(trainer, folders)
-        timer = _Stopwatch(trainer)
+        timer, health = _Stopwatch(trainer), _Health(trainer, folders, console)
         while trainer.updates < total:
             if stopping():
+                health.check()
                 timer.lap()
                 _save(trainer, folders)
                 raise Interrupted
             trainer.update()
             n = trainer.updates
+            evaluating = n % every == 0 or n == total
+            if trainer.device.type == "cpu" or n % LOG_EVERY == 0 or evaluating:
+                health.check()
             if n % LOG_EVERY == 0:
                 speed = timer.lap()
                 for folder, points in zip(folders, trainer.curves(), strict=True):
@@ -405,7 +440,7 @@ def _train(
                 progress.update(task, speed=speed)
                 timer.start()
             progress.update(task, completed=n)
-            if n % every == 0 or n == total:
+            if evaluating:
                 timer.lap()
                 _show(progress, task, evaluate())
                 if n == total or n // every % max(1, total // every // PICTURES) == 0:
@@ -476,6 +511,28 @@ def _draw_pictures(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
             folder.picture("pictures/policies", trainer.updates, arrows)
             animation = pictures.rollouts(agent, world, policies)
             folder.picture("pictures/rollouts", trainer.updates, animation)
+
+
+class _Health:
+    """Stops a stack in which numbers went bad, or says once that updates are left out."""
+
+    def __init__(self, trainer: Trainer, folders: Sequence[RunFolder], console: Console) -> None:
+        self.trainer, self.folders, self.console = trainer, folders, console
+        self.told: set[int] = set()
+
+    def check(self) -> None:
+        for run, what in self.trainer.watch.seen().items():
+            folder = self.folders[run]
+            if self.trainer.configs[run].on_nan == "stop":
+                newest = max(checkpoint.updates(folder.checkpoints))
+                raise UserError(
+                    f"{folder.path}: {what}; stopped there, the checkpoint of update {newest} is "
+                    "kept (on_nan: skip in its config.yaml leaves such updates out)"
+                )
+            if run not in self.told:
+                self.told.add(run)
+                line = f"{folder.path}: {what}; left out, as further ones will be"
+                self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 class _Stopwatch:
