@@ -2,17 +2,19 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 
 from agents import reinforce
-from oversight_rl import checkpoint
+from oversight_rl import checkpoint, tracking
 from oversight_rl.cli import train
 from oversight_rl.config import Config, load_yaml
-from oversight_rl.tracking import RunFolder
+from oversight_rl.tracking import EVENTS, RunFolder
 from oversight_rl.training import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -23,9 +25,9 @@ def refused(capsys, args):
     """Train where that must end with exit code 2 and one line, which is returned."""
     with pytest.raises(SystemExit) as stop:
         train([str(arg) for arg in args])
-    error = capsys.readouterr().err
+    *before, error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
-    assert error.count("\n") == 1, error
+    assert all("going on without TensorBoard" in line for line in before)
     return error
 
 
@@ -131,3 +133,146 @@ def test_a_healthy_run_is_the_same_whatever_is_done_about_bad_numbers():
             trainer.update()
     theirs = skip.tensors(0)
     assert all(torch.equal(x, theirs[name]) for name, x in stop.tensors(0).items())
+
+
+# ---- disks that are full, read-only, gone
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A small file system of its own, where mounting is allowed: `mount(options)` changes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def call(*args):
+        done = subprocess.run(args, capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting is not allowed here")
+
+    call("mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk))
+    yield lambda options: call("mount", "-o", f"remount,{options}", str(disk))
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def at_update(monkeypatch, number, act):
+    """Do something just before an update, the first time."""
+    update = Trainer.update
+    todo = [act]
+
+    def wrapped(self):
+        if self.updates + 1 == number and todo:
+            todo.pop()()
+        update(self)
+
+    monkeypatch.setattr(Trainer, "update", wrapped)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run to which nothing happened."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    train([*SMOKE, "--run-dir", str(path)])
+    return path
+
+
+def same_end(path, whole):
+    assert soak.differences(path, whole) == []
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_disk_that_cannot_be_written_stops_the_run_whole(
+    tmp_path, capsys, monkeypatch, mount, whole, kind
+):
+    disk = tmp_path / "disk"
+
+    def fill():
+        with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    spoil = fill if kind == "full" else lambda: mount("ro")
+    at_update(monkeypatch, 15, spoil)
+    error = refused(capsys, [*SMOKE, "--run-dir", disk / "run"])
+    assert f"{disk / 'run'}: cannot write there" in error
+    assert ("No space left" if kind == "full" else "Read-only") in error
+    mount("rw")
+    (disk / "filler").unlink(missing_ok=True)
+    assert checkpoint.updates(disk / "run/checkpoints") == [0, 10]
+    train(["--resume", str(disk / "run")])
+    same_end(disk / "run", whole)
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "checkpoints", "training.csv"])
+def test_a_full_device_stops_the_run_whole(tmp_path, capsys, monkeypatch, whole, file):
+    """As above, where mounting is not allowed: writes go to a device that is always full."""
+    path = tmp_path / "run"
+    target = path / file
+
+    def spoil():
+        target.rename(tmp_path / "aside")
+        target.symlink_to("/dev/full" if target.suffix else "/proc")
+
+    at_update(monkeypatch, 15, spoil)
+    assert f"{path}: cannot write there" in refused(capsys, [*SMOKE, "--run-dir", path])
+    assert "is not a plain" in refused(capsys, ["--resume", path])
+    target.unlink()
+    (tmp_path / "aside").rename(target)
+    train(["--resume", str(path)])
+    same_end(path, whole)
+
+
+def test_a_file_size_limit_stops_the_run_whole(tmp_path, whole):
+    path = tmp_path / "run"
+    program = (
+        "import resource, sys; from oversight_rl.cli import train;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY));"
+        "train(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, *SMOKE, "--run-dir", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{path}: cannot write there (File too large)" in done.stderr
+    train(["--resume", str(path)])
+    same_end(path, whole)
+
+
+def test_a_vanished_folder_stops_the_run_and_is_not_made_anew(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run"
+    at_update(monkeypatch, 15, lambda: path.rename(tmp_path / "elsewhere"))
+    error = refused(capsys, [*SMOKE, "--run-dir", path])
+    assert f"error: {path}: cannot write there (No such file or directory)" in error
+    assert not path.exists()
+    train(["--resume", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "elsewhere/result.json").exists()
+
+
+def test_without_tensorboard_a_run_goes_on_and_says_so_once(tmp_path, capsys, monkeypatch, whole):
+    path = tmp_path / "run"
+
+    def spoil():
+        (path / EVENTS).unlink()
+        (path / EVENTS).symlink_to("/dev/full")
+
+    at_update(monkeypatch, 15, spoil)
+    train([*SMOKE, "--run-dir", str(path)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left on device; going on without TensorBoard" in error
+    for name in ("metrics.csv", "training.csv"):
+        assert (path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_second_process_on_a_folder_is_refused(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run"
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    errors = []
+
+    def second():
+        errors.append(refused(capsys, ["--resume", path]))
+        errors.append(refused(capsys, [*SMOKE, "--run-dir", path]))
+
+    at_update(monkeypatch, 5, second)
+    train([*SMOKE, "--run-dir", str(path)])
+    assert "another process is at work in it" in errors[0]
+    assert "is not empty; go on with --resume" in errors[1]
