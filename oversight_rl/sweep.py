@@ -42,6 +42,7 @@ from oversight_rl.training import Interrupted, fit, stack_key
 
 SWEEP = "sweep.yaml"
 CPU_STACK, GPU_STACK = 5, 96  # runs per stack
+MOST_RUNS = 100_000  # of a sweep
 ATTEMPTS = 3  # of a stack whose worker is lost
 FAILED, STOPPED = 1, 130  # exit codes of a worker
 
@@ -94,6 +95,9 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
             raise UserError(f"sweep.methods: {method} cannot set {', '.join(wrong)} of its own")
     grid = {"seeds": as_sequence(sweep.settings.get("seeds", 0))} | sweep.grid
     seeds = grid.pop("seeds")
+    planned = math.prod(map(len, grid.values())) * len(seeds)
+    if planned > MOST_RUNS:
+        raise UserError(f"sweep.grid: combines to {planned:,} runs, more than {MOST_RUNS:,}")
     runs = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from agents.networks import Agent
 from agents.reward_model import RewardModel
 from envs import render
 from envs.settings import UserError
-from envs.world import State, World
+from envs.world import BEHAVIORS, State, World
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
@@ -278,6 +279,8 @@ class Trainer:
                 theirs = tensors.get(name)
                 if theirs is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
                     raise UserError(f"the checkpoint does not fit the configuration: {name}")
+                if not theirs.is_floating_point() and not self._possible(name, theirs):
+                    raise UserError(f"the checkpoint holds what cannot be: {name}")
 
         def joined(name: str) -> Tensor:
             return torch.stack([tensors[name] for tensors in runs]).to(self.device)
@@ -293,8 +296,24 @@ class Trainer:
                     state[moment].copy_(joined(f"adam.{moment}.{name}"))
         self.state = State(**{name: joined(f"world.{name}") for name in vars(self.state)})
         for generator, tensors in zip(self.generators, runs, strict=True):
-            generator.set_state(tensors["generator"])
+            try:
+                generator.set_state(tensors["generator"])
+            except RuntimeError:
+                raise UserError("the checkpoint holds what cannot be: generator") from None
         self.updates, self.seconds = update, seconds
+
+    def _possible(self, name: str, integers: Tensor) -> bool:
+        """Whether a saved tensor's integers can be, so that no index among them leads elsewhere."""
+        config = self.world.config
+        most = {
+            **dict.fromkeys(("agent", "diamond", "ghost"), config.cells - 1),
+            "time": config.max_steps - 1,
+            "active": self.world.inputs,
+            "label": len(BEHAVIORS) - 1,
+        }.get(name.rpartition(".")[2], math.inf)
+        if name.endswith(("memory.active", "memory.label")):
+            integers = integers[:-1]  # the last row is scratch
+        return not integers.numel() or (int(integers.min()) >= 0 and int(integers.max()) <= most)
 
     def subjects(self) -> list[Subject]:
         """What the result table says of each run."""
