@@ -61,8 +61,8 @@ def save(
 
 
 def drop_after(folder: Path, update: int) -> None:
-    """Drop the checkpoints that are newer than `update`, and remains of any."""
-    _keep(folder, [old for old in updates(folder) if old <= update])
+    """Drop the checkpoints that are newer than `update`, and what a kill left of others."""
+    _keep(folder, [old for old in updates(folder) if old <= update][-KEEP:])
 
 
 def _keep(folder: Path, kept: Sequence[int]) -> None:
