@@ -61,7 +61,7 @@ class Method:
     @property
     def any_environment(self) -> bool:
         """Whether it needs nothing but what an episode's end says, so that PPO can follow it."""
-        return not self.contrasts and not self.imputes and self.deploys == "last"
+        return not self.imputes and self.deploys == "last"
 
     @property
     def shape(self) -> tuple[object, ...]:

@@ -102,6 +102,12 @@ class Output(Record):
         logits = self.expert_logits + (self.head_logits - self.head_logits.detach())
         return (weights[..., None] * logits).sum(-2) + self.bias
 
+    def alone(self, expert: int) -> Tensor:
+        """Policy logits of one expert under the shared head. [R, B, A]"""
+        weights = torch.zeros_like(self.gate_logits[:, :1])
+        weights[..., expert] = 1.0
+        return self.mix(weights)
+
     @property
     def gate(self) -> Tensor:
         """Mixing probabilities of the gate. [R, B, K]"""

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from agents.memory import Memory
 from agents.methods import LABELED, METHODS, UNLABELED, MethodTables, Overseer, outcomes, tables
 from agents.networks import Agent, AgentConfig, Output
-from agents.reinforce import weighted_mean
+from agents.reinforce import DEPLOYED, contrast_loss, weighted_mean
 from agents.routing import lookup
 from agents.steering import MIXTURE, Steering, parse
 from envs.settings import nearest
@@ -229,7 +229,12 @@ class MoEPolicy(ActorCriticPolicy):
             actions: that were taken.
             routes: gradient weights into the experts and the gate, `[B, K + 1]`; None: all 1.
         """
-        output = self.output(obs)
+        return self.evaluate_output(self.output(obs), actions, routes)
+
+    def evaluate_output(
+        self, output: Output, actions: Tensor, routes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same from what the networks computed."""
         if routes is not None:
             output = output.routed(routes[None])
         distribution = self.distribution(output.mix(output.gate)[0])
@@ -277,6 +282,7 @@ class RoutedSamples(NamedTuple):
     advantages: Tensor
     returns: Tensor
     weights: Tensor  # [B], sample weights
+    signed: Tensor  # [B], discounted true return of labeled episodes (+1, -1), else 0
     routes: Tensor  # [B, K + 1], gradient weights of the experts and the gate
 
 
@@ -308,9 +314,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.methods, self.behaviors = methods, tuple(behaviors)
         self.labeled_weight, self.memory, self.rng = labeled_weight, memory, generator
         self.normalize = normalize
-        self.unfinished: tuple[NDArray[Any], NDArray[np.int64]] | None = None
         self.episodes = self.labels = 0
         super().__init__(*args, **kwargs)
+        # observations of the last rollout, and where in it the episode that goes on began
+        self.unfinished = self.observations, np.full(self.n_envs, self.buffer_size)
 
     def reset(self) -> None:
         """Forget all steps, but for those of episodes that go on."""
@@ -361,11 +368,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
 
         seen = Seen(stacked(self.terminated), stacked(self.truncated), stacked(self.label))
         audit = stacked(self.rng.random(self.label.shape, dtype=np.float32))
-        outcome, _ = outcomes(seen, Truth(stacked(self.truth)), audit, self.methods)
+        outcome, left = outcomes(seen, Truth(stacked(self.truth)), audit, self.methods)
         labeled = outcome >= LABELED
         heavy = self.methods.weighs_labels * (self.labeled_weight - 1) * labeled + 1
         self.weights = (heavy * lookup(self.methods.sample_weight, outcome))[0].numpy()
         self.routes = lookup(self.methods.routes, outcome)[0].numpy()
+        sign = 2.0 * (outcome == LABELED) - labeled.float()
+        self.signed = (sign * self.gamma**left)[0].numpy()
         # a method's table says what reaching a behavior is worth; the environment pays that much
         factor = self.methods.reward.clone()
         factor[:, :UNLABELED] = 1.0
@@ -399,10 +408,9 @@ class RoutedRolloutBuffer(RolloutBuffer):
     def _remember(self, memory: Memory) -> None:
         """Keep labeled observations, those that an episode began with in the last rollout too."""
         steps = np.arange(self.buffer_size)[:, None]
-        if self.unfinished is not None:
-            before, since = self.unfinished
-            label = self.outcome[0] - LABELED  # of the episode that went on
-            self._add(memory, before, label[None].repeat(len(before), 0), steps >= since)
+        before, since = self.unfinished
+        label = self.outcome[0] - LABELED  # of the episode that went on
+        self._add(memory, before, label[None].repeat(len(before), 0), steps >= since)
         self._add(memory, self.observations, self.outcome - LABELED, np.True_)
         done = self.terminated | self.truncated
         last = np.where(done, steps + 1, 0).max(0)  # where each unfinished episode begins
@@ -419,13 +427,14 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Minibatches of `RoutedSamples`, in random order."""
         if not self.generator_ready:
             self.weights = self.swap_and_flatten(self.weights)[:, 0]
+            self.signed = self.swap_and_flatten(self.signed)[:, 0]
             self.routes = self.swap_and_flatten(self.routes)
         yield from super().get(batch_size)
 
     def _get_samples(self, batch_inds: NDArray[Any], env: Any = None) -> Any:
         plain = super()._get_samples(batch_inds, env)
-        more = self.to_torch(self.weights[batch_inds]), self.to_torch(self.routes[batch_inds])
-        return RoutedSamples(*plain[:6], *more)
+        more = (self.weights, self.signed, self.routes)
+        return RoutedSamples(*plain[:6], *(self.to_torch(part[batch_inds]) for part in more))
 
 
 # ---- the algorithm
@@ -449,6 +458,7 @@ class RoutedPPO(PPO):
             and ghost.
         labeled_weight: weight of a labeled episode's samples next to any other's.
         gate_coef: weight of the gate loss.
+        contrast_coef: weight of the contrast loss, for the method that has one.
         gate_replay: remembered labeled observations that the gate learns from in each minibatch.
         label_recall: chance that an ending which should be labeled is.
         label_error: chance that a label names a wrong behavior.
@@ -485,6 +495,7 @@ class RoutedPPO(PPO):
         behaviors: Sequence[str] | None = None,
         labeled_weight: float = 5.0,
         gate_coef: float = 1.0,
+        contrast_coef: float = 0.3,
         gate_replay: int = 256,
         label_recall: float = 1.0,
         label_error: float = 0.0,
@@ -513,6 +524,7 @@ class RoutedPPO(PPO):
         self.overseer = Overseer(0.0, None, label_recall, label_error)
         self.labeled_weight = labeled_weight
         self.gate_coef, self.gate_replay = gate_coef, gate_replay
+        self.contrast_coef = contrast_coef
         kwargs["policy_kwargs"] = policy_kwargs
         given = inspect.signature(PPO).bind_partial(policy, env, *args, **kwargs).arguments
         kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in given}
@@ -637,8 +649,9 @@ class RoutedPPO(PPO):
         actions = batch.actions
         if isinstance(self.action_space, spaces.Discrete):
             actions = actions.long().flatten()
-        values, log_prob, entropy = policy.evaluate_actions(
-            batch.observations, actions, batch.routes if policy.n_experts > 1 else None
+        output = policy.output(batch.observations)
+        values, log_prob, entropy = policy.evaluate_output(
+            output, actions, batch.routes if policy.n_experts > 1 else None
         )
         advantages = batch.advantages
         log_ratio = log_prob - batch.old_log_prob
@@ -655,11 +668,16 @@ class RoutedPPO(PPO):
             "entropy_loss": -_mean(spread, weight),
             "gate_loss": self._gate_loss(policy),
         }
+        if METHODS[self.method].contrasts:
+            own = policy.distribution(output.alone(DEPLOYED)[0]).log_prob(actions)
+            taken = own, batch.old_log_prob, batch.signed, weight
+            parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0]
         loss = (
             parts["policy_gradient_loss"]
             + self.vf_coef * parts["value_loss"]
             + self.ent_coef * parts["entropy_loss"]
             + self.gate_coef * parts["gate_loss"]
+            + self.contrast_coef * parts.get("contrast_loss", 0.0)
         )
         parts = {name: value.detach() for name, value in parts.items()}
         with torch.no_grad():  # http://joschu.net/blog/kl-approx.html

@@ -41,5 +41,7 @@ class PPOConfig(Settings):
     """Weight of the gate loss."""
     gate_replay: int = Field(256, ge=0)
     """Remembered labeled observations that the gate learns from in each minibatch."""
+    contrast_coef: NonNegative = 0.3
+    """Weight of the contrast loss, for the method that has one."""
     labeled_weight: float = Field(5.0, gt=0)
     """Weight of a labeled episode's samples next to any other's."""

@@ -108,6 +108,7 @@ class Targets:
     imputed: Tensor | None  # [R, T, N], a reward model's chance of the diamond after each step
 
 
+DEPLOYED = 0  # the expert that is kept, the wanted behavior's
 MOST_KEYS = 2**20
 """States up to which equal ones are merged (a table of them is kept for each run)."""
 
@@ -311,20 +312,22 @@ def loss(
     output = rollout.output.rows(rollout.slot.flatten(1))
     routed = output.routed(targets.routes.flatten(1, 2))
     log_policy = routed.mix(routed.gate).log_softmax(-1)  # [R, B, A]
-    log_prob = log_policy.gather(-1, rollout.action.flatten(1)[..., None]).squeeze(-1)
+    action = rollout.action.flatten(1)[..., None]
+    log_prob = log_policy.gather(-1, action).squeeze(-1)
     value = output.value
     error = targets.returns.flatten(1) - value
 
     uniform = rollout.audit.flatten(1)
-    nothing = value.new_zeros(len(value))
+    nothing = contrast = value.new_zeros(len(value))
+    if targets.signed is not None:
+        own = output.alone(DEPLOYED).log_softmax(-1).gather(-1, action).squeeze(-1)
+        contrast = contrast_loss(own, log_prob, targets.signed.flatten(1), weight)
     return Loss(
         policy=-weighted_mean(log_prob * error.detach(), weight),
         value=weighted_mean(error**2, weight),
         entropy=weighted_mean(-(log_policy.exp() * log_policy).sum(-1), weight),
         gate=gate_loss(agent, output, outcome, uniform, memory) if agent.has_gate else nothing,
-        contrast=nothing
-        if targets.signed is None
-        else contrast_loss(output, rollout.action.flatten(1), log_prob, targets.signed, weight),
+        contrast=contrast,
         reward_model=nothing if reward_model is None else reward_model.loss(uniform),
     )
 
@@ -343,9 +346,7 @@ def gate_loss(
     return -weighted_mean(chosen, weight)
 
 
-def contrast_loss(
-    output: Output, action: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor
-) -> Tensor:
+def contrast_loss(own: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor) -> Tensor:
     """REINFORCE of the deployed expert by itself, on labeled episodes alone. [R]
 
     The deployed policy is the first expert under the shared head. It is rewarded +1 for a labeled
@@ -354,19 +355,14 @@ def contrast_loss(
     expert away from what led there, a negative gradient weight on the deployed path.
 
     Args:
-        output: of the agent, `[R, B]`.
-        action: `[R, B]`.
-        log_prob: of the actions under the mixture, `[R, B]`.
-        signed: discounted true return of labeled samples, 0 elsewhere; `[R, T, N]`.
+        own: log-probabilities of the actions under the deployed expert, `[R, B]`.
+        log_prob: the same under the mixture that took them, `[R, B]`.
+        signed: discounted true return of labeled samples, 0 elsewhere; `[R, B]`.
         weight: of the samples, `[R, B]`; unlabeled ones share the mean, so that the strength of
             this loss grows with oversight as that of the policy loss does.
     """
-    deployed = torch.zeros_like(output.gate_logits[:, :1])
-    deployed[..., 0] = 1.0
-    log_policy = output.mix(deployed).log_softmax(-1)
-    own = log_policy.gather(-1, action[..., None]).squeeze(-1)
     ratio = (own - log_prob).detach().exp().clamp(max=1.0)
-    return -weighted_mean(ratio * signed.flatten(1) * own, weight)
+    return -weighted_mean(ratio * signed * own, weight)
 
 
 @torch.no_grad()

@@ -14,9 +14,19 @@ from pydantic import (
     model_validator,
 )
 
+LONGEST = 600  # characters of a message
+
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: the rule, the value, the nearest valid choice."""
+    """A mistake of the user's, told in one line: the rule, the value, the nearest valid choice.
+
+    Whatever the message quotes, it is one line of printable characters, and not a long one.
+    """
+
+    def __init__(self, message: object) -> None:
+        words = " ".join(str(message).split())
+        shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in words)
+        super().__init__(shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}...")
 
 
 class Settings(BaseModel):

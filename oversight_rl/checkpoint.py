@@ -1,14 +1,17 @@
 """Checkpoints: atomic, resumable, pickle-free.
 
 A checkpoint is a pair of files, `update_N.safetensors` and `update_N.json`. Each is written under
-another name, flushed to disk and renamed; the JSON comes last, so a pair with both is complete.
+another name, flushed to disk and renamed; the JSON comes last, so a pair with both is complete. It
+is never written again. The JSON holds checksums of the tensors and of itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import math
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from agents.methods import METHODS
@@ -25,6 +29,7 @@ from agents.steering import Steering
 from envs.settings import UserError
 from envs.world import ACTIONS, BEHAVIORS
 from oversight_rl.config import Config
+from oversight_rl.files import check_plain, read_json, write_atomically, writing
 
 if TYPE_CHECKING:
     from agents.ppo import MoEPolicy
@@ -32,88 +37,149 @@ if TYPE_CHECKING:
 AnyAgent: TypeAlias = "Agent | MoEPolicy"
 POLICY = "oversight_rl_policy"  # metadata key of an exported policy
 KEEP = 2  # newest checkpoints left in a folder: runs of one stack may be one apart
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either there as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+MOST_TEXT = 2**20  # bytes of a checkpoint's JSON, and of a safetensors file's header
+_STEERING = TypeAdapter(Steering)  # checks the types of what is read
+_FILE = re.compile(r"update_([0-9]{8,12})\.(?:json|safetensors)(?:\.tmp)?")
 
 
 def save(
     folder: Path, update: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-) -> Path:
-    """Save a checkpoint and drop all but the newest few; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"update_{update:08d}.safetensors"
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(ready))
-    content = json.dumps({"update": update} | dict(facts), indent=1)
-    write_atomically(path.with_suffix(".json"), content.encode())
-    for old in updates(folder)[:-KEEP]:
-        stale = folder / f"update_{old:08d}.safetensors"
-        stale.with_suffix(".json").unlink()
-        stale.unlink()
-    return path
+) -> None:
+    """Save a checkpoint, unless it is there, and drop all but the newest few.
+
+    Args:
+        folder: to write it to, made if need be; the run folder around it must be there.
+        update: that it was taken after.
+        tensors: by name.
+        facts: what else there is to remember, for `load`.
+    """
+    folder.mkdir(exist_ok=True)
+    if update not in updates(folder):
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = {"update": update} | dict(facts) | {"checksums": checksums(ready)}
+        content["checksum"] = _checksum(json.dumps(content).encode())
+        path = folder / f"update_{update:08d}.safetensors"
+        write_atomically(path, safetensors.torch.save(ready))
+        write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1).encode())
+    _keep(folder, updates(folder)[-KEEP:])
+
+
+def drop_after(folder: Path, update: int) -> None:
+    """Drop the checkpoints that are newer than `update`, and what a kill left of others."""
+    _keep(folder, [old for old in updates(folder) if old <= update][-KEEP:])
+
+
+def _keep(folder: Path, kept: Sequence[int]) -> None:
+    """Remove other checkpoints, and what a kill left of them; JSON files first."""
+    for path in sorted(folder.glob("update_*"), key=lambda path: path.suffix != ".json"):
+        match = _FILE.fullmatch(path.name)
+        if match and (int(match[1]) not in kept or path.suffix == ".tmp"):
+            path.unlink()
 
 
 def updates(folder: Path) -> list[int]:
     """Updates with a complete checkpoint, oldest first."""
+    names = {path.name for path in folder.glob("update_*")}
     found = [
-        int(path.stem.removeprefix("update_"))
-        for path in folder.glob("update_*.json")
-        if path.stem.removeprefix("update_").isdigit() and path.with_suffix(".safetensors").exists()
+        int(match[1])
+        for name in names
+        if name.endswith(".json")
+        and (match := _FILE.fullmatch(name))
+        and name.removesuffix("json") + "safetensors" in names
     ]
     return sorted(found)
 
 
-def load(folder: Path, update: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(
+    folder: Path, update: int, like: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a checkpoint.
 
+    Args:
+        folder: of checkpoints.
+        update: which one.
+        like: tensors to read, with the shapes and types that they must have; on any device.
+
     Raises:
-        UserError: a file is missing, damaged or not a checkpoint.
+        UserError: a file is missing, damaged or not such a checkpoint.
     """
-    path = folder / f"update_{update:08d}.safetensors"
-    tensors, _ = read_tensors(path)
-    try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path.with_suffix('.json')}: not a readable checkpoint ({error})"
-        ) from None
-    wanted = {"update": int, "env_steps": int, "wall_seconds": float}
+    path = folder / f"update_{update:08d}.json"
+    check_plain(path)
+    facts = read_json(path, MOST_TEXT)
+    wanted = {"update": int, "env_steps": int, "wall_seconds": float, "checksums": dict}
     if not isinstance(facts, dict) or any(
         not isinstance(facts.get(name), kind) for name, kind in wanted.items()
     ):
-        raise UserError(f"{path.with_suffix('.json')}: not of a checkpoint of this program")
+        raise UserError(f"{path}: not of a checkpoint of this program")
+    checksum = facts.pop("checksum", None)
+    seconds = facts["wall_seconds"]
+    if checksum != _checksum(json.dumps(facts).encode()) or facts["update"] != update:
+        raise UserError(f"{path}: is damaged")
+    if facts["env_steps"] < 0 or not (seconds >= 0 and math.isfinite(seconds)):
+        raise UserError(f"{path}: not of a checkpoint of this program")
+    tensors, _ = read_tensors(path.with_suffix(".safetensors"), like)
+    _check(tensors, facts.pop("checksums"), path.with_suffix(".safetensors"))
     return tensors, facts
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """CRC-32 of each tensor's bytes, to notice damage."""
+    return {
+        name: _checksum(tensor.flatten().view(torch.uint8).numpy().data)
+        for name, tensor in tensors.items()
+    }
+
+
+def _checksum(content: bytes | memoryview) -> int:
+    return zlib.crc32(content)
+
+
+def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Any], source: Path) -> None:
+    for name, found in checksums(tensors).items():
+        if wanted.get(name) != found:
+            raise UserError(f"{source}: is damaged: {name} is not as it was saved")
+
+
+def read_tensors(
+    path: Path, like: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, within the memory that `like` would take.
+
+    Args:
+        path: the file.
+        like: tensors to read, with the shapes and types that they must have.
 
     Raises:
-        UserError: the file is missing, damaged or of another kind.
+        UserError: the file is missing, damaged, of another kind or of other tensors.
     """
+    check_plain(path)
+    tensors = {}
     try:
+        with path.open("rb") as raw:
+            header = int.from_bytes(raw.read(8), "little")
+        if header > MOST_TEXT:
+            raise UserError(f"{path}: its header claims {header:,} bytes")
         with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
+            names = set(file.keys())
+            for name, ours in like.items():
+                shape = tuple(file.get_slice(name).get_shape()) if name in names else None
+                _check_shape(name, shape, ours.shape, path)
+                tensors[name] = file.get_tensor(name)
+                if tensors[name].dtype != ours.dtype:
+                    raise UserError(f"{path}: {name} is {tensors[name].dtype}, not {ours.dtype}")
+            return tensors, file.metadata() or {}
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def _check_shape(
+    name: str, found: Sequence[int] | None, wanted: Sequence[int], source: Path
+) -> None:
+    if found is None or tuple(found) != tuple(wanted):
+        was = "is missing" if found is None else f"has shape {tuple(found)}"
+        raise UserError(
+            f"{source}: does not fit its configuration: {name} {was}, expected {tuple(wanted)}"
+        )
 
 
 def new_agent(
@@ -140,38 +206,20 @@ def take_run(agent: Agent, config: Config, run: int) -> Agent:
     return single
 
 
-def agent_from(tensors: Mapping[str, Tensor], config: Config, source: Path) -> AnyAgent:
-    """The agent in a checkpoint's or a policy file's tensors: the deployed one.
-
-    Raises:
-        UserError: tensors are missing or do not fit the configuration.
-    """
+def agent_like(config: Config, prefix: str = "agent.") -> dict[str, Tensor]:
+    """The agent that a configuration describes, as tensors that take no memory."""
     if config.algo == "ppo":
-        policy = new_policy(config)
-        fill({f"policy.{n}": p for n, p in policy.named_parameters()}, tensors, source)
-        return policy
-    agent = new_agent(config, 1)
-    selected = "selected." if any(name.startswith("selected.agent.") for name in tensors) else ""
-    fill({f"{selected}agent.{n}": p[0] for n, p in agent.named_parameters()}, tensors, source)
-    return agent
+        return {f"{prefix}{n}": p.detach() for n, p in new_policy(config).named_parameters()}
+    with torch.device("meta"):
+        agent = new_agent(config, 1)
+    return {f"{prefix}{name}": parameter[0] for name, parameter in agent.named_parameters()}
 
 
-def fill(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], source: Path) -> None:
-    """Copy saved tensors into those of the same names.
-
-    Raises:
-        UserError: one is missing or has another shape.
-    """
-    for name, tensor in ours.items():
-        found = theirs.get(name)
-        if found is None or found.shape != tensor.shape:
-            was = "is missing" if found is None else f"has shape {tuple(found.shape)}"
-            raise UserError(
-                f"{source}: does not fit its configuration: {name} {was}, expected "
-                f"{tuple(tensor.shape)}"
-            )
-        with torch.no_grad():
-            tensor.copy_(found)
+def deployed_prefix(config: Config) -> str:
+    """What the names of the deployed agent's tensors begin with in a checkpoint."""
+    if config.algo == "ppo":
+        return "policy."
+    return "agent." if METHODS[config.method].deploys == "last" else "selected.agent."
 
 
 def new_policy(config: Config) -> MoEPolicy:
@@ -179,6 +227,25 @@ def new_policy(config: Config) -> MoEPolicy:
     from oversight_rl.ppo_training import make_model
 
     return make_model(config, envs=1).policy  # type: ignore[return-value]
+
+
+def agent_from(
+    tensors: Mapping[str, Tensor], config: Config, source: Path, prefix: str = "agent."
+) -> AnyAgent:
+    """The agent in a checkpoint's or a policy file's tensors.
+
+    Raises:
+        UserError: tensors are missing or do not fit the configuration.
+    """
+    for name, ours in agent_like(config, prefix).items():
+        found = tensors.get(name)
+        _check_shape(name, None if found is None else found.shape, ours.shape, source)
+    agent = new_policy(config) if config.algo == "ppo" else new_agent(config, 1)
+    with torch.no_grad():
+        for name, parameter in agent.named_parameters():
+            saved = tensors[f"{prefix}{name}"]
+            parameter.copy_(saved.view_as(parameter))  # a stack of one run has one axis more
+    return agent
 
 
 @dataclass(frozen=True)
@@ -209,16 +276,19 @@ def write_policy(path: Path, steering: Steering, source: Saved) -> None:
         "env_steps": source.env_steps,
         "wall_seconds": source.wall_seconds,
     }
-    named = source.agent.named_parameters()
-    if isinstance(source.agent, Agent):
-        tensors = {f"agent.{name}": p.detach()[0].contiguous() for name, p in named}
-    else:
-        tensors = {f"policy.{name}": p.detach().contiguous() for name, p in named}
+    prefix = "policy." if source.config.algo == "ppo" else "agent."
+    tensors = {
+        f"{prefix}{name}": p.detach().view(like.shape).contiguous()
+        for (name, p), like in zip(
+            source.agent.named_parameters(),
+            agent_like(source.config).values(),
+            strict=True,
+        )
+    }
+    about["checksums"] = checksums(tensors)
     content = safetensors.torch.save(tensors, metadata={POLICY: json.dumps(about)})
-    try:
+    with writing(path):
         write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
 
 
 def read_policy(path: Path) -> Saved:
@@ -227,7 +297,7 @@ def read_policy(path: Path) -> Saved:
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
-    tensors, metadata = read_tensors(path)
+    _, metadata = read_tensors(path, {})
     if POLICY not in metadata:
         raise UserError(f"{path}: neither a run folder nor an exported policy")
     try:
@@ -236,8 +306,20 @@ def read_policy(path: Path) -> Saved:
         fields = about["steering"]
         for name in ("weights", "ablated"):
             fields[name] = None if fields[name] is None else tuple(fields[name])
-        steering = Steering(**fields)
+        steering = _STEERING.validate_python(fields)
         facts = int(about["env_steps"]), float(about["wall_seconds"])
-    except (ValueError, TypeError, KeyError) as error:
+        wanted = dict(about["checksums"])
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise UserError(f"{path}: not a readable policy ({error})") from None
-    return Saved(agent_from(tensors, config, path), config, *facts, steering)
+    tensors, _ = read_tensors(path, agent_like(config))
+    _check(tensors, wanted, path)
+    agent = agent_from(tensors, config, path)
+    weights = (0.0,) * agent.n_experts if steering.weights is None else steering.weights
+    if (
+        len(weights) != agent.n_experts
+        or not all(map(math.isfinite, weights))
+        or not set(steering.ablated) <= set(range(agent.n_experts))
+        or not (0 < steering.temperature < math.inf)
+    ):
+        raise UserError(f"{path}: its steering does not fit its {agent.n_experts} experts")
+    return Saved(agent, config, *facts, steering)

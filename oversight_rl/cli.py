@@ -31,8 +31,16 @@ from oversight_rl import checkpoint, reference, report
 from oversight_rl import pictures as drawing
 from oversight_rl.config import Config, Probability, load_yaml
 from oversight_rl.evaluation import Row, Subject, evaluator_of
+from oversight_rl.files import writing
 from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
-from oversight_rl.tracking import check_free, open_runs, write_json
+from oversight_rl.tracking import (
+    RunFolder,
+    begin_seeds,
+    check_free,
+    open_runs,
+    planned_seeds,
+    write_json,
+)
 from oversight_rl.training import Interrupted, fit, stack_key
 
 DEFAULTS = Config()
@@ -87,20 +95,19 @@ def _train(args: list[str]) -> None:
     config.torch_device()  # refuses an absent one before anything is written
     path = chosen.run_dir or _new_run_dir(config)
     check_free(path)
-    several = len(config.seeds) > 1
-    configs = [config.single(seed) for seed in config.seeds]
-    paths = [path / f"seed_{c.seeds[0]}" if several else path for c in configs]
-    _fit(configs, paths, path, console)
+    runs = begin_seeds(path, config) if len(config.seeds) > 1 else {path: config}
+    _fit(list(runs.values()), list(runs), path, console)
 
 
 def _resume(path: Path, console: Console) -> None:
-    folders = open_runs(path)
-    configs = [folder.config() for folder in folders]
+    begun = {folder.path: folder.config() for folder in open_runs(path)}
+    runs = planned_seeds(path) | begun
+    configs, folders = list(runs.values()), [RunFolder(run) for run in runs]
     if len({stack_key(config).model_dump_json() for config in configs}) > 1:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
     if all(folder.finished for folder in folders):
         raise UserError(f"{path}: this run is finished; see it with oversight-rl evaluate {path}")
-    _fit(configs, [folder.path for folder in folders], path, console, resume=True)
+    _fit(configs, list(runs), path, console, resume=True)
 
 
 def _fit(
@@ -197,7 +204,8 @@ def evaluate(
         rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
     _print_rows(rows, console)
     if json is not None:
-        _write_json(json, rows)
+        with writing(json):
+            write_json(json, rows)
 
 
 def _draw(folder: Path, saved: checkpoint.Saved, policies: Sequence[Steering]) -> None:
@@ -210,19 +218,10 @@ def _draw(folder: Path, saved: checkpoint.Saved, policies: Sequence[Steering]) -
     else:
         animation = drawing.env_rollouts(saved.agent, saved.config, policies)
         files = {} if animation is None else {"rollouts.gif": animation}
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (folder / name).write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
-
-
-def _write_json(path: Path, rows: Sequence[Row]) -> None:
-    try:
-        write_json(path, rows)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror})") from None
 
 
 def import_reference(

@@ -16,6 +16,10 @@ from agents.ppo_config import PPOConfig
 from agents.reinforce import ReinforceConfig
 from envs.settings import Settings, UserError, as_sequence, nearest
 from envs.world import WorldConfig
+from oversight_rl.files import read_text
+
+MOST_TEXT = 2**20  # bytes of a file of settings
+DEEPEST = 16  # levels of nesting in it
 
 GRID = "OversightGrid-v0"
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -30,7 +34,7 @@ class EvaluationConfig(Settings):
     """Updates between evaluations (and checkpoints)."""
     oversight: tuple[Probability, ...] = (0.0, 0.01, 0.1, 1.0)
     """Deployment oversight levels of the final table; the training level is always added."""
-    episodes: int = Field(20_000, ge=1)
+    episodes: int = Field(20_000, ge=1, le=10_000_000)
     """Episodes per policy and level where exact evaluation does not apply."""
 
 
@@ -62,6 +66,9 @@ class Config(Settings):
     """Where to train; auto takes a GPU if there is one."""
     pictures: bool = True
     """Whether TensorBoard gets pictures of policies and animated rollouts."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do where a loss, gradient or parameter is not a finite number: stop there, or leave
+    that update of that run out."""
     world: WorldConfig = WorldConfig()
     agent: AgentConfig = AgentConfig()
     training: ReinforceConfig = ReinforceConfig()
@@ -102,6 +109,8 @@ class Config(Settings):
             raise UserError(f"env: {self.env} needs --algo ppo (reinforce trains on {GRID} only)")
         if self.env == GRID and self.env_settings:
             raise UserError(f"env_settings: {GRID} has its settings under world")
+        if self.algo == "ppo" and self.on_nan == "skip":
+            raise UserError("on_nan: must be stop with --algo ppo, got 'skip'")
         method = METHODS[self.method]
         if self.algo == "ppo" and not method.any_environment:
             fitting = [name for name, other in METHODS.items() if other.any_environment]
@@ -160,17 +169,26 @@ class Config(Settings):
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, unchecked.
 
+    Aliases are refused: a few lines of them can stand for more than fits into memory.
+
     Raises:
         UserError: the file cannot be read, is not YAML, or holds no settings.
     """
+    text = read_text(path, MOST_TEXT)
+    # the safe loader in C, where PyYAML was built with it, is ten times as fast
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        # the safe loader in C, where PyYAML was built with it, is ten times as fast
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the file ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+                what = "aliases" if depth <= DEEPEST else f"more than {DEEPEST} levels"
+                raise UserError(f"{path}: {what} are not allowed")
+        content = yaml.load(text, Loader=loader)
+    # PyYAML lets through whatever the constructors of its types raise
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: not valid YAML ({error})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

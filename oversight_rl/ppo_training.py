@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +28,18 @@ from envs.settings import UserError
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import EnvEvaluator, Row, Subject, make_env
-from oversight_rl.tracking import RunFolder, locked
-from oversight_rl.training import LOG_EVERY, PICTURES, Interrupted, progress_bar, show
+from oversight_rl.tracking import RunFolder
+from oversight_rl.training import (
+    LOG_EVERY,
+    PICTURES,
+    Interrupted,
+    newest_common,
+    progress_bar,
+    run_folders,
+    show,
+)
+
+CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
 
 
 def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
@@ -63,6 +72,7 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
             method=config.method,
             labeled_weight=ppo.labeled_weight,
             gate_coef=ppo.gate_coef,
+            contrast_coef=ppo.contrast_coef,
             gate_replay=ppo.gate_replay,
             label_recall=config.label_recall,
             label_error=config.label_error,
@@ -94,15 +104,8 @@ def fit(
     stopping: Callable[[], bool],
 ) -> list[list[Row]]:
     """Train runs one after another, writing their folders; see `training.fit`."""
-    with ExitStack() as locks:
-        make_model(configs[0], envs=1)  # refuses what cannot be trained before anything is written
-        folders = [
-            RunFolder.open(path) if resume else RunFolder.create(path, config)
-            for path, config in zip(paths, configs, strict=True)
-        ]
-        for folder in folders:
-            locks.callback(folder.close)
-            locks.enter_context(locked(folder.path))
+    make_model(configs[0], envs=1)  # refuses what cannot be trained before anything is written
+    with run_folders(configs, paths, resume) as folders:
         return [
             folder.result() if folder.finished else _train(config, folder, console, stopping)
             for config, folder in zip(configs, folders, strict=True)
@@ -117,14 +120,22 @@ def _train(
     env.seed(int(np.random.SeedSequence(config.seeds[0]).generate_state(1)[0]))
     model.set_logger(Logger(folder=None, output_formats=[_Points()]))
     recorder = _Recorder(config, folder, console, stopping)
-    saved = checkpoint.updates(folder.checkpoints)
-    if saved:
-        tensors, facts = checkpoint.load(folder.checkpoints, saved[-1])
-        recorder.restore(model, tensors, facts)
-        folder.rewind(saved[-1] if saved[-1] else -1)
+    newest = newest_common([config], [folder])
+    model._last_obs = cast(Any, env.reset())
+    model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+    if newest is not None:
+        saved = checkpoint.load(folder.checkpoints, newest, _tensors(model))
+        recorder.restore(model, *saved)
+        checkpoint.drop_after(folder.checkpoints, newest)
+        folder.rewind(saved[1].get("logged"))
     total = config.ppo.updates * config.ppo.worlds * config.ppo.steps
     with recorder.progress:
-        model.learn(total - model.num_timesteps, callback=recorder, reset_num_timesteps=not saved)
+        model.learn(
+            total - model.num_timesteps,
+            recorder,
+            log_interval=cast(Any, None),
+            reset_num_timesteps=False,
+        )
     return recorder.finish(model)
 
 
@@ -163,25 +174,26 @@ class _Recorder(BaseCallback):
 
     def restore(self, model: RoutedPPO, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        checkpoint.fill(_kept(model), tensors, self.folder.checkpoints)
-        for group in model.policy.optimizer.param_groups:
-            for parameter in group["params"]:
-                model.policy.optimizer.state[parameter]["step"].fill_(float(tensors["adam.step"]))
-        buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-        if "unfinished.since" in tensors:
-            before, since = tensors["unfinished.observations"], tensors["unfinished.since"]
-            buffer.unfinished = before.numpy(), since.numpy()
-        world = {k.removeprefix("world."): v for k, v in tensors.items() if k.startswith("world.")}
-        if world:
-            cast(Any, model.env).set_state({name: value.numpy() for name, value in world.items()})
-            model._last_obs = tensors["last.observation"].numpy()
-            model._last_episode_starts = tensors["last.episode_starts"].numpy()
-        model.num_timesteps = facts["env_steps"]
-        self.updates, self.seconds, self.saved = (
-            facts["update"],
-            facts["wall_seconds"],
-            facts["update"],
-        )
+        with torch.no_grad():
+            for name, tensor in _kept(model).items():
+                tensor.copy_(tensors[name])
+        for state in model.policy.optimizer.state.values():
+            state["step"].fill_(tensors["adam.step"])
+        parts: dict[str, dict[str, Any]] = {"world": {}, "last": {}, "unfinished": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part in parts:
+                parts[part][rest] = tensor.numpy()
+        if parts["unfinished"]:
+            buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
+            before = parts["unfinished"]
+            buffer.unfinished = before["observations"], before["since"]
+        if parts["world"]:
+            cast(Any, model.env).set_state(parts["world"])
+            model._last_obs = parts["last"]["observation"]
+            model._last_episode_starts = parts["last"]["episode_starts"]
+        model.num_timesteps, self.seconds = facts["env_steps"], facts["wall_seconds"]
+        self.updates = self.saved = facts["update"]
 
     def _on_training_start(self) -> None:
         config = self.config
@@ -189,10 +201,10 @@ class _Recorder(BaseCallback):
             "", total=config.ppo.updates, completed=self.updates, speed=0.0, note=""
         )
         self.since = time.perf_counter()
-        if self.saved < 0:
+        if self.updates == 0:
+            self._save()
             self._evaluate()
             self._draw()
-            self._save()
         self.updates -= 1  # the first rollout begins before any update
 
     def _on_rollout_start(self) -> None:
@@ -212,6 +224,7 @@ class _Recorder(BaseCallback):
         """All that follows update number `updates`, unless that was done before a restart."""
         n, config = self.updates, self.config
         if n > max(self.saved, 0):
+            self._check()
             if n % LOG_EVERY == 0:
                 self._log()
             self.progress.update(self.task, completed=n)
@@ -227,6 +240,15 @@ class _Recorder(BaseCallback):
             self._save()
             raise Interrupted
 
+    def _check(self) -> None:
+        """Stop where numbers went bad; the last checkpoint is kept."""
+        for name, parameter in self.ppo.policy.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise UserError(
+                    f"{self.folder.path}: update {self.updates}: {name} is not finite; stopped "
+                    f"there, the checkpoint of update {self.saved} is kept"
+                )
+
     def _lap(self) -> float:
         """Add the training time since the last call; returns it."""
         elapsed = time.perf_counter() - self.since
@@ -240,8 +262,11 @@ class _Recorder(BaseCallback):
         self.ppo.logger.dump(self.updates)
         (points,) = self.ppo.logger.output_formats
         values = cast(_Points, points).values
-        losses = {k.removeprefix("train/"): v for k, v in values.items() if k.startswith("train/")}
-        curves = {f"loss/{name}": value for name, value in losses.items()}
+        curves = {
+            f"loss/{name.removeprefix('train/').removesuffix('_loss')}": value
+            for name, value in values.items()
+            if name.startswith("train/") and name not in CONSTANT
+        }
         curves |= _statistics(self.ppo)
         self.folder.log_training(self.updates, curves)
         self.folder.log(self.updates, {"training/env_steps_per_second": speed})
@@ -269,25 +294,12 @@ class _Recorder(BaseCallback):
     def _save(self) -> None:
         if self.saved == self.updates:
             return
-        model = self.ppo
-        tensors = _kept(model)
-        state = model.policy.optimizer.state
-        steps = [float(s["step"]) for s in state.values()]
-        tensors["adam.step"] = torch.tensor(max(steps, default=0.0))
-        buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-        if buffer.unfinished is not None:
-            before, since = buffer.unfinished
-            tensors |= {
-                "unfinished.observations": torch.as_tensor(before),
-                "unfinished.since": torch.as_tensor(since),
-            }
-        if hasattr(model.env, "get_state"):
-            world = cast(Any, model.env).get_state()
-            tensors |= {f"world.{k}": torch.as_tensor(np.asarray(v)) for k, v in world.items()}
-            tensors["last.observation"] = torch.as_tensor(model._last_obs)
-            tensors["last.episode_starts"] = torch.as_tensor(model._last_episode_starts)
-        facts = {"env_steps": model.num_timesteps, "wall_seconds": self.seconds}
-        checkpoint.save(self.folder.checkpoints, self.updates, tensors, facts)
+        facts = {
+            "env_steps": self.ppo.num_timesteps,
+            "wall_seconds": self.seconds,
+            "logged": self.folder.logged(),
+        }
+        checkpoint.save(self.folder.checkpoints, self.updates, _tensors(self.ppo), facts)
         self.saved = self.updates
         self.since = time.perf_counter()
 
@@ -322,6 +334,26 @@ def _kept(model: RoutedPPO) -> dict[str, Tensor]:
     if model.memory is not None:
         kept |= {f"memory.{name}": buffer for name, buffer in model.memory.named_buffers()}
     return kept
+
+
+def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
+    """Everything that a run needs to go on, by name."""
+    tensors = _kept(model)
+    state = model.policy.optimizer.state
+    tensors["adam.step"] = torch.tensor(float(max(s["step"] for s in state.values())))
+    buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
+    if model.memory is not None:
+        before, since = buffer.unfinished
+        tensors |= {
+            "unfinished.observations": torch.as_tensor(before),
+            "unfinished.since": torch.as_tensor(since),
+        }
+    if hasattr(model.env, "get_state"):  # other environments start anew on resuming
+        world = cast(Any, model.env).get_state()
+        tensors |= {f"world.{k}": torch.as_tensor(np.asarray(v)) for k, v in world.items()}
+        tensors["last.observation"] = torch.as_tensor(model._last_obs)
+        tensors["last.episode_starts"] = torch.as_tensor(model._last_episode_starts)
+    return tensors
 
 
 def _statistics(model: RoutedPPO) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,9 +15,11 @@ from envs.settings import UserError
 from envs.world import PLANES, WorldConfig
 from oversight_rl import checkpoint
 from oversight_rl.config import Config
+from oversight_rl.files import writing
 from oversight_rl.tracking import RunFolder
 
 EXPERTS = ("diamond_expert.1", "ghost_expert.1")  # in the order of our experts
+MOST_PROGRAM = 2**20  # bytes of the pickle in a state dict, of which tensors are no part
 SINGLE, HEAD = "neural_net.1.1", "shared_output"
 GATE, GATE_CONV, FIXED_GATE = "gating.2", "gating.0", "gating.fake_param"
 
@@ -86,25 +88,47 @@ def import_state_dict(
             tensors[f"agent.gate_out.{kind}"] = take(f"{GATE}.layers.2.{kind}")
             convolution = take(f"{GATE_CONV}.{kind}")  # [out, in, 1, 1] and [out]
             tensors[f"agent.gate_conv.{kind}"] = convolution.flatten(1 if kind == "weight" else 0)
-    for name, parameter in checkpoint.new_agent(config, 1).named_parameters():
-        if name.startswith("value_layers."):
-            tensors[f"agent.{name}"] = torch.zeros(parameter.shape[1:])
+    for name, ours in checkpoint.agent_like(config).items():
+        if name.startswith("agent.value_layers."):
+            tensors[name] = torch.zeros(ours.shape)
     checkpoint.agent_from(tensors, config, source)  # refuses what does not fit
+    prefix = checkpoint.deployed_prefix(config)
+    tensors = {f"{prefix}{name.removeprefix('agent.')}": x for name, x in tensors.items()}
     origin = f"{source.name}: training settings not named in it are this program's defaults"
     folder = RunFolder.create(run_dir, config, imported=origin)
     facts = {"env_steps": 0, "wall_seconds": 0.0, "imported": True}
-    checkpoint.save(folder.checkpoints, 0, tensors, facts)
-    folder.close()
+    with writing(run_dir):
+        checkpoint.save(folder.checkpoints, 0, tensors, facts)
     return folder
 
 
 def _read(source: Path) -> dict[str, Tensor]:
+    """The tensors in a file that torch saved, none larger than the file itself."""
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        size = source.stat().st_size
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+        # stored as they are, so that nothing unpacks to more than the file; the program that puts
+        # the tensors together is short; read in place, so that no claim of a size takes memory
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or any(
+            e.file_size > MOST_PROGRAM for e in entries if e.filename.endswith("data.pkl")
+        ):
+            raise ValueError
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"{source}: cannot read the file ({error.strerror})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    except Exception:  # whatever a damaged archive or program makes zipfile and torch raise
         raise UserError(f"{source}: not a state dict of tensors saved by torch") from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict):
         raise UserError(f"{source}: expected a dictionary of tensors")
-    return state
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{source}: expected a dictionary of tensors")
+        if (
+            tensor.layout != torch.strided
+            or not tensor.is_floating_point()
+            or tensor.device.type != "cpu"
+            or tensor.numel() * tensor.element_size() > size
+        ):
+            raise UserError(f"{source}: {name} must hold plain numbers, no more than the file has")
+    return {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -27,8 +27,8 @@ from matplotlib.ticker import NullLocator
 
 from agents.methods import METHODS
 from envs.settings import UserError
-from oversight_rl.checkpoint import write_atomically
 from oversight_rl.config import flat, read_yaml
+from oversight_rl.files import write_atomically, writing
 from oversight_rl.statistics import (
     differ,
     interquartile_mean,
@@ -750,7 +750,7 @@ def write(directory: Path) -> tuple[Found, str]:
     table = summary(found)
     sentence = verdict(found, table)
     drawn = []
-    try:
+    with writing(directory):
         (directory / "figures").mkdir(exist_ok=True)
         for name, kind in itertools.product(CAPTIONS, ("svg", "png")):
             (directory / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
@@ -763,8 +763,6 @@ def write(directory: Path) -> tuple[Found, str]:
         write_atomically(directory / "summary.csv", table.to_csv(index=False).encode())
         page = _page(found, table, sentence, drawn, directory.resolve().name)
         write_atomically(directory / "report.html", page.encode())
-    except OSError as error:
-        raise UserError(f"{directory}: cannot write there ({error.strerror})") from None
     return found, sentence
 
 

@@ -35,13 +35,14 @@ from rich.table import Table
 from agents.methods import METHODS
 from envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl import checkpoint
-from oversight_rl.checkpoint import write_atomically
 from oversight_rl.config import Config, read_yaml
+from oversight_rl.files import write_atomically, writing
 from oversight_rl.tracking import CHECKPOINTS, CONFIG, RESULT, RunFolder, deployed_row, locked
 from oversight_rl.training import Interrupted, fit, stack_key
 
 SWEEP = "sweep.yaml"
 CPU_STACK, GPU_STACK = 5, 96  # runs per stack
+MOST_RUNS = 100_000  # of a sweep
 ATTEMPTS = 3  # of a stack whose worker is lost
 FAILED, STOPPED = 1, 130  # exit codes of a worker
 
@@ -94,6 +95,9 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
             raise UserError(f"sweep.methods: {method} cannot set {', '.join(wrong)} of its own")
     grid = {"seeds": as_sequence(sweep.settings.get("seeds", 0))} | sweep.grid
     seeds = grid.pop("seeds")
+    planned = math.prod(map(len, grid.values())) * len(seeds)
+    if planned > MOST_RUNS:
+        raise UserError(f"sweep.grid: combines to {planned:,} runs, more than {MOST_RUNS:,}")
     runs = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -404,12 +408,10 @@ def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
                 raise UserError(f"{out}: holds another sweep ({name}); choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(path, content.encode())
-    except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror})") from None
 
 
 def load_sweep(path: Path) -> SweepConfig:

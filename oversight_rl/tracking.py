@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,19 +24,22 @@ from typing import Any
 
 from PIL import Image
 from pydantic import TypeAdapter
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
 from agents.methods import METHODS
 from envs.settings import UserError
 from oversight_rl import checkpoint
-from oversight_rl.checkpoint import write_atomically
 from oversight_rl.config import Config, dump_yaml, flat, load_yaml
 from oversight_rl.evaluation import Row
+from oversight_rl.files import check_plain, read_json, write_atomically, writing
 
 CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
-METRICS, TRAINING = "metrics.csv", "training.csv"
+SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
+METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.oversight_rl"
+MOST_RESULT = 2**26  # bytes of a result.json that is read
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
 PATIENCE = 10.0  # seconds to wait for a process that is about to let go of a folder
 _ROW = TypeAdapter(Row)  # checks the types of what is read
@@ -52,7 +56,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / CHECKPOINTS
-        self._writer: SummaryWriter | None = None
+        self.events = Events(path / EVENTS)
 
     @classmethod
     def create(cls, path: Path, config: Config, imported: str | None = None) -> RunFolder:
@@ -63,26 +67,34 @@ class RunFolder:
         """
         check_free(path)
         facts = provenance() | ({"imported": imported} if imported else {})
-        try:
+        folder = cls(path)
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(path / CONFIG, dump_yaml(config, facts).encode())
-            for name in (METRICS, TRAINING):
-                (path / name).touch()
-        except OSError as error:
-            raise UserError(f"{path}: cannot write there ({error.strerror})") from None
-        folder = cls(path)
-        folder._describe(config)
+            folder.clear(config)
         return folder
+
+    def clear(self, config: Config) -> None:
+        """Make it the folder of a run at its very beginning."""
+        checkpoint.drop_after(self.checkpoints, -1)
+        for name in (METRICS, TRAINING):
+            (self.path / name).write_bytes(b"")
+        self.events.cut(0)
+        self._describe(config)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """A run that is already there.
 
         Raises:
-            UserError: the folder holds no run.
+            UserError: the folder holds no run, or something in it leads elsewhere.
         """
         if not (path / CONFIG).is_file():
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it)")
+        for name in (CONFIG, METRICS, TRAINING, RESULT, EVENTS):
+            check_plain(path / name)
+        if (path / CHECKPOINTS).is_symlink():
+            raise UserError(f"{path / CHECKPOINTS}: is not a plain folder")
         return cls(path)
 
     def config(self) -> Config:
@@ -94,6 +106,12 @@ class RunFolder:
         """Whether the run came to its end."""
         return (self.path / RESULT).is_file()
 
+    @property
+    def has_evaluations(self) -> bool:
+        """Whether metrics.csv has anything in it."""
+        metrics = self.path / METRICS
+        return metrics.is_file() and metrics.stat().st_size > 0
+
     def result(self) -> list[Row]:
         """The rows of a finished run.
 
@@ -101,16 +119,15 @@ class RunFolder:
             UserError: there are none yet, or they are damaged.
         """
         path = self.path / RESULT
+        records = read_json(path, MOST_RESULT)
         try:
-            records = list(json.loads(path.read_text(encoding="utf-8")))
             rows = [
                 _ROW.validate_python({k: math.nan if v is None else v for k, v in record.items()})
                 for record in records
             ]
             deployed_row(rows)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: not a readable result ({reason})") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a readable result ({error})") from None
         return rows
 
     def load(self) -> checkpoint.Saved:
@@ -119,40 +136,64 @@ class RunFolder:
         Raises:
             UserError: there is none, or it is damaged or of another run.
         """
-        updates = checkpoint.updates(self.checkpoints)
-        if not updates:
-            raise UserError(f"{self.path}: no checkpoint in it yet")
         config = self.config()
-        tensors, facts = checkpoint.load(self.checkpoints, updates[-1])
-        agent = checkpoint.agent_from(tensors, config, self.checkpoints)
+        prefix = checkpoint.deployed_prefix(config)
+        like = checkpoint.agent_like(config, prefix)
+        tried = -1
+        while True:
+            newest = max(checkpoint.updates(self.checkpoints), default=-1)
+            if newest < 0:
+                raise UserError(f"{self.path}: no checkpoint in it yet")
+            try:
+                tensors, facts = checkpoint.load(self.checkpoints, newest, like)
+                break
+            except UserError:
+                if newest == tried:  # and not just removed by the run that is being trained
+                    raise
+                tried = newest
+        agent = checkpoint.agent_from(tensors, config, self.checkpoints, prefix)
         return checkpoint.Saved(agent, config, facts["env_steps"], facts["wall_seconds"])
 
-    @property
-    def writer(self) -> SummaryWriter:
-        """TensorBoard, opened when first needed."""
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self.path))
-        return self._writer
-
-    def rewind(self, update: int) -> None:
-        """Forget what was logged after `update`, to go on from its checkpoint."""
+    def logged(self) -> dict[str, int]:
+        """How long each log is, in bytes; what is said to be there is on disk."""
+        lengths = {EVENTS: self.events.sync()}
         for name in (METRICS, TRAINING):
-            try:
-                _rewind(self.path / name, update)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path / name}: cannot be gone on with ({error})") from None
-        self._writer = SummaryWriter(str(self.path), purge_step=update + 1)
+            with (self.path / name).open("rb") as file:
+                os.fsync(file.fileno())
+                lengths[name] = file.seek(0, os.SEEK_END)
+        return lengths
+
+    def rewind(self, logged: object) -> None:
+        """Cut the logs back to what they were, as `logged` told, to go on from there.
+
+        Raises:
+            UserError: they are shorter than that, or `logged` tells nothing.
+        """
+        lengths = logged if isinstance(logged, dict) else {}
+        for name in (METRICS, TRAINING, EVENTS):
+            path, length = self.path / name, lengths.get(name)
+            if not isinstance(length, int) or length < 0:
+                raise UserError(f"{self.checkpoints}: says nothing of {name}; train anew")
+            if name == EVENTS:
+                self.events.cut(length)
+                continue
+            if not path.is_file() or path.stat().st_size < length:
+                raise UserError(f"{path}: cannot be gone on with (it has lost lines)")
+            with writing(path):
+                os.truncate(path, length)
 
     def log_training(self, update: int, points: Mapping[str, float]) -> None:
         """Points of the training curves: to training.csv and TensorBoard."""
         _append(self.path / TRAINING, [{"update": update} | dict(points)])
         self.log(update, {f"training/{name}": value for name, value in points.items()})
+        self.events.flush()
 
     def log(self, update: int, scalars: Mapping[str, float]) -> None:
         """Scalars to TensorBoard."""
-        for tag, value in scalars.items():
-            if not math.isnan(value):
-                self.writer.add_scalar(tag, value, update)
+        known = {tag: value for tag, value in scalars.items() if not math.isnan(value)}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in known.items()]
+        if values:
+            self.events.add(Summary(value=values), update)
 
     def log_rows(self, update: int, rows: Sequence[Row]) -> None:
         """An evaluation: to metrics.csv, and the returns and endings to TensorBoard."""
@@ -172,7 +213,7 @@ class RunFolder:
                 },
             )
         self.log(update, {"evaluation/return/optimum": rows[0].optimal_return})
-        self.writer.flush()
+        self.events.flush()
 
     def picture(self, tag: str, update: int, encoded: bytes) -> None:
         """A PNG or an animated GIF to TensorBoard, as it is."""
@@ -181,11 +222,10 @@ class RunFolder:
             height=height, width=width, colorspace=3, encoded_image_string=encoded
         )
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self.writer._get_file_writer().add_summary(summary, update)
+        self.events.add(summary, update)
 
     def finish(self, config: Config, rows: Sequence[Row]) -> None:
-        """Write result.json and the hyperparameter summary, and close."""
-        write_json(self.path / RESULT, rows)
+        """Write the hyperparameter summary and result.json, which makes the run finished."""
         deployed = deployed_row(rows)
         settings = flat(
             config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
@@ -197,17 +237,11 @@ class RunFolder:
             "hparam/deployed_return": deployed.ground_truth_return,
             "hparam/p_ghost": deployed.p_ghost,
         }
-        # add_hparams of the writer itself would open a second event file
         for summary in hparams(hyperparameters, metrics):
-            self.writer._get_file_writer().add_summary(summary)
+            self.events.add(summary)
         self.log(config.learner.updates, metrics)
-        self.close()
-
-    def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self.events.sync()
+        write_json(self.path / RESULT, rows)
 
     def _describe(self, config: Config) -> None:
         """The text page and the chart of returns."""
@@ -215,7 +249,7 @@ class RunFolder:
         settings = "\n".join(
             f"| `{k}` | {v} |" for k, v in flat(config.model_dump(mode="json")).items()
         )
-        self.writer.add_text(
+        page = text(
             "run",
             f"## {config.method}, {config.oversight:.2%} oversight, seed {config.seeds[0]}\n\n"
             f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. "
@@ -232,7 +266,7 @@ class RunFolder:
             "* `training/loss`, `training/env_steps_per_second`\n\n"
             f"| setting | value |\n| --- | --- |\n{settings}\n",
         )
-        self.writer.add_custom_scalars(
+        charts = custom_scalars(
             {
                 "Ground truth": {
                     "return of each policy and the optimum": [
@@ -247,6 +281,73 @@ class RunFolder:
                 },
             }
         )
+        for summary in (page, charts):
+            self.events.add(summary)
+        self.events.flush()
+
+
+class Events:
+    """TensorBoard's file: one for the whole run, which can be cut back and gone on with.
+
+    Runs go on without it if it cannot be written, and say so once.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.length = path.stat().st_size if path.is_file() else 0  # bytes that are whole records
+        self.broken = False
+        self._buffer = io.BytesIO()  # whole records, so that a reader seldom meets half of one
+        self._records = RecordWriter(self._buffer)
+
+    def cut(self, length: int) -> None:
+        """Go on after the first `length` bytes; from the start, if there are fewer."""
+        with self._or_without():
+            self.path.touch()
+            self.length = length if length <= self.path.stat().st_size else 0
+            os.truncate(self.path, self.length)
+
+    def add(self, summary: Summary, step: int | None = None) -> None:
+        """Add a summary, to be written at the next `flush`."""
+        if not self.length and not self._buffer.tell():
+            self._record(Event(file_version="brain.Event:2"))
+        self._record(Event(step=step, summary=summary))
+
+    def _record(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Write what was added."""
+        records = self._buffer.getvalue()
+        self._buffer.seek(0)
+        self._buffer.truncate()
+        if records and not self.broken:
+            with self._or_without():
+                with self.path.open("ab") as file:
+                    file.write(records)
+                self.length += len(records)
+
+    def sync(self) -> int:
+        """Bring everything to disk; returns the length of what is there as a whole."""
+        self.flush()
+        if not self.broken:
+            with self._or_without(), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        return self.length
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.broken = True
+            print(
+                f"warning: {self.path}: {error.strerror}; going on without TensorBoard",
+                file=sys.stderr,
+            )
 
 
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -258,19 +359,6 @@ def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(records)
 
 
-def _rewind(path: Path, update: int) -> None:
-    """Drop the lines of a CSV file that came after `update`."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        kept = [record for record in reader if int(record["update"]) <= update]
-    text = io.StringIO(newline="")
-    if kept:
-        writer = csv.DictWriter(text, list(kept[0]))
-        writer.writeheader()
-        writer.writerows(kept)
-    write_atomically(path, text.getvalue().encode())
-
-
 def check_free(path: Path) -> None:
     """Refuse a folder that already holds something.
 
@@ -279,9 +367,34 @@ def check_free(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is not a folder")
-    if path.is_dir() and any(path.iterdir()):
+    # a run that was killed before it wrote its settings leaves empty folders, and half a file
+    found = (p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
+    if any(p.suffix != ".tmp" for p in found):
         hint = f"go on with --resume {path}, or " if find_runs(path) else ""
         raise UserError(f"{path}: is not empty; {hint}choose another --run-dir")
+
+
+def begin_seeds(path: Path, config: Config) -> dict[Path, Config]:
+    """Plan a run folder for each seed below `path`, so that a run killed at its start has all.
+
+    Raises:
+        UserError: the folder is taken, or cannot be written.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            check_free(path)
+            write_atomically(path / SEEDS, dump_yaml(config, provenance()).encode())
+    return planned_seeds(path)
+
+
+def planned_seeds(path: Path) -> dict[Path, Config]:
+    """The runs that `begin_seeds` planned there, if it did."""
+    check_plain(path / SEEDS)
+    if not (path / SEEDS).is_file():
+        return {}
+    config = load_yaml(path / SEEDS)
+    return {path / f"seed_{seed}": config.single(seed) for seed in config.seeds}
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -321,7 +434,8 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process is at work in it.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    with writing(path):
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         end = time.monotonic() + PATIENCE
         while True:

@@ -33,11 +33,13 @@ from agents.reward_model import RewardModel
 from agents.steering import standard, steering_curve
 from envs import render
 from envs.settings import UserError
-from envs.world import State, World
+from envs.world import BEHAVIORS, State, World
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import Evaluator, Row, Subject
-from oversight_rl.tracking import RunFolder, deployed_row, locked
+from oversight_rl.files import writing
+from oversight_rl.health import Watch
+from oversight_rl.tracking import CONFIG, RunFolder, check_free, deployed_row, locked
 
 HELD_OUT = 4096  # fresh episodes that an agent is selected by
 LOG_EVERY = 10  # updates between points of the training curves
@@ -110,6 +112,7 @@ class Trainer:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self.watch = Watch(len(configs), self.device)
         self.deploys = METHODS[configs[0].method].deploys
         self.selected = None if self.deploys == "last" else Selected(self.agent)
         self.latest: tuple[reinforce.Rollout, reinforce.Targets, reinforce.Loss] | None = None
@@ -193,16 +196,45 @@ class Trainer:
             rollout, self.methods, self.config, progress, self.reward_model, self.gate_memory
         )
         losses = reinforce.loss(self.agent, rollout, targets, self.reward_model, self.gate_memory)
-        self._step(losses.total(self.config, progress), progress)
+        self._step(losses, progress)
         self.latest = rollout, targets, losses
         self.updates += 1
 
-    def _step(self, total: Tensor, progress: float) -> None:
+    def _step(self, losses: reinforce.Loss, progress: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = reinforce.at(self.config.learning_rate, progress)
         self.optimizer.zero_grad()
-        total.sum().backward()
+        losses.total(self.config, progress).sum().backward()
+        skips = self.configs[0].on_nan == "skip"
+        before = [x.detach().clone() for x in self._learned()] if skips else []
         self.optimizer.step()
+        healthy = self.watch.look(self.updates + 1, self._numbers(losses))
+        if skips:
+            with torch.no_grad():
+                for now, was in zip(self._learned(), before, strict=True):
+                    now.copy_(torch.where(healthy.view(-1, *[1] * (now.ndim - 1)), now, was))
+
+    def _learned(self) -> list[Tensor]:
+        """Parameters and the optimizer's moments of all runs."""
+        moments = [
+            self.optimizer.state[parameter][moment]
+            for parameter in self.parameters.values()
+            for moment in ("exp_avg", "exp_avg_sq")
+        ]
+        return [*self.parameters.values(), *moments]
+
+    def _numbers(self, losses: reinforce.Loss) -> dict[str, Tensor]:
+        """All that an update makes, summed up: finite only if every number in it is. [R] each"""
+
+        def norm(x: Tensor) -> Tensor:
+            size: Tensor = torch.linalg.vector_norm(x.detach().flatten(1), dim=1)
+            return size
+
+        numbers = {f"{part} loss": value.detach() for part, value in vars(losses).items()}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                numbers[f"gradient of {name}"] = norm(parameter.grad)
+        return numbers | {f"parameter {name}": norm(p) for name, p in self.parameters.items()}
 
     def _draw(self, steps: int) -> Tensor:
         """Uniform numbers `[R, steps, N, channels]`, each run's from its own stream."""
@@ -247,6 +279,8 @@ class Trainer:
                 theirs = tensors.get(name)
                 if theirs is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
                     raise UserError(f"the checkpoint does not fit the configuration: {name}")
+                if not theirs.is_floating_point() and not self._possible(name, theirs):
+                    raise UserError(f"the checkpoint holds what cannot be: {name}")
 
         def joined(name: str) -> Tensor:
             return torch.stack([tensors[name] for tensors in runs]).to(self.device)
@@ -262,8 +296,24 @@ class Trainer:
                     state[moment].copy_(joined(f"adam.{moment}.{name}"))
         self.state = State(**{name: joined(f"world.{name}") for name in vars(self.state)})
         for generator, tensors in zip(self.generators, runs, strict=True):
-            generator.set_state(tensors["generator"])
+            try:
+                generator.set_state(tensors["generator"])
+            except RuntimeError:
+                raise UserError("the checkpoint holds what cannot be: generator") from None
         self.updates, self.seconds = update, seconds
+
+    def _possible(self, name: str, integers: Tensor) -> bool:
+        """Whether a saved tensor's integers can be, so that no index among them leads elsewhere."""
+        config = self.world.config
+        most = {
+            **dict.fromkeys(("agent", "diamond", "ghost"), config.cells - 1),
+            "time": config.max_steps - 1,
+            "active": self.world.inputs,
+            "label": len(BEHAVIORS) - 1,
+        }.get(name.rpartition(".")[2], math.inf)
+        if name.endswith(("memory.active", "memory.label")):
+            integers = integers[:-1]  # the last row is scratch
+        return not integers.numel() or (int(integers.min()) >= 0 and int(integers.max()) <= most)
 
     def subjects(self) -> list[Subject]:
         """What the result table says of each run."""
@@ -320,7 +370,8 @@ def fit(
 
     Args:
         configs: one per run, with one seed each.
-        paths: folder of each run, new or empty, or one to go on with.
+        paths: folder of each run, new or empty, or one to go on with (where it is empty, the run
+            begins).
         console: shows a progress bar, if it is a terminal.
         resume: go on from the newest checkpoint that all folders have.
 
@@ -329,8 +380,8 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
-        UserError: there is nothing to resume from, another process is at work on these runs, or
-            there is too little memory.
+        UserError: there is nothing to resume from, another process is at work on these runs, the
+            folders cannot be written, numbers went bad, or there is too little memory.
     """
     with _stop_requested() as stopping:
         if configs[0].algo == "ppo":
@@ -343,19 +394,41 @@ def fit(
             if "memory" not in str(error):
                 raise
             raise UserError("too little memory for these worlds and networks") from None
-        with ExitStack() as locks:
-            if resume:
-                folders = [RunFolder.open(path) for path in paths]
-            else:
-                folders = [RunFolder.create(*run) for run in zip(paths, configs, strict=True)]
-            for folder in folders:
-                locks.callback(folder.close)
-                locks.enter_context(locked(folder.path))
+        with run_folders(configs, paths, resume) as folders:
             if resume:
                 _resume(trainer, folders)
             else:
                 _save(trainer, folders)
             return _train(trainer, folders, console, stopping)
+
+
+@contextmanager
+def run_folders(
+    configs: Sequence[Config], paths: Sequence[Path], resume: bool
+) -> Iterator[list[RunFolder]]:
+    """The folders of runs, made or opened to go on with, for this process alone.
+
+    Raises:
+        UserError: another process is at work on these runs, they are finished, or the folders
+            cannot be written, now or later.
+    """
+    with ExitStack() as locks:
+        for path in paths:
+            if not resume:
+                check_free(path)
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(locked(path))
+        folders = [
+            RunFolder.open(path)
+            if resume and (path / CONFIG).is_file()
+            else RunFolder.create(path, config)
+            for path, config in zip(paths, configs, strict=True)
+        ]
+        if resume and all(folder.finished for folder in folders):
+            raise UserError(f"{paths[0]}: this run is finished")
+        with writing(paths[0], "; what was saved before is whole"):
+            yield folders
 
 
 def _train(
@@ -384,24 +457,27 @@ def _train(
         if trainer.updates == 0:
             show(progress, task, evaluate())
             _draw_pictures(trainer, folders)
-        timer = _Stopwatch(trainer)
+        timer, health = _Stopwatch(trainer), _Health(trainer, folders, console)
         while trainer.updates < total:
             if stopping():
+                health.check()
                 timer.lap()
                 _save(trainer, folders)
                 raise Interrupted
             trainer.update()
             n = trainer.updates
+            evaluating = n % every == 0 or n == total
+            if trainer.device.type == "cpu" or n % LOG_EVERY == 0 or evaluating:
+                health.check()
             if n % LOG_EVERY == 0:
                 speed = timer.lap()
                 for folder, points in zip(folders, trainer.curves(), strict=True):
-                    folder.log_training(n, points)
-                for folder in folders:
                     folder.log(n, {"training/env_steps_per_second": speed})
+                    folder.log_training(n, points)
                 progress.update(task, speed=speed)
                 timer.start()
             progress.update(task, completed=n)
-            if n % every == 0 or n == total:
+            if evaluating:
                 timer.lap()
                 show(progress, task, evaluate())
                 if n == total or n // every % max(1, total // every // PICTURES) == 0:
@@ -430,21 +506,49 @@ def _finish(
 
 
 def _resume(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
+    """Go on from the newest checkpoint that all have; what came after it is taken back."""
+    newest = newest_common(trainer.configs, folders)
+    if newest is None:
+        _save(trainer, folders)
+        return
+    saved = [
+        checkpoint.load(folder.checkpoints, newest, trainer.tensors(run))
+        for run, folder in enumerate(folders)
+    ]
+    seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
+    trainer.restore([t for t, _ in saved], newest, seconds)
+    for folder, (_, facts) in zip(folders, saved, strict=True):
+        checkpoint.drop_after(folder.checkpoints, newest)
+        folder.rewind(facts.get("logged"))
+
+
+def newest_common(configs: Sequence[Config], folders: Sequence[RunFolder]) -> int | None:
+    """Update of the newest checkpoint that all folders have.
+
+    None, with all of them cleared, where a kill came before the first one was there for all.
+
+    Raises:
+        UserError: there is none, though something was logged.
+    """
     common = set.intersection(*(set(checkpoint.updates(f.checkpoints)) for f in folders))
-    if not common:
+    if common:
+        return max(common)
+    if any(folder.has_evaluations for folder in folders):
         raise UserError(
             f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
         )
-    saved = [checkpoint.load(folder.checkpoints, max(common)) for folder in folders]
-    seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
-    trainer.restore([t for t, _ in saved], max(common), seconds)
-    for folder in folders:  # at update 0 the first evaluation is still to come
-        folder.rewind(trainer.updates if trainer.updates else -1)
+    for config, folder in zip(configs, folders, strict=True):
+        folder.clear(config)
+    return None
 
 
 def _save(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
-    facts = {"env_steps": trainer.env_steps, "wall_seconds": trainer.seconds}
     for run, folder in enumerate(folders):
+        facts = {
+            "env_steps": trainer.env_steps,
+            "wall_seconds": trainer.seconds,
+            "logged": folder.logged(),
+        }
         checkpoint.save(folder.checkpoints, trainer.updates, trainer.tensors(run), facts)
 
 
@@ -458,6 +562,28 @@ def _draw_pictures(trainer: Trainer, folders: Sequence[RunFolder]) -> None:
             folder.picture("pictures/policies", trainer.updates, arrows)
             animation = pictures.rollouts(agent, world, policies)
             folder.picture("pictures/rollouts", trainer.updates, animation)
+
+
+class _Health:
+    """Stops a stack in which numbers went bad, or says once that updates are left out."""
+
+    def __init__(self, trainer: Trainer, folders: Sequence[RunFolder], console: Console) -> None:
+        self.trainer, self.folders, self.console = trainer, folders, console
+        self.told: set[int] = set()
+
+    def check(self) -> None:
+        for run, what in self.trainer.watch.seen().items():
+            folder = self.folders[run]
+            if self.trainer.configs[run].on_nan == "stop":
+                newest = max(checkpoint.updates(folder.checkpoints))
+                raise UserError(
+                    f"{folder.path}: {what}; stopped there, the checkpoint of update {newest} is "
+                    "kept (on_nan: skip in its config.yaml leaves such updates out)"
+                )
+            if run not in self.told:
+                self.told.add(run)
+                line = f"{folder.path}: {what}; left out, as further ones will be"
+                self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 class _Stopwatch:

@@ -1,9 +1,11 @@
-"""The agent and its loss written plainly: net by net, dense, nothing merged or composed."""
+"""The agent and its loss written plainly: net by net, dense, episode by episode."""
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from agents.methods import LABELED
+from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED
+from envs.world import NO_LABEL
 
 
 def planes(active, shape):
@@ -66,3 +68,41 @@ def loss(agent, observation, rollout, targets, config):
         + config.entropy_coef[0] * ((log_policy.exp() * log_policy).sum(-1) * weight).sum()
         + config.gate_coef[0] * gate_loss
     )
+
+
+def outcomes(seen, steps, worlds):
+    """Outcome of the episode of each sample, and steps left: `[steps, worlds]` each."""
+    outcome = np.full((steps, worlds), UNFINISHED)
+    left = np.zeros((steps, worlds), dtype=int)
+    for n in range(worlds):
+        start = 0
+        for t in range(steps):
+            if bool(seen.terminated[0, t, n]) or bool(seen.truncated[0, t, n]):
+                label = int(seen.label[0, t, n])
+                if bool(seen.truncated[0, t, n]):
+                    kind = TIMEOUT
+                else:
+                    kind = UNLABELED if label == NO_LABEL else LABELED + label
+                for s in range(start, t + 1):
+                    outcome[s, n], left[s, n] = kind, t - s
+                start = t + 1
+        for s in range(start, steps):
+            left[s, n] = steps - s
+    return outcome, left
+
+
+def returns(seen, outcome, after, discount, rewards):
+    """Return of each sample, `[steps, worlds]`.
+
+    An episode's end pays `rewards[outcome]`; the window's end `after` `[worlds]`.
+    """
+    steps, worlds = outcome.shape
+    value = np.zeros((steps, worlds))
+    for n in range(worlds):
+        following = after[n]
+        for t in reversed(range(steps)):
+            if bool(seen.terminated[0, t, n]) or bool(seen.truncated[0, t, n]):
+                following = rewards.get(outcome[t, n], 0) / discount
+            following *= discount
+            value[t, n] = following
+    return value

@@ -305,7 +305,7 @@ def test_only_the_newest_complete_checkpoints_are_kept(tmp_path):
         )
     assert checkpoint.updates(tmp_path) == [2, 3]
     assert len(list(tmp_path.iterdir())) == 4
-    tensors, facts = checkpoint.load(tmp_path, 3)
+    tensors, facts = checkpoint.load(tmp_path, 3, {"x": torch.zeros(2, dtype=torch.int64)})
     assert tensors["x"].tolist() == [3, 3]
     assert facts == {"update": 3, "env_steps": 3, "wall_seconds": 0.5}
     (tmp_path / "update_00000003.json").unlink()  # as if killed before it was written

@@ -85,33 +85,11 @@ def loss_of(agent, rollout, targets, mask):
 # ---- outcomes and returns, against a loop over episodes
 
 
-def plain_outcomes(seen, steps, worlds):
-    outcome = np.full((steps, worlds), UNFINISHED)
-    left = np.zeros((steps, worlds), dtype=int)
-    for n in range(worlds):
-        start = 0
-        for t in range(steps):
-            if bool(seen.terminated[0, t, n]) or bool(seen.truncated[0, t, n]):
-                label = int(seen.label[0, t, n])
-                if bool(seen.truncated[0, t, n]):
-                    kind = TIMEOUT
-                else:
-                    kind = UNLABELED if label == NO_LABEL else LABELED + label
-                for s in range(start, t + 1):
-                    outcome[s, n], left[s, n] = kind, t - s
-                start = t + 1
-        for s in range(start, steps):
-            left[s, n] = steps - s
-    return outcome, left
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_outcomes_agree_with_a_loop_over_episodes(seed):
     rollout = make_rollout(make_agent(), seed=seed)
-    outcome, left = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables(["routing"], [Overseer(0.5)], 2)
-    )
-    expected, expected_left = plain_outcomes(rollout.seen, 12, 20)
+    outcome, left = read(rollout, tables(["routing"], [Overseer(0.5)], 2))
+    expected, expected_left = plain.outcomes(rollout.seen, 12, 20)
     assert set(np.unique(expected)) == {UNFINISHED, TIMEOUT, UNLABELED, LABELED, LABELED + 1}
     assert np.array_equal(outcome[0].numpy(), expected)
     assert np.array_equal(left[0].numpy(), expected_left)
@@ -131,15 +109,13 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
     rollout = make_rollout(agent)
     config = ReinforceConfig(discount=0.9, bootstrap=bootstrap, labeled_weight=3.0)
     targets = reinforce.label(rollout, tables([method], [Overseer(0.5)], agent.n_experts), config)
-    outcome, _ = plain_outcomes(rollout.seen, 12, 20)
-    after = rollout.value_after[0]
+    outcome, _ = plain.outcomes(rollout.seen, 12, 20)
+    after = rollout.value_after[0].numpy() * bootstrap
+    paid = {kind: reward or 0 for kind, reward in REWARDS[method].items()}
+    expected = plain.returns(rollout.seen, outcome, after, 0.9, paid)
+    assert targets.returns[0].numpy() == pytest.approx(expected, abs=1e-6)
     for n in range(20):
-        value = float(after[n]) if bootstrap else 0.0
-        for t in reversed(range(12)):
-            if bool(rollout.seen.terminated[0, t, n] | rollout.seen.truncated[0, t, n]):
-                value = (REWARDS[method].get(outcome[t, n], 0) or 0) / 0.9
-            value *= 0.9
-            assert float(targets.returns[0, t, n]) == pytest.approx(value, abs=1e-6)
+        for t in range(12):
             dropped = REWARDS[method].get(outcome[t, n], 0) is None
             heavy = 3.0 if METHODS[method].weighs_labels else 1.0
             weight = 0.0 if dropped else heavy if outcome[t, n] >= LABELED else 1.0
@@ -403,7 +379,7 @@ def test_a_reward_model_pays_for_unlabeled_endings_what_it_expects():
     rollout = make_rollout(agent)
     methods = tables(["reward_model"], [Overseer(0.5)], 1)
     targets = reinforce.label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
-    outcome, left = plain_outcomes(rollout.seen, 12, 20)
+    outcome, left = plain.outcomes(rollout.seen, 12, 20)
     final = model.world.after(rollout.observation, rollout.action)[0]
     observation = plain.planes(final[..., :3], SHAPE)
     kernel = model.convolution.weight[0][:, :, None, None]
@@ -489,7 +465,7 @@ def test_the_gate_learns_from_what_is_remembered(batch):
         targets = reinforce.label(window, methods, ReinforceConfig(), memory=memory)
     total = 0
     for window in (earlier, rollout):
-        outcome = torch.as_tensor(plain_outcomes(window.seen, 12, 20)[0])
+        outcome = torch.as_tensor(plain.outcomes(window.seen, 12, 20)[0])
         total += int((outcome >= LABELED).sum())
     assert memory.count.item() == total
     found = reinforce.loss(agent, rollout, targets, memory=memory).gate
@@ -533,7 +509,7 @@ def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
     config = ReinforceConfig(discount=0.9, labeled_weight=3.0)
     targets = reinforce.label(rollout, tables(["contrastive_routing"], [Overseer(0.5)], 2), config)
     found = reinforce.loss(agent, rollout, targets).contrast
-    outcome, left = plain_outcomes(rollout.seen, 12, 20)
+    outcome, left = plain.outcomes(rollout.seen, 12, 20)
     observation = plain.planes(rollout.observation[0].flatten(0, 1), SHAPE)
     (diamond, ghost), gate, _ = plain.forward(agent, observation)
     g = torch.sigmoid(gate)

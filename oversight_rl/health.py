@@ -1,0 +1,58 @@
+"""Numbers that went bad: seen at the update that made them, without making a GPU wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Watch:
+    """Notes the first number of each of R runs that is not finite.
+
+    Args:
+        runs: number of runs R.
+        device: where the numbers live.
+    """
+
+    def __init__(self, runs: int, device: torch.device) -> None:
+        self.names: list[str] = []
+        self.update = torch.zeros(runs, dtype=torch.int64, device=device)  # of the first, or 0
+        self.which = torch.zeros_like(self.update)  # index into names
+        self.value = torch.zeros(runs, device=device)
+        self.count = torch.zeros_like(self.update)  # updates with any
+
+    @torch.no_grad()
+    def look(self, update: int, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Look at what an update (counted from 1) made.
+
+        Args:
+            update: which one.
+            numbers: `[R]` each, by what they are called, in the order in which they came to be;
+                the same names every time.
+
+        Returns:
+            Whether all are finite. [R] bool
+        """
+        self.names = list(numbers)
+        values = torch.stack(list(numbers.values()))  # [numbers, R]
+        bad = ~values.isfinite()
+        any_bad = bad.any(0)
+        first = any_bad & (self.count == 0)
+        which = bad.int().argmax(0)  # the first of several
+        self.update = torch.where(first, update, self.update)
+        self.which = torch.where(first, which, self.which)
+        self.value = torch.where(first, values.gather(0, which[None])[0], self.value)
+        self.count = self.count + any_bad
+        return ~any_bad
+
+    def seen(self) -> dict[int, str]:
+        """What was seen first, in words, by run; waits for the device."""
+        if not bool(self.count.any()):
+            return {}
+        return {
+            run: f"update {self.update[run]}: the {self.names[which]} is {float(self.value[run])}"
+            for run, which in enumerate(self.which.tolist())
+            if self.count[run]
+        }

@@ -1,0 +1,278 @@
+"""What docs/reliability.md promises, by breaking things: kills, full disks, bad numbers."""
+
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+
+from agents import reinforce
+from oversight_rl import checkpoint, tracking
+from oversight_rl.cli import train
+from oversight_rl.config import Config, load_yaml
+from oversight_rl.tracking import EVENTS, RunFolder
+from oversight_rl.training import Trainer
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
+
+
+def refused(capsys, args):
+    """Train where that must end with exit code 2 and one line, which is returned."""
+    with pytest.raises(SystemExit) as stop:
+        train([str(arg) for arg in args])
+    *before, error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert all("going on without TensorBoard" in line for line in before)
+    return error
+
+
+# ---- kills
+
+
+def test_killed_runs_go_on_as_if_nothing_had_happened():
+    """A short form of the soak; see there what is compared."""
+    command = [sys.executable, "benchmarks/soak.py", "kill", "--kills", "5", "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("5 kills of")
+
+
+# ---- bad numbers
+
+
+def small(seed=0, **more):
+    base = load_yaml(ROOT / "configs" / "smoke.yaml").model_dump() | {"device": "cpu"}
+    return Config.model_validate(base | {"seeds": (seed,), "pictures": False} | more)
+
+
+def poisoned(monkeypatch, part, value, run, update):
+    """Give one part of one run's loss a bad value at one update."""
+    honest = reinforce.loss
+    calls = 0
+
+    def loss(*args):
+        nonlocal calls
+        calls += 1
+        losses = honest(*args)
+        if calls != update:
+            return losses
+        factor = torch.ones_like(getattr(losses, part))
+        factor[run] = value
+        return replace(losses, **{part: getattr(losses, part) * factor})
+
+    monkeypatch.setattr(reinforce, "loss", loss)
+
+
+def learned(trainer, run):
+    tensors = trainer.tensors(run)
+    names = [n for n in tensors if n.startswith(("agent.", "adam."))]
+    return {name: tensors[name].clone() for name in names}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_number_stops_the_run_at_that_update(tmp_path, capsys, monkeypatch, value):
+    poisoned(monkeypatch, "value", value, 0, 13)
+    error = refused(capsys, [*SMOKE, "--run-dir", tmp_path / "run"])
+    assert "update 13: the value loss is " in error
+    assert "the checkpoint of update 10 is kept" in error
+    assert checkpoint.updates(tmp_path / "run/checkpoints") == [0, 10]
+    agent = RunFolder.open(tmp_path / "run").load().agent
+    assert all(parameter.isfinite().all() for parameter in agent.parameters())
+
+
+def test_what_went_bad_first_is_named(tmp_path, capsys):
+    steep = [*SMOKE, "--run-dir", tmp_path / "run", "--training.learning-rate", "1e30"]
+    assert "update 1: the parameter agent.trunks.0.weight is inf" in refused(capsys, steep)
+
+
+def test_a_bad_gradient_is_told_from_a_bad_loss(monkeypatch):
+    trainer = Trainer([small()])
+    # the square root has no derivative at 0
+    monkeypatch.setattr(
+        reinforce.Loss, "total", lambda self, *_: self.policy + (self.value * 0).sqrt()
+    )
+    trainer.update()
+    assert "gradient of agent." in trainer.watch.seen()[0]
+
+
+def test_an_update_is_left_out_of_the_bad_run_alone(monkeypatch):
+    configs = [small(seed, on_nan="skip") for seed in (0, 1)]
+    healthy, trainer = Trainer(configs), Trainer(configs)
+    poisoned(monkeypatch, "policy", torch.nan, 1, 2)
+    for update in (1, 2, 3):
+        before = learned(trainer, 1)
+        trainer.update()
+        after = learned(trainer, 1)
+        same = [torch.equal(before[name], after[name]) for name in before]
+        assert all(same) if update == 2 else not any(same)
+    assert list(trainer.watch.seen()) == [1]
+    monkeypatch.undo()
+    for _ in range(3):
+        healthy.update()
+    theirs = healthy.tensors(0)
+    assert all(torch.equal(x, theirs[name]) for name, x in trainer.tensors(0).items())
+
+
+def test_leaving_updates_out_is_said_once_and_the_run_ends(tmp_path, capsys, monkeypatch):
+    poisoned(monkeypatch, "gate", torch.nan, 0, 4)
+    steep = ["--run-dir", str(tmp_path / "run"), "--on-nan", "skip", "--training.updates", "8"]
+    train([*SMOKE, *steep])
+    assert capsys.readouterr().out.count("update 4: the gate loss is nan; left out") == 1
+    assert (tmp_path / "run/result.json").exists()
+
+
+def test_a_healthy_run_is_the_same_whatever_is_done_about_bad_numbers():
+    stop, skip = Trainer([small()]), Trainer([small(on_nan="skip")])
+    for trainer in (stop, skip):
+        for _ in range(3):
+            trainer.update()
+    theirs = skip.tensors(0)
+    assert all(torch.equal(x, theirs[name]) for name, x in stop.tensors(0).items())
+
+
+# ---- disks that are full, read-only, gone
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """A small file system of its own, where mounting is allowed: `mount(options)` changes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def call(*args):
+        done = subprocess.run(args, capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting is not allowed here")
+
+    call("mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk))
+    yield lambda options: call("mount", "-o", f"remount,{options}", str(disk))
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def at_update(monkeypatch, number, act):
+    """Do something just before an update, the first time."""
+    update = Trainer.update
+    todo = [act]
+
+    def wrapped(self):
+        if self.updates + 1 == number and todo:
+            todo.pop()()
+        update(self)
+
+    monkeypatch.setattr(Trainer, "update", wrapped)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run to which nothing happened."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    train([*SMOKE, "--run-dir", str(path)])
+    return path
+
+
+def same_end(path, whole):
+    assert soak.differences(path, whole) == []
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_disk_that_cannot_be_written_stops_the_run_whole(
+    tmp_path, capsys, monkeypatch, mount, whole, kind
+):
+    disk = tmp_path / "disk"
+
+    def fill():
+        with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    spoil = fill if kind == "full" else lambda: mount("ro")
+    at_update(monkeypatch, 15, spoil)
+    error = refused(capsys, [*SMOKE, "--run-dir", disk / "run"])
+    assert f"{disk / 'run'}: cannot write there" in error
+    assert ("No space left" if kind == "full" else "Read-only") in error
+    mount("rw")
+    (disk / "filler").unlink(missing_ok=True)
+    assert checkpoint.updates(disk / "run/checkpoints") == [0, 10]
+    train(["--resume", str(disk / "run")])
+    same_end(disk / "run", whole)
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "checkpoints", "training.csv"])
+def test_a_full_device_stops_the_run_whole(tmp_path, capsys, monkeypatch, whole, file):
+    """As above, where mounting is not allowed: writes go to a device that is always full."""
+    path = tmp_path / "run"
+    target = path / file
+
+    def spoil():
+        target.rename(tmp_path / "aside")
+        target.symlink_to("/dev/full" if target.suffix else "/proc")
+
+    at_update(monkeypatch, 15, spoil)
+    assert f"{path}: cannot write there" in refused(capsys, [*SMOKE, "--run-dir", path])
+    assert "is not a plain" in refused(capsys, ["--resume", path])
+    target.unlink()
+    (tmp_path / "aside").rename(target)
+    train(["--resume", str(path)])
+    same_end(path, whole)
+
+
+def test_a_file_size_limit_stops_the_run_whole(tmp_path, whole):
+    path = tmp_path / "run"
+    program = (
+        "import resource, sys; from oversight_rl.cli import train;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY));"
+        "train(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, *SMOKE, "--run-dir", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{path}: cannot write there (File too large)" in done.stderr
+    train(["--resume", str(path)])
+    same_end(path, whole)
+
+
+def test_a_vanished_folder_stops_the_run_and_is_not_made_anew(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run"
+    at_update(monkeypatch, 15, lambda: path.rename(tmp_path / "elsewhere"))
+    error = refused(capsys, [*SMOKE, "--run-dir", path])
+    assert f"error: {path}: cannot write there (No such file or directory)" in error
+    assert not path.exists()
+    train(["--resume", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "elsewhere/result.json").exists()
+
+
+def test_without_tensorboard_a_run_goes_on_and_says_so_once(tmp_path, capsys, monkeypatch, whole):
+    path = tmp_path / "run"
+
+    def spoil():
+        (path / EVENTS).unlink()
+        (path / EVENTS).symlink_to("/dev/full")
+
+    at_update(monkeypatch, 15, spoil)
+    train([*SMOKE, "--run-dir", str(path)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left on device; going on without TensorBoard" in error
+    for name in ("metrics.csv", "training.csv"):
+        assert (path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_second_process_on_a_folder_is_refused(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "run"
+    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    errors = []
+
+    def second():
+        errors.append(refused(capsys, ["--resume", path]))
+        errors.append(refused(capsys, [*SMOKE, "--run-dir", path]))
+
+    at_update(monkeypatch, 5, second)
+    train([*SMOKE, "--run-dir", str(path)])
+    assert "another process is at work in it" in errors[0]
+    assert "is not empty; go on with --resume" in errors[1]
