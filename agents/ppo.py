@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -40,7 +41,7 @@ from agents.reinforce import DEPLOYED, contrast_loss, weighted_mean
 from agents.routing import lookup
 from agents.steering import MIXTURE, Steering, parse
 from envs.settings import nearest
-from envs.vector import make_vec
+from envs.vector import make_vec, symbolic
 from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
@@ -396,14 +397,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
         other behaviors had return 0.
         """
         routed = labeled & (self.routes != 1).any(-1)
-        plain = (self.weights > 0) & ~routed
-        if self.normalize:
-            mean = self.advantages[plain].mean() if plain.any() else 0.0
-            spread = self.advantages[plain].std() if plain.any() else 1.0
-            self.advantages = (self.advantages - mean) / (spread + 1e-8)
-            self.advantages[routed] = self.returns[routed] / (spread + 1e-8)
-        else:
-            self.advantages[routed] = self.returns[routed]
+        self.advantages[routed] = self.returns[routed]
+        plain = self.advantages[(self.weights > 0) & ~routed]
+        if self.normalize and plain.size:
+            spread = plain.std() + 1e-8
+            self.advantages[~routed] -= plain.mean()
+            self.advantages /= spread
+            self.signed /= spread
 
     def _remember(self, memory: Memory) -> None:
         """Keep labeled observations, those that an episode began with in the last rollout too."""
@@ -512,13 +512,20 @@ class RoutedPPO(PPO):
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {p}")
         hides = {"flags_visible": False} if METHODS[method].hides_flags else {}
-        if isinstance(env, str):
-            level = {} if oversight is None else {"oversight": oversight}
-            env = make_vec(env, n_envs, **(env_kwargs or {}), **level, **hides)
-        elif oversight is not None or env_kwargs:
+        if not isinstance(env, str) and (oversight is not None or env_kwargs):
             raise ValueError(
                 "oversight and env_kwargs are for environments made from their id; give them to "
                 "the environment itself, or to OversightLabels"
+            )
+        if isinstance(env, str):
+            level = {} if oversight is None else {"oversight": oversight}
+            env = make_vec(env, n_envs, **(env_kwargs or {}), **level, **hides)
+        elif isinstance(env, gym.Env):
+            env = symbolic(env)
+        if env is not None and isinstance(env.observation_space, spaces.Dict):
+            raise ValueError(
+                "RoutedPPO takes no Dict observations; wrap the environment, in "
+                "envs.minigrid.SymbolicObservation for MiniGrid, or gymnasium's FlattenObservation"
             )
         self.method, self.behaviors = method, tuple(behaviors or ())
         self.overseer = Overseer(0.0, None, label_recall, label_error)
@@ -531,11 +538,6 @@ class RoutedPPO(PPO):
         super().__init__(policy, env, *args, **kwargs)
 
     def _setup_model(self) -> None:
-        if isinstance(self.observation_space, spaces.Dict):
-            raise ValueError(
-                "RoutedPPO takes no Dict observations; wrap the environment, in "
-                "envs.minigrid.SymbolicObservation for MiniGrid, or gymnasium's FlattenObservation"
-            )
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
         method = METHODS[self.method]
@@ -544,7 +546,7 @@ class RoutedPPO(PPO):
         self.behaviors = self.behaviors or BEHAVIORS
         experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
         experts = experts if method.experts == "many" else 1
-        if 1 < experts < len(self.behaviors):
+        if method.experts == "many" and experts < len(self.behaviors):
             raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
         own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate}
         self.policy_kwargs = self.policy_kwargs | own
@@ -579,6 +581,11 @@ class RoutedPPO(PPO):
             raise ValueError(
                 f"method {self.method} is for environments that hide their flags from the policy "
                 "(an attribute flags_visible that is False)"
+            )
+        if level is None and METHODS[self.method].labels == "audit":
+            raise ValueError(
+                f"method {self.method} needs to know the share of episodes that it may look at: "
+                "give the environment an attribute oversight"
             )
         overseer = vars(self.overseer) | {"oversight": 0.0 if level is None else float(level)}
         self.overseer = Overseer(**overseer)

@@ -55,8 +55,12 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
 
 
 def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
-    env = gym.make(env_id, **kwargs)
+    return Monitor(symbolic(gym.make(env_id, **kwargs)))
+
+
+def symbolic(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """The environment, with MiniGrid's dictionary reduced to its symbols."""
     minigrid = isinstance(env.unwrapped, MiniGridEnv)
     if minigrid and isinstance(env.observation_space, gym.spaces.Dict):
-        env = SymbolicObservation(env)
-    return Monitor(env)
+        return SymbolicObservation(env)
+    return env

@@ -1,0 +1,500 @@
+"""RoutedPPO: SB3's habits, where gradients flow, what becomes of labels, learning."""
+
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
+
+import envs  # noqa: F401  (registers the ids)
+from agents import MoEPolicy, RoutedPPO
+from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
+from agents.ppo import PPO_METHODS, SymbolicCNN
+from envs.labels import OversightLabels
+from envs.minigrid import SymbolicObservation
+from envs.vector import make_vec
+
+ID = "MiniGrid-DiamondGhost-5x5-v0"
+TINY = {"n_envs": 8, "n_steps": 16, "batch_size": 64, "n_epochs": 1, "seed": 0,
+        "policy_kwargs": {"net_arch": [8, 8]}}  # fmt: skip
+
+
+def tiny(env=ID, **more):
+    settings = TINY | more
+    if not isinstance(env, str):
+        settings.pop("n_envs")
+    elif "MiniGrid" in env:
+        settings = {"oversight": 0.5} | settings
+    return RoutedPPO("MoEPolicy", env, **settings)
+
+
+class Told(gym.Env):
+    """Episodes of given lengths that end as told: (steps, info) each; rewards 1 at the end."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    behaviors, oversight = ("good", "bad"), 1.0
+
+    def __init__(self, script, truncates=()):
+        self.script, self.truncates, self.episode = script, truncates, -1
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.time = self.episode + 1, 0
+        return self._observation(), {}
+
+    def _observation(self):
+        return np.array([self.time / 100, (self.episode % len(self.script)) / 100], np.float32)
+
+    def step(self, action):
+        self.time += 1
+        steps, info = self.script[self.episode % len(self.script)]
+        ends = self.time == steps
+        cut = ends and self.episode % len(self.script) in self.truncates
+        return self._observation(), float(ends), ends and not cut, cut, dict(info) if ends else {}
+
+
+GOOD = {"behavior": "good", "label": "good"}
+BAD = {"behavior": "bad", "label": "bad"}
+
+
+def collected(script, method="routing", steps=12, rollouts=1, truncates=(), **more):
+    """A model after rollouts of one scripted environment, before it learned from the last."""
+    env = DummyVecEnv([lambda: Told(script, truncates)])
+    model = RoutedPPO("MoEPolicy", env, method=method, n_steps=steps, batch_size=4, seed=0, **more)
+    _, callback = model._setup_learn(10**6, None)
+    for _ in range(rollouts):
+        model.collect_rollouts(model.env, callback, model.rollout_buffer, steps)
+    return model
+
+
+# ---- labels
+
+
+def test_labels_are_written_back_to_all_steps_of_their_episodes():
+    script = [(3, GOOD), (2, {"behavior": "bad"}), (2, BAD), (2, {"behavior": None}), (9, GOOD)]
+    buffer = collected(script).rollout_buffer
+    good, bad = LABELED, LABELED + 1
+    expected = [good] * 3 + [UNLABELED] * 2 + [bad] * 2 + [TIMEOUT] * 2 + [UNFINISHED] * 3
+    assert buffer.outcome[:, 0].tolist() == expected
+
+
+def test_an_end_without_a_word_is_unlabeled_or_a_timeout():
+    buffer = collected([(3, {}), (3, {})], truncates=(1,)).rollout_buffer
+    assert buffer.outcome[:6, 0].tolist() == [UNLABELED] * 3 + [TIMEOUT] * 3
+
+
+def test_the_gate_remembers_steps_of_the_rollout_before():
+    model = collected([(7, GOOD), (20, BAD)], steps=10, rollouts=3)
+    count = int(model.memory.count)
+    known = model.memory.observation[0, :count]
+    label = model.memory.label[0, :count].tolist()
+    assert label == [0] * 7 + [1] * 7 + [1] * 7 or sorted(label) == [0] * 7 + [1] * 17
+    # times within the episode of what is labeled bad: those of the last rollout and this one
+    times = sorted(round(float(t) * 100) for t, lab in zip(known[:, 0], label, strict=True) if lab)
+    assert times == list(range(3, 20))
+
+
+def test_rewards_are_paid_as_the_method_says():
+    script = [(2, GOOD), (2, {"behavior": "bad"}), (2, BAD), (6, {"behavior": None})]
+    for method, factors in {
+        "routing": (1, 1, 1, 1),
+        "naive": (1, 1, -1, 1),
+        "filtering": (1, 0, -1, 1),
+        "oracle": (1, -1, -1, 1),
+    }.items():
+        buffer = collected(script, method).rollout_buffer
+        assert buffer.rewards[[1, 3, 5, 11], 0].tolist() == list(factors)
+
+
+def test_weights_leave_out_what_the_method_drops():
+    script = [(2, GOOD), (2, {"behavior": "bad"}), (8, BAD)]
+    weights = collected(script, "filtering").rollout_buffer.weights[:, 0]
+    assert weights.tolist() == [1, 1, 0, 0] + [1] * 8
+    weights = collected(script, labeled_weight=7.0).rollout_buffer.weights[:, 0]
+    assert weights.tolist() == [7, 7, 1, 1] + [7] * 8
+
+
+def test_truth_reaches_oracles_alone():
+    def learned(method, truth):
+        model = collected([(3, {"behavior": truth}), (3, GOOD)], method)
+        model.train()
+        return [p.detach().clone() for p in model.policy.parameters()]
+
+    for method in PPO_METHODS:
+        if METHODS[method].hides_flags:
+            continue
+        pairs = zip(learned(method, "good"), learned(method, "bad"), strict=True)
+        same = all(torch.equal(*pair) for pair in pairs)
+        assert same == (METHODS[method].assumes != "true labels")
+
+
+def test_advantages_agree_with_a_plain_computation():
+    script = [(3, {"behavior": "bad"}), (3, GOOD), (20, GOOD)]
+    model = collected(script, steps=10, normalize_advantage=False)
+    buffer, gamma, trace = model.rollout_buffer, model.gamma, model.gae_lambda
+    values, rewards = buffer.values[:, 0], buffer.rewards[:, 0]
+    with torch.no_grad():
+        last = float(model.policy.predict_values(torch.as_tensor(model._last_obs))[0])
+    expected, after = np.zeros(10), 0.0
+    for t in reversed(range(10)):
+        ends = t in (2, 5)
+        following = last if t == 9 else values[t + 1]
+        delta = rewards[t] + gamma * following * (not ends) - values[t]
+        after = delta + gamma * trace * (not ends) * after
+        expected[t] = after
+    expected[3:6] += values[3:6]  # labeled and routed: no baseline
+    assert buffer.advantages[:, 0] == pytest.approx(expected, abs=1e-5)
+
+
+# ---- gradients
+
+
+def gradients(model, outcome, part):
+    """Norms of a loss part's gradient into each module, from samples of one outcome."""
+    buffer = model.rollout_buffer
+    batch = next(iter(buffer.get(None)))
+    order = buffer.swap_and_flatten(buffer.outcome)[:, 0]
+    np.random.seed(0)
+    chosen = torch.as_tensor(np.flatnonzero(order == outcome))
+    assert len(chosen)
+    names = ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns")
+    flat = {n: torch.as_tensor(getattr(buffer, {"old_values": "values",
+            "old_log_prob": "log_probs"}.get(n, n)))[chosen] for n in names}  # fmt: skip
+    flat = {n: x if n == "observations" else x.squeeze(-1) for n, x in flat.items()}
+    batch = batch._replace(**flat, weights=torch.as_tensor(buffer.weights)[chosen],
+                           signed=torch.as_tensor(buffer.signed)[chosen],
+                           routes=torch.as_tensor(buffer.routes)[chosen])  # fmt: skip
+    honest = model.loss
+
+    model.policy.zero_grad()
+    total = honest(batch, 0.2)[0]
+    coefficients = {"policy": (0.0, 0.0), "gate": (0.0, model.gate_coef)}[part]
+    model.vf_coef, model.gate_coef = coefficients
+    total = honest(batch, 0.2)[0]
+    total.backward()
+    weight = model.policy.agent.trunks[0].weight.grad[0].flatten(1).norm(dim=1)
+    return {
+        "experts": weight[: model.policy.n_experts].tolist(),
+        "gate": float(weight[model.policy.n_experts]),
+        "head": float(model.policy.agent.head.weight.grad.norm()),
+    }
+
+
+@pytest.mark.parametrize("outcome", [UNLABELED, LABELED, LABELED + 1])
+def test_gradients_are_exactly_zero_where_the_route_says_so(outcome):
+    model = tiny(n_steps=64, gae_lambda=0.9)
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
+    found = gradients(model, outcome, "policy")
+    if outcome == UNLABELED:
+        assert min(found["experts"]) > 0
+        assert found["gate"] > 0
+    else:
+        own = outcome - LABELED
+        assert found["experts"][own] > 0
+        assert found["experts"][1 - own] == 0
+        assert found["gate"] == 0
+    assert found["head"] > 0
+
+
+def test_the_gate_learns_from_labels_alone():
+    model = tiny(n_steps=64)
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
+    assert gradients(model, LABELED, "gate")["gate"] > 0
+    before = float(model._gate_loss(model.policy))
+    optimizer = torch.optim.Adam(model.policy.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model._gate_loss(model.policy).backward()
+        optimizer.step()
+    assert float(model._gate_loss(model.policy)) < 0.7 * before
+
+
+# ---- SB3's habits
+
+
+def test_the_environments_pass_sb3s_checks():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(SymbolicObservation(gym.make(ID).unwrapped), skip_render_check=True)
+
+
+def test_a_saved_model_predicts_the_same_and_goes_on(tmp_path):
+    model = tiny().learn(512)
+    model.save(tmp_path / "agent")
+    env = make_vec(ID, 8, oversight=0.5)
+    loaded = RoutedPPO.load(tmp_path / "agent", env=env)
+    observation = env.reset()
+    for name in ("mixture", "diamond", "ghost"):
+        ours, _ = model.steer(name).predict(observation, deterministic=True)
+        theirs, _ = loaded.steer(name).predict(observation, deterministic=True)
+        assert np.array_equal(ours, theirs)
+    assert int(loaded.memory.count) == int(model.memory.count) > 0
+    assert loaded.num_timesteps == 512
+    loaded.learn(256, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 768
+    assert loaded.method == "routing"
+    alone = RoutedPPO.load(tmp_path / "agent")  # without an environment: to predict
+    assert alone.steer("diamond").predict(observation)[0].shape == (8,)
+
+
+def test_a_seed_repeats_training_and_another_does_not():
+    def parameters(seed):
+        return torch.cat(
+            [p.detach().flatten() for p in tiny(seed=seed).learn(512).policy.parameters()]
+        )
+
+    first = parameters(0)
+    assert torch.equal(first, parameters(0))
+    assert not torch.equal(first, parameters(1))
+
+
+def test_callbacks_monitors_and_evaluation_work(tmp_path):
+    env = VecMonitor(make_vec("OversightGrid-v0", 8, oversight=0.5))
+    evaluation = EvalCallback(
+        make_vec("OversightGrid-v0", 4, oversight=0.5), n_eval_episodes=4, eval_freq=16,
+        log_path=str(tmp_path), verbose=0, warn=False,
+    )  # fmt: skip
+    saving = CheckpointCallback(32, str(tmp_path), verbose=0)
+    model = tiny(env, tensorboard_log=str(tmp_path))
+    model.learn(512, callback=CallbackList([evaluation, saving]))
+    assert len(model.ep_info_buffer) > 0
+    assert len(np.load(tmp_path / "evaluations.npz")["results"]) == 4
+    assert len(list(tmp_path.glob("rl_model_*.zip"))) == 2
+    assert list(tmp_path.glob("*/events*"))
+    mean, spread = evaluate_policy(model.steer("diamond"), VecMonitor(make_vec(ID.replace(
+        ID, "OversightGrid-v0"), 4, oversight=0.5)), n_eval_episodes=8)  # fmt: skip
+    assert 0 <= mean <= 1
+    assert spread >= 0
+
+
+def test_positional_arguments_and_schedules_are_sb3s():
+    model = tiny(learning_rate=lambda left: 1e-3 * left)
+    assert model.lr_schedule(0.5) == 5e-4
+    plain = RoutedPPO("MoEPolicy", make_vec(ID, 4), 2e-3, 8, 16)
+    assert (plain.lr_schedule(1), plain.n_steps, plain.batch_size) == (2e-3, 8, 16)
+    assert plain.gamma == RoutedPPO.DEFAULTS["gamma"]
+    with pytest.raises(TypeError, match="no_such"):
+        tiny(no_such=1)
+    with pytest.raises(ValueError, match="unknown"):
+        RoutedPPO("Policy", make_vec(ID, 4))
+
+
+# ---- networks and spaces
+
+
+def spaced(observation, action):
+    class Env(Told):
+        observation_space, action_space = observation, action
+
+        def _observation(self):
+            return self.observation_space.sample()
+
+    return DummyVecEnv([lambda: Env([(3, GOOD), (4, BAD)])] * 2)
+
+
+BOX = spaces.Box(-1, 1, (3,), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("observation", "extractor"),
+    [
+        (BOX, FlattenExtractor),
+        (spaces.Discrete(5), FlattenExtractor),
+        (spaces.Box(0, 4, (7, 7, 3), np.uint8), SymbolicCNN),
+        (spaces.Box(0, 4, (2, 9, 1), np.int64), SymbolicCNN),
+        (spaces.Box(0, 255, (36, 36, 3), np.uint8), NatureCNN),
+    ],
+)
+def test_observations_get_a_fitting_extractor(observation, extractor):
+    model = tiny(spaced(observation, spaces.Discrete(2)), n_steps=32).learn(64)
+    assert type(model.policy.features_extractor) is extractor
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        spaces.Discrete(4),
+        spaces.MultiDiscrete([2, 3]),
+        spaces.MultiBinary(3),
+        spaces.Box(-1, 1, (2,), np.float32),
+    ],
+)
+def test_every_kind_of_action_trains_and_steers(action):
+    model = tiny(spaced(BOX, action), n_steps=32).learn(128)
+    observation = model.env.reset()
+    for text in ("mixture", "good", "bad", "good=0.5,bad=0.5", "without:bad"):
+        taken, _ = model.steer(text).predict(observation)
+        assert all(action.contains(a) for a in taken)
+    assert all(p.isfinite().all() for p in model.policy.parameters())
+
+
+def test_symbols_are_convolved_as_one_hot_codes():
+    space = spaces.Box(0, np.array([3, 2, 1], np.uint8).reshape(1, 1, 3).repeat(5, 0).repeat(5, 1),
+                       dtype=np.uint8)  # fmt: skip
+    torch.manual_seed(0)
+    cnn = SymbolicCNN(space)
+    observation = torch.as_tensor(np.stack([space.sample() for _ in range(6)]))
+    codes = [torch.nn.functional.one_hot(observation[..., c].long(), n).float() @ cnn.codes[c]
+             for c, n in enumerate((4, 3, 2))]  # fmt: skip
+    expected = cnn.convolution(sum(codes).relu().permute(0, 3, 1, 2)).relu().flatten(1)
+    assert torch.allclose(cnn(observation.float()), expected, atol=1e-5)
+    assert cnn(observation.float()).shape == (6, cnn.features_dim)
+
+
+def test_the_users_own_extractor_is_used():
+    class Doubled(BaseFeaturesExtractor):
+        def __init__(self, space, factor):
+            super().__init__(space, 2)
+            self.factor = factor
+
+        def forward(self, observation):
+            return self.factor * observation
+
+    kwargs = {"features_extractor_class": Doubled, "features_extractor_kwargs": {"factor": 2.0}}
+    env = DummyVecEnv([lambda: Told([(3, GOOD)])])
+    model = tiny(env, policy_kwargs={"net_arch": [4], **kwargs}).learn(64)
+    assert isinstance(model.policy.features_extractor, Doubled)
+    assert model.policy.agent.inputs == 2
+
+
+def test_three_behaviors_have_three_experts():
+    model = tiny(env_kwargs={"lava": 2}, oversight=1.0)
+    assert model.behaviors == ("diamond", "ghost", "lava")
+    assert model.policy.n_experts == 3
+    model.learn(512)
+    assert set(model.memory.label[0, : int(model.memory.count)].tolist()) == {0, 1, 2}
+    more = tiny(policy_kwargs={"net_arch": [8], "experts": 4})
+    assert more.steer("expert_3").predict(more.env.reset())[0].shape == (8,)
+
+
+def test_single_policies_have_no_experts_to_route():
+    model = tiny(method="naive").learn(128)
+    assert model.policy.n_experts == 1
+    assert model.memory is None
+    assert model.steer("single").predict(model.env.reset())[0].shape == (8,)
+
+
+# ---- learning
+
+
+class Watched(gym.Env):
+    """One step: action 0 is good, 1 bad; both pay 1. A flag, which is not seen, makes a label."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    behaviors, oversight = ("good", "bad"), 0.3
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.flag = self.np_random.random() < self.oversight
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        name = self.behaviors[int(action)]
+        info = {"behavior": name} | ({"label": name} if self.flag else {})
+        return np.zeros(1, np.float32), 1.0, True, False, info
+
+
+def test_routing_parts_the_experts():
+    model = RoutedPPO("MoEPolicy", DummyVecEnv([Watched] * 32), n_steps=8, batch_size=128, seed=0,
+                      learning_rate=3e-3, n_epochs=4, policy_kwargs={"net_arch": [16]})  # fmt: skip
+    model.learn(12_000)
+
+    def chance(name):
+        return float(model.steer(name).get_distribution(torch.zeros(1, 1)).distribution.probs[0, 0])
+
+    assert chance("good") > 0.9
+    assert chance("bad") < 0.1
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"method": "routin"}, "did you mean 'routing'"),
+        ({"method": "reward_model"}, "method must be one of"),
+        ({"label_recall": 2.0}, "label_recall must lie"),
+        ({"policy_kwargs": {"net_arch": {"pi": [8]}}}, "one list"),
+        ({"policy_kwargs": {"activation_fn": torch.nn.Tanh}}, "activation_fn"),
+        ({"policy_kwargs": {"experts": 1}}, "experts must be at least 2"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, rule):
+    with pytest.raises(ValueError, match=rule):
+        tiny(**arguments)
+
+
+def test_environments_that_do_not_fit_are_refused():
+    class Dictionary(Told):
+        observation_space = spaces.Dict({"a": spaces.Discrete(2)})
+
+    with pytest.raises(ValueError, match="SymbolicObservation"):
+        tiny(Dictionary([(3, GOOD)]))
+    assert tiny(gym.make(ID)).observation_space.shape == (7, 7, 3)  # on its own
+    with pytest.raises(ValueError, match="OversightLabels"):
+        tiny(DummyVecEnv([lambda: Told([(3, GOOD)])]), oversight=0.5)
+    with pytest.raises(ValueError, match="flags_visible"):
+        tiny(DummyVecEnv([lambda: Told([(3, GOOD)])]), method="filtering_hidden_flag")
+    with pytest.raises(ValueError, match="use_sde"):
+        tiny(spaced(BOX, spaces.Box(-1, 1, (2,), np.float32)), use_sde=True)
+    env = Told([(3, {"label": "goof"})])
+    model = tiny(DummyVecEnv([lambda: env]))
+    with pytest.raises(ValueError, match=r"'goof'.*did you mean 'good'.*behaviors="):
+        model.learn(64)
+    env.oversight = None
+    with pytest.raises(ValueError, match="attribute oversight"):
+        tiny(DummyVecEnv([lambda: env]), method="oracle_filtering")
+
+
+def test_hidden_flags_are_hidden_in_environments_made_by_id():
+    model = tiny(method="filtering_hidden_flag")
+    assert model.env.get_attr("flags_visible") == [False] * 8
+
+
+def test_an_environment_that_never_labels_is_told_of_once():
+    env = DummyVecEnv([lambda: Told([(1, {"behavior": "bad"})])] * 64)
+    with pytest.warns(UserWarning, match="does every wrapper pass info on") as caught:
+        tiny(env, n_steps=64).learn(64 * 64 * 2)
+    assert len([w for w in caught if "labeled" in str(w.message)]) == 1
+
+
+def test_no_word_of_labels_where_there_are_to_be_none():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tiny("OversightGrid-v0", oversight=0.0, n_envs=64, n_steps=64).learn(64 * 64 * 4)
+
+
+def test_wrapped_labels_reach_the_learner():
+    def make():
+        env = gym.make("CartPole-v1", max_episode_steps=20)
+        return OversightLabels(env, lambda *a: "wanted" if a[3] else None, 1.0)
+
+    model = tiny(DummyVecEnv([make] * 2), n_steps=64)
+    assert model.behaviors == ("wanted", "unwanted")
+    assert model.overseer.oversight == 1.0
+    model.learn(128)
+    assert (model.rollout_buffer.outcome == LABELED).any()
+
+
+def test_sb3s_own_ppo_trains_on_the_batch():
+    env = make_vec(ID, 8, oversight=0.5)
+    assert PPO("MlpPolicy", env, n_steps=8, batch_size=32, device="cpu").learn(64)
+
+
+def test_pages_mention_what_there_is():
+    page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
+    assert all(f"`{name}`" in page for name in PPO_METHODS if name != "routing")
+    assert isinstance(tiny().policy, MoEPolicy)
