@@ -406,16 +406,22 @@ class Watched(gym.Env):
         return np.zeros(1, np.float32), 1.0, True, False, info
 
 
-def test_routing_parts_the_experts():
+def parted(method):
+    """How much likelier the good expert's good action is than the bad one's."""
     model = RoutedPPO("MoEPolicy", DummyVecEnv([Watched] * 32), n_steps=8, batch_size=128, seed=0,
-                      learning_rate=3e-3, n_epochs=4, policy_kwargs={"net_arch": [16]})  # fmt: skip
+                      learning_rate=3e-3, n_epochs=4, method=method,
+                      policy_kwargs={"net_arch": [16]})  # fmt: skip
     model.learn(12_000)
+    good, bad = (
+        model.steer(name).get_distribution(torch.zeros(1, 1)).distribution.probs[0, 0].item()
+        for name in ("good", "bad")
+    )
+    return good - bad
 
-    def chance(name):
-        return float(model.steer(name).get_distribution(torch.zeros(1, 1)).distribution.probs[0, 0])
 
-    assert chance("good") > 0.9
-    assert chance("bad") < 0.1
+def test_routing_parts_the_experts_and_nothing_else_does():
+    assert parted("routing") > 0.4
+    assert abs(parted("no_routing")) < 0.2
 
 
 # ---- what is refused
