@@ -206,7 +206,13 @@ class MoEPolicy(ActorCriticPolicy):
         return cast(Tensor, self.extract_features(obs))[None]
 
     def distribution(self, parameters: Tensor) -> Distribution:
-        """The action distribution with these logits or means, `[B, A]`."""
+        """The action distribution with these logits or means, `[B, A]`.
+
+        Raises:
+            FloatingPointError: they are not finite.
+        """
+        if not parameters.isfinite().all():
+            raise FloatingPointError("the policy's output is not finite")
         if isinstance(self.action_dist, DiagGaussianDistribution):
             return self.action_dist.proba_distribution(parameters, self.log_std)
         return self.action_dist.proba_distribution(action_logits=parameters)
@@ -399,11 +405,12 @@ class RoutedRolloutBuffer(RolloutBuffer):
         routed = labeled & (self.routes != 1).any(-1)
         self.advantages[routed] = self.returns[routed]
         plain = self.advantages[(self.weights > 0) & ~routed]
+        self.spread = 1.0
         if self.normalize and plain.size:
-            spread = plain.std() + 1e-8
+            self.spread = float(plain.std()) + 1e-8
             self.advantages[~routed] -= plain.mean()
-            self.advantages /= spread
-            self.signed /= spread
+            self.advantages /= self.spread
+            self.signed /= self.spread
 
     def _remember(self, memory: Memory) -> None:
         """Keep labeled observations, those that an episode began with in the last rollout too."""
@@ -615,10 +622,16 @@ class RoutedPPO(PPO):
             )
 
     def train(self) -> None:
-        """Update the policy from the rollout: PPO's losses, with every gradient routed."""
+        """Update the policy from the rollout: PPO's losses, with every gradient routed.
+
+        Raises:
+            FloatingPointError: numbers went bad.
+        """
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        if METHODS[self.method].contrasts:
+            self._subtract_baseline()
         figures: dict[str, list[Tensor]] = {}
         for _ in range(self.n_epochs):
             for batch in self.rollout_buffer.get(self.batch_size):
@@ -629,7 +642,9 @@ class RoutedPPO(PPO):
                     break
                 self.policy.optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+                if not norm.isfinite():
+                    raise FloatingPointError(f"the gradient's norm is {float(norm)}")
                 self.policy.optimizer.step()
             else:
                 self._n_updates += 1
@@ -691,6 +706,20 @@ class RoutedPPO(PPO):
             parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
             parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
         return loss, parts | {"loss": loss.detach()}
+
+    def _subtract_baseline(self) -> None:
+        """Take from the true return of labeled samples what the mixture was to get: V (2 g - 1).
+
+        The value net foretells any behavior, and the gate which one.
+        """
+        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        labeled = buffer.outcome >= LABELED
+        if labeled.any():
+            rows = torch.as_tensor(buffer.observations[labeled]).to(self.device)
+            with torch.no_grad():
+                wanted = cast(MoEPolicy, self.policy).gate_log_probabilities(rows)[0, :, DEPLOYED]
+            share = 2 * wanted.exp().cpu().numpy() - 1
+            buffer.signed[labeled] -= share * buffer.values[labeled] / buffer.spread
 
     def _gate_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the gate against remembered labels; 0 where there are none."""

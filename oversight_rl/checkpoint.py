@@ -276,14 +276,11 @@ def write_policy(path: Path, steering: Steering, source: Saved) -> None:
         "env_steps": source.env_steps,
         "wall_seconds": source.wall_seconds,
     }
-    prefix = "policy." if source.config.algo == "ppo" else "agent."
-    tensors = {
-        f"{prefix}{name}": p.detach().view(like.shape).contiguous()
-        for (name, p), like in zip(
-            source.agent.named_parameters(),
-            agent_like(source.config).values(),
-            strict=True,
-        )
+    like = agent_like(source.config)
+    parameters = source.agent.parameters()
+    tensors = {  # a stack of one run has one axis more
+        name: parameter.detach().view(tensor.shape).contiguous()
+        for (name, tensor), parameter in zip(like.items(), parameters, strict=True)
     }
     about["checksums"] = checksums(tensors)
     content = safetensors.torch.save(tensors, metadata={POLICY: json.dumps(about)})

@@ -10,6 +10,7 @@ import torch
 from agents.networks import Agent
 from agents.steering import Steering
 from envs import render
+from envs.settings import UserError
 from envs.world import NO_LABEL, State, World
 from oversight_rl.config import GRID, Config
 from oversight_rl.evaluation import make_env
@@ -116,7 +117,10 @@ def _env_rollout(
     settings = config.model_copy(
         update={"env_settings": config.env_settings | {"render_mode": "rgb_array"}}
     )
-    env = make_env(settings if config.env != GRID else config, config.oversight, 1)
+    try:
+        env = make_env(settings if config.env != GRID else config, config.oversight, 1)
+    except UserError:
+        return None  # it was made for training, but knows no render_mode
     env.seed(seed)
     observation = env.reset()
     tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)

@@ -129,13 +129,19 @@ def _train(
         checkpoint.drop_after(folder.checkpoints, newest)
         folder.rewind(saved[1].get("logged"))
     total = config.ppo.updates * config.ppo.worlds * config.ppo.steps
-    with recorder.progress:
-        model.learn(
-            total - model.num_timesteps,
-            recorder,
-            log_interval=cast(Any, None),
-            reset_num_timesteps=False,
-        )
+    try:
+        with recorder.progress:
+            model.learn(
+                total - model.num_timesteps,
+                recorder,
+                log_interval=cast(Any, None),
+                reset_num_timesteps=False,
+            )
+    except FloatingPointError as error:
+        raise UserError(
+            f"{folder.path}: update {recorder.updates + 1}: {error}; stopped there, the checkpoint "
+            f"of update {recorder.saved} is kept"
+        ) from None
     return recorder.finish(model)
 
 
@@ -224,7 +230,6 @@ class _Recorder(BaseCallback):
         """All that follows update number `updates`, unless that was done before a restart."""
         n, config = self.updates, self.config
         if n > max(self.saved, 0):
-            self._check()
             if n % LOG_EVERY == 0:
                 self._log()
             self.progress.update(self.task, completed=n)
@@ -239,15 +244,6 @@ class _Recorder(BaseCallback):
             self._lap()
             self._save()
             raise Interrupted
-
-    def _check(self) -> None:
-        """Stop where numbers went bad; the last checkpoint is kept."""
-        for name, parameter in self.ppo.policy.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise UserError(
-                    f"{self.folder.path}: update {self.updates}: {name} is not finite; stopped "
-                    f"there, the checkpoint of update {self.saved} is kept"
-                )
 
     def _lap(self) -> float:
         """Add the training time since the last call; returns it."""

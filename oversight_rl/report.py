@@ -417,7 +417,8 @@ def figure_returns(found: Found) -> Figure:
         for title, within in GROUPS.items()
         if (names := [name for name in found.names if within(found.method(name))])
     }
-    published = [name for name in found.names if found.method(name) in PAPER]
+    windows = found.deployed.groupby("name")["window_return"].count()  # those that are known
+    published = [name for name in found.names if found.method(name) in PAPER and windows[name]]
     figure, panels = _panels(len(groups) + bool(published), 2, 5.2, 4.2)
     for axes, (title, names) in zip(panels, groups.items(), strict=False):
         place = _level_axis(axes, found.levels)
@@ -712,7 +713,11 @@ def figures(found: Found) -> Iterator[tuple[str, Figure]]:
         "returns": lambda: figure_returns(found),
         "learning": lambda: figure_learning(found) if len(found.curves) else None,
         "endings_by_flag": lambda: figure_endings(found, BY_FLAG),
-        "endings_by_path": lambda: figure_endings(found, BY_PATH),
+        "endings_by_path": lambda: (
+            figure_endings(found, BY_PATH)
+            if found.deployed["p_ghost_on_path"].notna().any()
+            else None
+        ),
         "gate": lambda: figure_gate(found),
         "steering": lambda: figure_steering(found),
         "improvement": lambda: figure_improvement(found),

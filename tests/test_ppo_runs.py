@@ -1,0 +1,305 @@
+"""PPO runs: the same folders, commands, sweeps and reports as the grid world's."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from gymnasium import spaces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents.steering import keep
+from envs.settings import UserError
+from oversight_rl import checkpoint, ppo_training
+from oversight_rl.cli import main, train
+from oversight_rl.config import load_yaml
+from oversight_rl.evaluation import EnvEvaluator, Subject
+from oversight_rl.tracking import RunFolder
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+env: MiniGrid-DiamondGhost-5x5-v0
+algo: ppo
+oversight: 0.5
+device: cpu
+pictures: false
+agent: {hidden: [8, 8]}
+ppo: {updates: 5, worlds: 8, steps: 8, batch_size: 32, epochs: 1}
+evaluation: {every: 2, episodes: 32, oversight: [1.0]}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train(["--config", tiny, "--run-dir", str(path), "--pictures"])
+    return path
+
+
+def timeless(path):
+    rows = json.loads((path / "result.json").read_text())
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+
+
+def tensors(path):
+    folder, config = RunFolder.open(path), load_yaml(path / "config.yaml")
+    like = checkpoint.agent_like(config, "policy.")
+    newest = checkpoint.updates(folder.checkpoints)[-1]
+    return newest, checkpoint.load(folder.checkpoints, newest, like)[0]
+
+
+def test_a_run_leaves_the_same_things_as_the_grids(run):
+    rows = json.loads((run / "result.json").read_text())
+    named = {(r["policy"], r["greedy"], r["deploy_oversight"]) for r in rows}
+    assert {(p, g, x) for p in ("mixture", "diamond", "ghost")
+            for g in (False, True) for x in (0.5, 1.0)} <= named  # fmt: skip
+    assert sum("=" in row["policy"] for row in rows) == 9  # the steering curve
+    for row in rows:
+        assert row["evaluator"] == "rollout"
+        assert row["env_steps"] == 5 * 8 * 8
+        assert row["return_se"] >= 0
+        assert row["optimal_return"] is None
+        assert row["p_diamond"] + row["p_ghost"] + row["p_timeout"] == pytest.approx(1)
+    metrics = pd.read_csv(run / "metrics.csv")
+    assert metrics["update"].unique().tolist() == [0, 2, 4, 5]
+    log = EventAccumulator(str(run), size_guidance={"images": 0})
+    log.Reload()
+    assert [e.step for e in log.Scalars("evaluation/return/diamond")] == [0, 2, 4, 5]
+    assert "pictures/rollouts" in log.Tags()["images"]
+    assert log.Images("pictures/rollouts")[0].encoded_image_string[:3] == b"GIF"
+
+
+def test_training_curves_are_written(tmp_path, tiny):
+    train(["--config", tiny, "--run-dir", str(tmp_path / "r"), "--ppo.updates", "10"])
+    table = pd.read_csv(tmp_path / "r" / "training.csv")
+    assert table["update"].tolist() == [10]
+    assert {"loss/value", "loss/gate", "loss/policy_gradient", "endings/labeled_ghost"} <= set(
+        table
+    )
+    shares = [c for c in table if c.startswith("endings/")]
+    assert table[shares].sum(axis=1).tolist() == pytest.approx([1.0])
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(run, tiny, tmp_path, monkeypatch, stop_at):
+    path, honest = tmp_path / "run", ppo_training._Recorder._on_rollout_start
+
+    def killed(self):
+        honest(self)
+        if self.updates == stop_at:
+            raise Asked
+
+    monkeypatch.setattr(ppo_training._Recorder, "_on_rollout_start", killed)
+    with pytest.raises(Asked):
+        train(["--config", tiny, "--run-dir", str(path), "--pictures"])
+    monkeypatch.undo()
+    train(["--resume", str(path)])
+    assert (path / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    assert timeless(path) == timeless(run)
+    (n, ours), (m, theirs) = tensors(path), tensors(run)
+    assert n == m
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_asked_to_stop_it_saves_and_goes_on(run, tiny, tmp_path, monkeypatch):
+    path, asked = tmp_path / "run", iter([False, False, True])
+    honest = ppo_training._Recorder.__init__
+
+    def init(self, config, folder, console, stopping):
+        honest(self, config, folder, console, lambda: next(asked, False))
+
+    monkeypatch.setattr(ppo_training._Recorder, "__init__", init)
+    with pytest.raises(SystemExit) as stop:
+        train(["--config", tiny, "--run-dir", str(path), "--pictures"])
+    assert stop.value.code == 130
+    monkeypatch.undo()
+    assert checkpoint.updates(path / "checkpoints") == [0, 2]
+    train(["--resume", str(path)])
+    assert timeless(path) == timeless(run)
+
+
+def test_seeds_train_one_after_another_as_they_would_alone(run, tiny, tmp_path):
+    train(["--config", tiny, "--run-dir", str(tmp_path / "two"), "--seeds", "1", "0", "--pictures"])
+    assert timeless(tmp_path / "two" / "seed_0") == timeless(run)
+    assert timeless(tmp_path / "two" / "seed_1") != timeless(run)
+
+
+def test_evaluate_steers_exports_and_draws(run, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    arguments = ["evaluate", str(run), "--steer", "diamond", "diamond=0.5,ghost=0.5", "--oversight",
+                 "0", "1", "--json", str(file), "--pictures", str(tmp_path / "drawn")]  # fmt: skip
+    main(arguments)
+    rows = json.loads(file.read_text())
+    assert [(r["policy"], r["deploy_oversight"]) for r in rows] == [
+        (p, x) for p in ("diamond", "diamond=0.5,ghost=0.5") for x in (0, 1)
+    ]
+    assert rows[0]["p_diamond_flagged"] == 0
+    assert rows[1]["p_diamond_flagged"] == pytest.approx(rows[1]["p_diamond"])
+    assert (tmp_path / "drawn" / "rollouts.gif").read_bytes()[:3] == b"GIF"
+    assert "from rollouts" in capsys.readouterr().out
+    main(["evaluate", str(run), "--steer", "diamond", "--export", str(tmp_path / "p.safetensors")])
+    main(["evaluate", str(tmp_path / "p.safetensors"), "--json", str(file)])
+    (again,) = json.loads(file.read_text())
+    wanted = ("diamond", False, 0.5)
+    (trained,) = (
+        row
+        for row in json.loads((run / "result.json").read_text())
+        if (row["policy"], row["greedy"], row["deploy_oversight"]) == wanted
+    )
+    assert again["ground_truth_return"] == trained["ground_truth_return"]
+
+
+def test_rollouts_agree_with_a_plain_loop(run):
+    saved = RunFolder.open(run).load()
+    config, subject = saved.config, Subject("routing", 0, 0.5)
+    (row,) = EnvEvaluator(config, 2000).evaluate(
+        saved.agent, [subject], [keep("diamond", 2)], [[0.5]]
+    )[0]
+    env = gym.make(config.env, oversight=0.5)
+    policy, returns, wanted = saved.agent.steer("diamond"), [], 0
+    torch.manual_seed(0)
+    for seed in range(300):
+        observation, _ = env.reset(seed=seed)
+        steps, done = 0, False
+        while not done:
+            action, _ = policy.predict(observation["image"])
+            observation, _, terminated, truncated, info = env.step(int(action))
+            steps, done = steps + 1, terminated or truncated
+        returns.append(0.97 ** (steps - 1) * info.get("ground_truth_reward", 0.0))
+        wanted += info.get("behavior") == "diamond"
+    error = math.hypot(row.return_se, np.std(returns) / 300**0.5)
+    assert abs(row.ground_truth_return - np.mean(returns)) < 4 * error
+    assert abs(row.p_diamond - wanted / 300) < 4 * (0.25 / 300) ** 0.5
+
+
+def test_sweeps_and_reports_take_ppo_runs(tmp_path, capsys):
+    grid = {"method": ["routing", "filtering"], "oversight": [0.5], "seeds": [0, 1]}
+    settings = {k: v for k, v in yaml.safe_load(TINY).items() if k != "oversight"}
+    sweep = {"settings": settings, "grid": grid}
+    (tmp_path / "s.yaml").write_text(json.dumps(sweep))
+    main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--workers", "2"])
+    main(["report", str(tmp_path / "out")])
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert summary[["method", "n_seeds"]].values.tolist() == [["routing", 2], ["filtering", 2]]
+    assert summary["evaluator"].tolist() == ["rollout", "rollout"]
+    assert summary["iqm"].notna().all()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Return against oversight" in page
+    assert "next to the paper" not in page  # which has no such world
+    assert "Ghosts on the shortest path" not in page
+    assert " nan" not in page.lower()
+
+
+# ---- environments that are not ours
+
+
+class Lamp(gym.Env):
+    """One step; action 1 is wanted. No pictures, no state to save."""
+
+    observation_space = spaces.Box(0, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+    behaviors = ("on", "off")
+
+    def __init__(self, oversight=0.5):
+        self.oversight = oversight
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        name = self.behaviors[1 - int(action)]
+        watched = self.np_random.random() < self.oversight
+        info = {"behavior": name} | ({"label": name} if watched else {})
+        return np.zeros(2, np.float32), 1.0, True, False, info
+
+
+gym.register("Lamp-v0", Lamp)
+LAMP = ["--env", "Lamp-v0", "--algo", "ppo", "--device", "cpu", "--agent.hidden", "8",
+        "--ppo.updates", "4", "--ppo.worlds", "4", "--ppo.steps", "8", "--ppo.batch-size", "16",
+        "--evaluation.every", "2", "--evaluation.episodes", "16"]  # fmt: skip
+
+
+def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
+    path = tmp_path / "run"
+    train([*LAMP, "--run-dir", str(path)])
+    rows = json.loads((path / "result.json").read_text())
+    assert {row["policy"] for row in rows if "=" not in row["policy"]} == {"mixture", "on", "off"}
+    assert "on (deployed)" in capsys.readouterr().out
+    main(["evaluate", str(path), "--steer", "on"])
+    main(["report", str(tmp_path)])
+    (path / "result.json").unlink()
+    train(["--resume", str(path)])
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (["--env", "MiniGrid-DiamondGhost-8x8-v0"], "needs --algo ppo"),
+        (["--algo", "ppo", "--env", "MiniGrid-DiamondGhost-8x9-v0"],
+         "did you mean 'MiniGrid-DiamondGhost-8x8-v0'"),
+        (["--algo", "ppo", "--env", "CartPole-v1"], "oversight"),
+        (["--algo", "ppo", "--method", "reward_model"], "with --algo ppo must be one of"),
+        (["--algo", "ppo", "--on-nan", "skip"], "must be stop"),
+        (["--algo", "ppo", "--ppo.worlds", "0"], "ppo.worlds"),
+        (["--algo", "ppo", "--agent.hidden", "8", "--env", "MiniGrid-DiamondGhost-5x5-v0",
+          "--env-settings", "lava", "100"], "no room"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_line(tmp_path, capsys, arguments, rule):
+    with pytest.raises(SystemExit) as stop:
+        train([*arguments, "--run-dir", str(tmp_path / "run"), "--device", "cpu"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert rule in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_checkpoints_are_refused(run, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    for file in (path / "checkpoints").glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 255
+        file.write_bytes(content)
+    (path / "result.json").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint_of_all(path)
+
+
+def checkpoint_of_all(path):
+    config = load_yaml(path / "config.yaml")
+    model = ppo_training.make_model(config)
+    model._last_obs = model.env.reset()
+    model._last_episode_starts = np.ones(8, bool)
+    newest = checkpoint.updates(path / "checkpoints")[-1]
+    return checkpoint.load(path / "checkpoints", newest, ppo_training._tensors(model))
+
+
+def test_numbers_that_go_bad_stop_the_run(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train(["--config", tiny, "--run-dir", str(tmp_path / "r"), "--ppo.learning-rate", "1e30"])
+    assert stop.value.code == 2
+    assert "update 1: the policy's output is not finite; stopped" in capsys.readouterr().err
+    assert checkpoint.updates(tmp_path / "r" / "checkpoints") == [0]
