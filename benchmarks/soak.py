@@ -29,7 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.networks import Agent
 from envs.settings import UserError
-from oversight_rl import checkpoint, cli, reference, report
+from oversight_rl import checkpoint, cli, reference, report, training
 from oversight_rl.config import load_yaml
 from oversight_rl.steering import SteeredPolicy
 from oversight_rl.sweep import load_sweep, plan
@@ -55,7 +55,7 @@ def in_child(command: Callable[[], object], prepare: Callable[[], None] = lambda
     try:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
-        if not os.environ.get("SOAK_DEBUG"):
+        if "SOAK_DEBUG" not in os.environ:
             os.dup2(quiet, 2)
         prepare()
         command()
@@ -376,9 +376,9 @@ def fuzz_forged(files: int, seed: int, folder: Path) -> Counter[str]:
     return counts
 
 
-def memory() -> float:
-    """Resident memory of this process in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def memory(process: int | str = "self") -> float:
+    """Resident memory of a process in MB."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -403,5 +403,92 @@ def fuzz(files: int = 20_000, seed: int = 0) -> None:
         print(f"forged checkpoints: {dict(fuzz_forged(files // 10, seed, Path(folder)))}")
 
 
+# ---- long runs, and many
+
+
+def open_files(process: int | str = "self") -> int:
+    """Number of files that a process has open."""
+    return len(os.listdir(f"/proc/{process}/fd"))
+
+
+def observe(child: int, seconds: float, every: float) -> list[tuple[float, float, int]]:
+    """Look at a process now and then: seconds, MB of memory, open files."""
+    begun, looks = time.monotonic(), []
+    while (now := time.monotonic() - begun) < seconds:
+        time.sleep(min(every, seconds - now))
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return looks
+        looks.append((time.monotonic() - begun, memory(child), open_files(child)))
+    return looks
+
+
+def told(looks: Sequence[tuple[float, float, int]]) -> str:
+    """How memory and open files went, from a fifth of the time on, when all has been used once."""
+    settled = looks[len(looks) // 5 :]
+    third = max(1, len(settled) // 3)
+    early = sum(mb for _, mb, _ in settled[:third]) / third
+    late = sum(mb for _, mb, _ in settled[-third:]) / third
+    files = sorted({n for _, _, n in settled})
+    return (
+        f"{looks[-1][0] / 60:.1f} minutes, memory {early:.1f} MB early and {late:.1f} MB late "
+        f"({max(mb for _, mb, _ in settled):.1f} at most), open files {files[0]} to {files[-1]}"
+    )
+
+
+def long(minutes: float = 60.0, pictures: bool = False) -> None:
+    """Train small networks for a while; memory and open files must not grow.
+
+    Args:
+        minutes: How long.
+        pictures: Whether pictures are drawn, and at every evaluation at that.
+    """
+    torch.set_num_threads(1)
+    small = ["--agent.hidden", "16", "--training.worlds", "32", "--training.steps", "8"]
+    small += ["--training.updates", str(2**31), "--evaluation.every", "50", "--device", "cpu"]
+    small += [] if pictures else ["--no-pictures"]
+    training.PICTURES = 2**31  # evaluations with pictures
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        child = in_child(lambda: cli.train([*small, "--run-dir", str(run)]))
+        looks = observe(child, 60 * minutes, max(1.0, minutes / 4))
+        os.kill(child, signal.SIGTERM)
+        assert ended(child) == cli.STOPPED, "it did not stop when asked"
+        update = max(checkpoint.updates(run / "checkpoints"))
+        print(f"one run, {update:,} updates, {update // 50:,} evaluations: {told(looks)}")
+        for file in sorted(run.rglob("*")):
+            if file.is_file():
+                print(f"{file.stat().st_size / 1e6:9.2f} MB  {file.relative_to(run)}")
+
+
+def many(runs: int = 1000, workers: int = 1) -> None:
+    """Sweep over tiny runs; the driver's memory and open files must not grow.
+
+    Args:
+        runs: How many.
+        workers: Processes.
+    """
+    torch.set_num_threads(1)
+    settings = {
+        "training": {"updates": 1, "worlds": 4, "steps": 2, "gate_replay": 0},
+        "agent": {"hidden": 4},
+        "world": {"rows": 2, "cols": 2},
+        "evaluation": {"oversight": [0.1]},
+        "pictures": False,
+        "device": "cpu",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config, out = Path(folder) / "many.yaml", Path(folder) / "out"
+        content = {"settings": settings, "grid": {"seeds": list(range(runs))}, "stack": 20}
+        config.write_text(json.dumps(content))
+        args = ["sweep", str(config), "--out", str(out), "--workers", str(workers)]
+        child = in_child(lambda: cli.main(args))
+        looks = observe(child, 24 * 3600, 1.0)
+        done = len(list(out.rglob("result.json")))
+        assert done == runs, f"{done} of {runs} runs are finished; see them with SOAK_DEBUG=1"
+        print(f"a sweep of {runs} runs, its driver: {told(looks)}")
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"kill": kill, "fuzz": fuzz}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict(
+        {"kill": kill, "fuzz": fuzz, "long": long, "sweep": many}, description=__doc__
+    )
