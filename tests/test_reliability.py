@@ -17,6 +17,7 @@ from agents import reinforce
 from oversight_rl import checkpoint, report, tracking
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.health import Watch
 from oversight_rl.tracking import EVENTS, RunFolder
 from oversight_rl.training import Trainer
 
@@ -91,6 +92,18 @@ def test_a_bad_number_stops_the_run_at_that_update(tmp_path, capsys, monkeypatch
 def test_what_went_bad_first_is_named(tmp_path, capsys):
     steep = [*SMOKE, "--run-dir", tmp_path / "run", "--training.learning-rate", "1e30"]
     assert "update 1: the parameter agent.trunks.0.weight is inf" in refused(capsys, steep)
+
+
+def test_the_first_bad_number_of_each_run_is_kept():
+    watch = Watch(2, torch.device("cpu"))
+    good, bad = torch.zeros(2), torch.tensor([0.0, torch.nan])
+    assert watch.look(1, {"x": good, "y": good}).tolist() == [True, True]
+    assert watch.seen() == {}
+    assert watch.look(2, {"x": good, "y": bad}).tolist() == [True, False]
+    assert watch.look(3, {"x": torch.tensor([1, -torch.inf]), "y": bad}).tolist() == [True, False]
+    assert watch.seen() == {1: "update 2: the y is nan"}
+    watch.look(4, {"x": torch.tensor([-torch.inf, 0]), "y": bad.flip(0)})
+    assert watch.seen()[0] == "update 4: the x is -inf"
 
 
 def test_a_bad_gradient_is_told_from_a_bad_loss(monkeypatch):
@@ -323,6 +336,7 @@ def test_half_a_line_is_cut_off(tmp_path, whole):
             file.write(b"2")
     train(["--resume", str(path)])
     same_end(path, whole)
+    assert (path / EVENTS).stat().st_size == (whole / EVENTS).stat().st_size
 
 
 # ---- reading what is being written
