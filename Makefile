@@ -1,10 +1,11 @@
 # make train   train the default agent and show what steering it does
-# make test    lint, import rules, types and tests: what CI runs
+# make test    lint, import rules, types and tests with coverage: what CI runs
+# make audit   known vulnerabilities of the installed dependencies
 # make bench   how fast it is here, as ratios
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test bench clean
+.PHONY: train test audit bench clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
@@ -14,7 +15,11 @@ test: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov
+
+audit: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable --progress-spinner off
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/speed.py
@@ -30,4 +35,4 @@ bench: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -28,7 +28,7 @@ from matplotlib.ticker import NullLocator
 from agents.methods import METHODS
 from envs.settings import UserError
 from oversight_rl.config import flat, read_yaml
-from oversight_rl.files import write_atomically, writing
+from oversight_rl.files import read_text, write_atomically, writing
 from oversight_rl.statistics import (
     differ,
     interquartile_mean,
@@ -176,8 +176,13 @@ def gather(directory: Path) -> Found:
     return found
 
 
+MOST_TABLE = 2**28  # bytes of a CSV file that is read
+TEXT = ("method", "policy", "evaluator")  # columns that hold words, the others numbers
 NEEDED = {
-    "curves": {"update", "method", "policy", "greedy", "deploy_oversight", "env_steps"},
+    "curves": {
+        *("update", "method", "policy", "greedy"),
+        *("deploy_oversight", "env_steps", "ground_truth_return"),
+    },
     "training": {"update"},
 }
 
@@ -186,13 +191,26 @@ def _read_table(path: Path, needed: set[str]) -> pd.DataFrame:
     """A CSV file, empty if there is none.
 
     Raises:
-        ValueError: columns are missing.
+        ValueError: columns are missing, or hold what they cannot.
+        UserError: the file is too long, or no text.
     """
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
-    table = pd.read_csv(path)
+    table = pd.read_csv(io.StringIO(read_text(path, MOST_TABLE)))
     if not needed <= set(table):
         raise ValueError(f"{path.name} has no column {', '.join(sorted(needed - set(table)))}")
+    if "method" in table and not table["method"].isin(list(METHODS)).all():
+        raise ValueError(f"{path.name} names a method that is none")
+    for column in table:
+        kind = table[column].dtype
+        fits = (
+            pd.api.types.is_bool_dtype(kind)
+            if column == "greedy"
+            else pd.api.types.is_numeric_dtype(kind) != (column in TEXT)
+        )
+        known = column not in needed or not table[column].isin([np.nan, np.inf, -np.inf]).any()
+        if not (fits and known):
+            raise ValueError(f"{path.name} is damaged in its column {column}")
     return table
 
 
@@ -505,6 +523,8 @@ def figure_learning(found: Found) -> Figure:
 def _draw_band(found: Found, axes: Axes, name: str, rows: pd.DataFrame) -> None:
     """Returns over column `x`: interquartile mean and range of the seeds."""
     table = rows.pivot_table(values="ground_truth_return", index="x", columns="run").dropna()
+    if table.empty:  # the runs were evaluated at different times
+        return
     x, samples = table.index.to_numpy(float), table.to_numpy(float)  # [X], [X, seeds]
     axes.plot(x, iqm(samples), **_style(found, name), label=name)
     low, high = samples.min(-1), samples.max(-1)
@@ -618,7 +638,7 @@ def figure_steering(found: Found) -> Figure | None:
 def _diamond_weight(policy: str) -> float:
     if policy in ("diamond", "ghost"):
         return float(policy == "diamond")
-    match = re.fullmatch(r"diamond=([\d.]+),ghost=[\d.]+", policy)
+    match = re.fullmatch(r"diamond=([0-9]\.?[0-9]*),ghost=[0-9.]+", policy)
     return float(match[1]) if match else float("nan")
 
 

@@ -126,6 +126,8 @@ class RunFolder:
                 for record in records
             ]
             deployed_row(rows)
+            for row in rows:
+                _check_ranges(row)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a readable result ({error})") from None
         return rows
@@ -425,6 +427,16 @@ def deployed_row(rows: Sequence[Row]) -> Row:
         and row.deploy_oversight == row.train_oversight
     )
     return match
+
+
+def _check_ranges(row: Row) -> None:
+    for name, value in vars(row).items():
+        if name.startswith("p_") or name.endswith("oversight"):
+            fine = math.isnan(value) or 0 <= value <= 1 + 1e-6  # sums of chances round
+        else:
+            fine = not isinstance(value, int | float) or not abs(value) > 1e15
+        if not fine:
+            raise ValueError(f"{name} cannot be {value}")
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """What docs/reliability.md promises, by breaking things: kills, full disks, bad numbers."""
 
+import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +11,13 @@ from pathlib import Path
 import pytest
 import soak
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import reinforce
-from oversight_rl import checkpoint, tracking
-from oversight_rl.cli import train
+from oversight_rl import checkpoint, report, tracking
+from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.health import Watch
 from oversight_rl.tracking import EVENTS, RunFolder
 from oversight_rl.training import Trainer
 
@@ -36,10 +40,10 @@ def refused(capsys, args):
 
 def test_killed_runs_go_on_as_if_nothing_had_happened():
     """A short form of the soak; see there what is compared."""
-    command = [sys.executable, "benchmarks/soak.py", "kill", "--kills", "5", "--seed", "1"]
+    command = [sys.executable, "benchmarks/soak.py", "kill", "--kills", "8", "--seed", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("5 kills of")
+    assert done.stdout.startswith("8 kills of")
 
 
 # ---- bad numbers
@@ -88,6 +92,18 @@ def test_a_bad_number_stops_the_run_at_that_update(tmp_path, capsys, monkeypatch
 def test_what_went_bad_first_is_named(tmp_path, capsys):
     steep = [*SMOKE, "--run-dir", tmp_path / "run", "--training.learning-rate", "1e30"]
     assert "update 1: the parameter agent.trunks.0.weight is inf" in refused(capsys, steep)
+
+
+def test_the_first_bad_number_of_each_run_is_kept():
+    watch = Watch(2, torch.device("cpu"))
+    good, bad = torch.zeros(2), torch.tensor([0.0, torch.nan])
+    assert watch.look(1, {"x": good, "y": good}).tolist() == [True, True]
+    assert watch.seen() == {}
+    assert watch.look(2, {"x": good, "y": bad}).tolist() == [True, False]
+    assert watch.look(3, {"x": torch.tensor([1, -torch.inf]), "y": bad}).tolist() == [True, False]
+    assert watch.seen() == {1: "update 2: the y is nan"}
+    watch.look(4, {"x": torch.tensor([-torch.inf, 0]), "y": bad.flip(0)})
+    assert watch.seen()[0] == "update 4: the x is -inf"
 
 
 def test_a_bad_gradient_is_told_from_a_bad_loss(monkeypatch):
@@ -276,3 +292,86 @@ def test_the_second_process_on_a_folder_is_refused(tmp_path, capsys, monkeypatch
     train([*SMOKE, "--run-dir", str(path)])
     assert "another process is at work in it" in errors[0]
     assert "is not empty; go on with --resume" in errors[1]
+
+
+# ---- kills at the very start, simulated by what they leave behind
+
+
+def test_seeds_whose_folders_were_not_yet_there_are_not_forgotten(tmp_path):
+    path = tmp_path / "many"
+    few = [*SMOKE, "--seeds", "0", "7", "--training.updates", "2"]
+    train([*few, "--run-dir", str(tmp_path / "whole")])
+    train([*few, "--run-dir", str(path)])
+    (path / "seed_0/result.json").unlink()
+    shutil.rmtree(path / "seed_7")
+    for name in ("metrics.csv", "training.csv"):
+        (path / "seed_0" / name).write_bytes(b"")
+    shutil.rmtree(path / "seed_0/checkpoints")
+    train(["--resume", str(path)])
+    assert soak.differences(path, tmp_path / "whole") == []
+
+
+def test_a_run_with_results_and_no_checkpoint_is_not_begun_again(tmp_path, whole, capsys):
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    (path / "result.json").unlink()
+    shutil.rmtree(path / "checkpoints")
+    before = (path / "metrics.csv").read_bytes()
+    assert "no checkpoint to resume from" in refused(capsys, ["--resume", path])
+    assert (path / "metrics.csv").read_bytes() == before
+
+
+def test_what_a_kill_before_the_settings_leaves_is_no_obstacle(tmp_path):
+    (tmp_path / "run/seed_0").mkdir(parents=True)
+    (tmp_path / "run/seed_0/config.yaml.tmp").write_text("half of a fi")
+    train([*SMOKE, "--run-dir", str(tmp_path / "run"), "--training.updates", "1"])
+    assert (tmp_path / "run/result.json").exists()
+
+
+def test_half_a_line_is_cut_off(tmp_path, whole):
+    """Half of `20,...` reads as update 2; and half a record ends what TensorBoard reads."""
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    (path / "result.json").unlink()
+    for name in ("metrics.csv", "training.csv", EVENTS):
+        with (path / name).open("ab") as file:
+            file.write(b"2")
+    train(["--resume", str(path)])
+    same_end(path, whole)
+    assert (path / EVENTS).stat().st_size == (whole / EVENTS).stat().st_size
+
+
+# ---- reading what is being written
+
+
+def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
+    path = tmp_path / "runs/busy"
+    shutil.copytree(whole, tmp_path / "runs/done")
+    often = ["--evaluation.every", "1", "--training.updates", "100000", "--agent.hidden", "4"]
+    command = [sys.executable, "train.py", *SMOKE, "--run-dir", str(path), *often]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not checkpoint.updates(path / "checkpoints"):
+            assert process.poll() is None
+            time.sleep(0.05)
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        steps, end = [], time.monotonic() + 8
+        while time.monotonic() < end or len(set(steps)) < 5:
+            assert process.poll() is None
+            steps.append(RunFolder.open(path).load().env_steps)
+            events.Reload()
+        assert steps == sorted(steps)
+        main(["evaluate", str(path), "--json", str(tmp_path / "rows.json")])
+        found = report.gather(tmp_path / "runs")
+        assert found.missing == ["Not finished and left out: busy."]
+        seen = [event.step for event in events.Scalars("evaluation/return/mixture")]
+        assert seen == list(range(len(seen)))
+        assert len(seen) > 3
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(whole, monkeypatch):
+    stale = [[4]]  # as listed before the run went on
+    honest = checkpoint.updates
+    monkeypatch.setattr(checkpoint, "updates", lambda p: stale.pop() if stale else honest(p))
+    assert RunFolder.open(whole).load().env_steps == 20 * 32 * 8

@@ -224,7 +224,7 @@ def test_without_a_finished_run_there_is_no_report(tmp_path, capsys, content):
     if content != "no folder":
         path.mkdir()
     if content == "unfinished":
-        RunFolder.create(path / "x", Config()).close()
+        RunFolder.create(path / "x", Config())
     with pytest.raises(SystemExit) as stop:
         main(["report", str(path)])
     assert stop.value.code == 2
