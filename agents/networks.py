@@ -13,11 +13,11 @@ blend, an ablation, another gate) is then a set of mixing weights on the same ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -63,12 +63,6 @@ class Output(Record):
     bias: Tensor  # [R, 1, A], the shared head's bias
     gate_logits: Tensor  # [R, B, K], the last is 0 by definition
     value: Tensor  # [R, B]
-
-    @classmethod
-    def cat(cls, outputs: Sequence[Output]) -> Output:
-        """Join batches of the same agents."""
-        joined = {n: torch.cat([vars(o)[n] for o in outputs], dim=1) for n in PER_OBSERVATION}
-        return cls(bias=outputs[0].bias, **joined)
 
     def rows(self, index: Tensor) -> Output:
         """The output for other batches: `index` `[R, ...]` into B, per run."""
@@ -224,6 +218,16 @@ class Prepared:
             weight = torch.cat([weight[:, :j], mixed[:, None], weight[:, j + 1 :]], dim=1)
             bias = torch.cat([bias[:, :j], (bias[:, j] + shift)[:, None], bias[:, j + 1 :]], dim=1)
         self.first = FirstLayer(weight, bias)
+        # the layers after the trunks, padded to O outputs each, so that they are one product
+        unbiased = (agent.head.weight, torch.zeros_like(agent.head.bias))  # see `Output.bias`
+        others = [agent.gate_out, None if agent.affine_value else agent.value_layers[0]]
+        outs = [unbiased] * agent.n_experts
+        outs += [(layer.weight, layer.bias) for layer in others if layer is not None]
+        width = max(agent.n_actions, agent.n_experts)  # the padding is the gate's last logit, too
+        weights = [F.pad(weight, (0, 0, 0, width - weight.shape[1])) for weight, _ in outs]
+        self.out_weight = torch.stack(weights, dim=1)  # [R, J, O, H]
+        biases = [F.pad(bias, (0, width - bias.shape[1])) for _, bias in outs]
+        self.out_bias = torch.stack(biases, dim=1)  # [R, J, O]
         if agent.affine_value:
             *before, last = agent.value_layers
             row: Tensor = last.weight  # [R, 1, H]
@@ -235,41 +239,38 @@ class Prepared:
 
     def __call__(self, observation: Tensor) -> Output:
         """Everything that the agent computes: see `Agent` for what an observation is."""
+        return self.output(*self.products(observation))
+
+    def products(self, observation: Tensor) -> tuple[Tensor, ...]:
+        """All that takes time: what `output` needs, `[R, J, B, ...]` each."""
+        two = _two_ways(self._hidden(observation), self.out_weight, self.out_bias)
+        return (*two, self.affine_value(observation)) if self.agent.affine_value else two
+
+    def output(self, own: Tensor, shared: Tensor, value: Tensor | None = None) -> Output:
+        """The output made of `products`, or of those of several batches joined."""
         agent, k = self.agent, self.agent.n_experts
-        hidden = self._hidden(observation)  # [R, J, B, H]
-        runs, _, batch, _ = hidden.shape
-        experts = hidden[:, :k].reshape(runs, k * batch, -1)
-        weight = agent.head.weight.mT
-        expert_logits = experts @ weight.detach()
-        head_logits = experts.detach() @ weight
-        gate_logits = self.gate_logits(hidden[:, k]) if agent.has_gate else None
+        both = own[:, k:] + (shared[:, k:] - shared[:, k:].detach())
         return Output(
-            expert_logits=expert_logits.unflatten(1, (k, batch)).transpose(1, 2),
-            head_logits=head_logits.unflatten(1, (k, batch)).transpose(1, 2),
+            expert_logits=own[:, :k, :, : agent.n_actions].transpose(1, 2),
+            head_logits=shared[:, :k, :, : agent.n_actions].transpose(1, 2),
             bias=agent.head.bias[:, None],
-            gate_logits=hidden.new_zeros(runs, batch, k) if gate_logits is None else gate_logits,
-            value=self.value(observation, hidden),
+            gate_logits=both[:, 0, :, :k] if agent.has_gate else torch.zeros_like(own[:, 0, :, :k]),
+            value=both[:, -1, :, 0] if value is None else value[:, 0, :, 0],
         )
 
-    def value(self, observation: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Value estimates `[R, B]`, from the trunks' activations if they are known."""
+    def value(self, observation: Tensor) -> Tensor:
+        """Value estimates alone. [R, B]"""
         if self.agent.affine_value:
             return self.affine_value(observation)[:, 0, :, 0]
-        if hidden is None:
-            hidden = self._hidden(observation, start=-1)
-        layer = self.agent.value_layers[0]
-        return affine(hidden[:, -1], layer.weight, layer.bias).squeeze(-1)
+        hidden = self._hidden(observation, -1)
+        return affine(hidden, self.out_weight[:, -1:], self.out_bias[:, -1:])[:, 0, :, 0]
 
     def gate(self, observation: Tensor) -> Tensor:
         """The gate's logits alone, see `Output.gate_logits`. [R, B, K]"""
         k = self.agent.n_experts
-        return self.gate_logits(self._hidden(observation, k, k + 1)[:, 0])
-
-    def gate_logits(self, hidden: Tensor) -> Tensor:
-        """The gate's logits from its trunk's activations `[R, B, H]`. [R, B, K]"""
-        layer = self.agent.gate_out
-        assert layer is not None
-        return F.pad(affine(hidden, layer.weight, layer.bias), (0, 1))
+        hidden = self._hidden(observation, k, k + 1)
+        outputs = affine(hidden, self.out_weight[:, k : k + 1], self.out_bias[:, k : k + 1])
+        return outputs[:, 0, :, :k]
 
     def _hidden(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Activations of the trunks from `start` to `stop`. [R, J, B, H]"""
@@ -292,26 +293,78 @@ class FirstLayer:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
-        runs, nets, _, inputs = weight.shape
-        nets_first = torch.arange(runs * nets, device=weight.device) * inputs
-        self.offset = nets_first.view(runs, nets, 1, 1)
 
     @cached_property
     def table(self) -> Tensor:
-        """A row for each input of each net, and one of zeros."""
-        return F.pad(self.weight.mT.flatten(0, 2), (0, 0, 0, 1))
+        """A row for each input of each net, one of zeros, and the bias: `[R, J, F + 2, H]`."""
+        nothing = torch.zeros_like(self.bias)[..., None, :]
+        return torch.cat([self.weight.mT, nothing, self.bias[..., None, :]], dim=2)
 
     def __call__(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Before the activation, nets `start` to `stop`: `[R or 1, B, ...]` -> `[R, J, B, H]`."""
-        bias = self.bias[:, start:stop, None]
         if observation.is_floating_point():
             weight = self.weight[:, start:stop]
             dense = observation @ weight.flatten(1, 2).mT  # one product for all nets
             product: Tensor = dense.unflatten(-1, weight.shape[1:3]).transpose(1, 2)
-            return product + bias
-        nowhere = observation[:, None] == self.weight.shape[-1]
-        row = (observation[:, None] + self.offset[:, start:stop]).masked_fill(
-            nowhere, len(self.table) - 1
-        )  # [R, J, B, active]
-        summed = F.embedding_bag(row.flatten(0, 2), self.table, mode="sum")
-        return summed.view(*row.shape[:3], -1) + bias
+            return product + self.bias[:, start:stop, None]
+        table = self.table[:, start:stop]
+        rows = F.pad(observation, (0, 1), value=table.shape[2] - 1)  # the bias, always
+        return _row_sums(rows.expand(len(table), -1, -1), table)
+
+
+class _RowSums(torch.autograd.Function):
+    """Sums of rows of tables: `[R, B, D]` indices into `[R, J, rows, H]` -> `[R, J, B, H]`.
+
+    The gradient of a row is a sum as well, over the samples that took it. They are sorted by row
+    once for all J tables of a run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = table.shape[2]
+        bags = index[:, None] + _firsts(table, ctx.rows)
+        sums = F.embedding_bag(bags.flatten(0, 2), table.flatten(0, 2), mode="sum")
+        return sums.view(*table.shape[:2], index.shape[1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> tuple[None, Tensor]:
+        (index,) = ctx.saved_tensors
+        runs, batch, active = index.shape
+        row, order = index.flatten(1).sort(dim=1, stable=True)  # [R, B * D]
+        rows = torch.arange(ctx.rows, device=index.device).repeat(runs, 1)
+        begins = torch.searchsorted(row, rows)  # [R, rows]
+        samples = (order // active)[:, None, :, None] + _firsts(grad[0], batch)
+        begins = begins[:, None, :, None] + _firsts(grad[0], batch * active)
+        sums = F.embedding_bag(
+            samples.flatten(), grad[0].flatten(0, 2), begins.flatten(), mode="sum"
+        )
+        return None, sums.view(*grad[0].shape[:2], ctx.rows, -1)
+
+
+def _firsts(x: Tensor, each: int) -> Tensor:
+    """Where the parts of a flat tensor begin, `each` long: `[R, J, 1, 1]` for `x` `[R, J, ...]`."""
+    return torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], 1, 1) * each
+
+
+class _TwoWays(torch.autograd.Function):
+    """The same affine map twice, see `affine`.
+
+    A gradient into the first reaches the activations only, into the second the parameters only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        product = affine(x, weight, bias)
+        return product, product.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad[0] @ weight, grad[1].mT @ x, grad[1].sum(-2)
+
+
+# typed, as autograd functions are not
+_row_sums = cast(Callable[[Tensor, Tensor], Tensor], _RowSums.apply)
+_two_ways = cast(Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], _TwoWays.apply)

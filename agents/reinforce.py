@@ -145,15 +145,16 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
     forward = agent.prepare()
     states = _Distinct(world, runs, worlds)
     edges = noise.new_empty(runs, steps * worlds, agent.n_actions - 1)  # by slot
-    outputs, slots, actions, taken = [], [], [], []
+    products, slots, actions, taken = [], [], [], []
     run = torch.arange(runs, device=noise.device)[:, None]
     for t in range(steps):
         slot, active = states.look_up(state)
         if active.shape[1]:
-            output = forward(active)
-            chances = output.mix(output.gate).detach().softmax(-1)
+            products.append(forward.products(active))
+            with torch.no_grad():
+                output = forward.output(*products[-1])
+                chances = output.mix(output.gate).softmax(-1)
             edges[:, states.count - active.shape[1] : states.count] = cumulative(chances)
-            outputs.append(output)
         action = sample(edges[run, slot], noise[:, t, :, -2])
         state, step = world.step(state, action, fresh[:, t])
         slots.append(slot)
@@ -163,7 +164,7 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
         value_after = forward.value(world.active(state))
     rollout = Rollout(
         active=torch.cat(states.met, dim=1),
-        output=Output.cat(outputs),
+        output=forward.output(*(torch.cat(parts, dim=2) for parts in zip(*products, strict=True))),
         slot=torch.stack(slots, dim=1),
         action=torch.stack(actions, dim=1),
         seen=Seen.stack([step.seen for step in taken], dim=1),

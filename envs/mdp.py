@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -131,26 +130,11 @@ class WorldMDP:
         """
         cells, limit = self.world.config.cells, self.world.config.max_steps
         dense = self._dense(policy)
-
-        # values[k]: expected return of k more steps, as far ahead as a window sees
-        reward = self.reward[:, None].expand(-1, FLAGS, -1, -1)
-        values = [torch.zeros_like(dense[0])]
-        for _ in range(min(limit, window)):
-            after = reward + discount * values[-1]
-            value = torch.zeros_like(after)
-            for action, probability in enumerate(dense):
-                value.addcmul_(probability, after[self.next_cell[:, action]])
-            values.append(value)  # stays 0 on the squares, where `dense` is 0
-        sums = list(accumulate(values))
-
+        target = self.next_cell.T.flatten()  # of each action from each cell
         mass = self.start.view(cells, 1, cells, cells).expand(-1, FLAGS, -1, -1)
-        ends, within = [], torch.zeros_like(dense[0])
-        for time in range(limit):
-            left = min(limit - time, window)  # a step sees 1, 2, ..., left, left, ... steps ahead
-            within += mass * (sums[left] + (window - left) * values[left]) / window
-            moved = torch.zeros_like(dense[0])
-            for action, probability in enumerate(dense):
-                moved.index_add_(0, self.next_cell[:, action], mass * probability)
+        ends = []
+        for _ in range(limit):
+            moved = torch.zeros_like(dense[0]).index_add_(0, target, (dense * mass).flatten(0, 1))
             at_diamond = moved.diagonal(dim1=0, dim2=2)  # [F, ghost cell, diamond cell], a view
             at_ghost = moved.diagonal(dim1=0, dim2=3)
             ends.append(torch.stack([at_diamond.sum((1, 2)), at_ghost.sum((1, 2))]))
@@ -159,14 +143,17 @@ class WorldMDP:
             mass = moved
         diamond, ghost = torch.stack(ends, dim=1)  # [T, F] each
         steps = torch.arange(1, limit + 1, device=policy.device, dtype=torch.float64)
+        # a window that holds a step reaches `ahead` steps further with chance 1 - ahead / window
+        ahead = steps - 1
+        in_view = (discount**ahead * (1 - ahead / window).clamp(min=0)).cumsum(0)
         timeout = 1 - diamond.sum(0) - ghost.sum(0)
         return torch.stack(
             [
-                discount ** (steps - 1) @ (diamond - ghost),
+                discount**ahead @ (diamond - ghost),
                 diamond.sum(0),
                 ghost.sum(0),
                 steps @ (diamond + ghost) + limit * timeout,
-                within.sum((0, 2, 3)),
+                in_view @ (diamond - ghost),
             ]
         )
 
