@@ -159,7 +159,7 @@ def test_an_exported_policy_reads_back_the_same(tmp_path, text, observation):
     agent = checkpoint.new_agent(config, 1, [torch.Generator().manual_seed(3)])
     policy = SteeredPolicy(agent, parse(text, 2).with_options(temperature=0.5))
     source = checkpoint.Saved(agent, config, 100, 1.5)
-    checkpoint.write_policy(tmp_path / "policy.safetensors", policy, source)
+    checkpoint.write_policy(tmp_path / "policy.safetensors", policy.steering, source)
     saved = checkpoint.read_policy(tmp_path / "policy.safetensors")
     assert saved.steering == policy.steering
     assert saved.config == config
