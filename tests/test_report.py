@@ -271,6 +271,18 @@ DAMAGE = {
         "result.json",
         replaced('"optimal_return": 0.93', '"optimal_return": "x"'),
     ),
+    "an unknown method in another row": (
+        "result.json",
+        lambda text: text[::-1].replace('"method": "naive"'[::-1], '"method": "gone"'[::-1], 1)[
+            ::-1
+        ],
+    ),
+    "a chance above 1": ("result.json", replaced('"p_timeout": 0.', '"p_timeout": 8.')),
+    "a method that is none": ("metrics.csv", replaced(",naive,", ",gone,")),
+    "no truth value": ("metrics.csv", replaced("False", "3")),
+    "text in a column": ("metrics.csv", replaced("\n0,", "\nx,")),
+    "a number missing": ("metrics.csv", replaced("\n0,", "\n,")),
+    "infinity": ("training.csv", lambda text: re.sub("\n[0-9]+,", "\ninf,", text, count=1)),
     "columns missing": ("metrics.csv", lambda text: "foo\n1\n"),
     "no update": ("training.csv", lambda text: "foo\n1\n"),
 }
