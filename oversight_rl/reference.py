@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def _read(source: Path) -> dict[str, Tensor]:
             e.file_size > MOST_PROGRAM for e in entries if e.filename.endswith("data.pkl")
         ):
             raise ValueError
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles, which are refused
+            state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"{source}: cannot read the file ({error.strerror})") from None
     except Exception:  # whatever a damaged archive or program makes zipfile and torch raise

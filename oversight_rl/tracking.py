@@ -430,13 +430,16 @@ def deployed_row(rows: Sequence[Row]) -> Row:
 
 
 def _check_ranges(row: Row) -> None:
+    """Refuse a row that no run can have."""
     for name, value in vars(row).items():
-        if name.startswith("p_") or name.endswith("oversight"):
+        if name == "method":
+            fine = value in METHODS
+        elif name.startswith("p_") or name.endswith("oversight"):
             fine = math.isnan(value) or 0 <= value <= 1 + 1e-6  # sums of chances round
         else:
             fine = not isinstance(value, int | float) or not abs(value) > 1e15
         if not fine:
-            raise ValueError(f"{name} cannot be {value}")
+            raise ValueError(f"{name} cannot be {value!r}")
 
 
 @contextmanager

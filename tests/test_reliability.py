@@ -311,6 +311,25 @@ def test_seeds_whose_folders_were_not_yet_there_are_not_forgotten(tmp_path):
     assert soak.differences(path, tmp_path / "whole") == []
 
 
+def test_a_checkpoint_that_the_other_seed_has_not_is_dropped(tmp_path, monkeypatch):
+    """It may be of other numbers than those that the resumed run will come to."""
+    path = tmp_path / "many"
+    train([*SMOKE, "--seeds", "0", "7", "--run-dir", str(path)])
+    for seed in (0, 7):
+        (path / f"seed_{seed}/result.json").unlink()
+    for file in (path / "seed_7/checkpoints").glob("*20.*"):
+        file.unlink()
+    left = path / "seed_0/checkpoints/update_00000005.safetensors.tmp"
+    left.write_text("half of a fi")
+    found = []
+    folder = path / "seed_0/checkpoints"
+    at_update(monkeypatch, 11, lambda: found.extend(checkpoint.updates(folder)))
+    train(["--resume", str(path)])
+    assert found == [10]
+    assert checkpoint.updates(folder) == [10, 20]
+    assert not left.exists()
+
+
 def test_a_run_with_results_and_no_checkpoint_is_not_begun_again(tmp_path, whole, capsys):
     path = Path(shutil.copytree(whole, tmp_path / "run"))
     (path / "result.json").unlink()

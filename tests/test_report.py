@@ -1,6 +1,7 @@
 """Reports: figures against hand-made runs, what is missing is said, nothing is executed."""
 
 import dataclasses
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -271,6 +272,16 @@ DAMAGE = {
         "result.json",
         replaced('"optimal_return": 0.93', '"optimal_return": "x"'),
     ),
+    "an unknown method in a row more": (
+        "result.json",
+        lambda text: json.dumps([*json.loads(text), json.loads(text)[0] | {"method": "gone"}]),
+    ),
+    "a chance above 1": ("result.json", replaced('"p_timeout": 0.', '"p_timeout": 8.')),
+    "a method that is none": ("metrics.csv", replaced(",naive,", ",gone,")),
+    "no truth value": ("metrics.csv", replaced("False", "3")),
+    "text in a column": ("metrics.csv", replaced("\n0,", "\nx,")),
+    "a number missing": ("metrics.csv", replaced("\n0,", "\n,")),
+    "infinity": ("training.csv", lambda text: re.sub("\n[0-9]+,", "\ninf,", text, count=1)),
     "columns missing": ("metrics.csv", lambda text: "foo\n1\n"),
     "no update": ("training.csv", lambda text: "foo\n1\n"),
 }

@@ -100,6 +100,14 @@ def test_bit_flips_anywhere_in_a_checkpoint_are_noticed(run):
             checkpoint.load(folder, 2, like)
 
 
+def test_a_changed_digit_beside_the_tensors_is_noticed(run, capsys):
+    facts = run / "checkpoints/update_00000002.json"
+    text = facts.read_text()
+    facts.write_text(text.replace('"env_steps": 512', '"env_steps": 513'))
+    assert facts.read_text() != text
+    assert "update_00000002.json: is damaged" in refused(capsys, main, "evaluate", run)
+
+
 # ---- hostile ones
 
 
