@@ -30,7 +30,7 @@ from stable_baselines3.common.torch_layers import (
     NatureCNN,
 )
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import LinearSchedule, explained_variance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,7 +69,7 @@ class SymbolicCNN(BaseFeaturesExtractor):
     sizes: Tensor
     """Number of symbols in each channel."""
 
-    def __init__(self, observation_space: spaces.Box, width: int = 8, channels: int = 24) -> None:
+    def __init__(self, observation_space: spaces.Box, width: int = 8, channels: int = 16) -> None:
         kernel = cast(Any, tuple(min(3, side) for side in observation_space.shape[:2]))
         steps = [(side - 3) // 2 + 1 if side > 3 else 1 for side in observation_space.shape[:2]]
         super().__init__(observation_space, channels * math.prod(steps))
@@ -481,10 +481,10 @@ class RoutedPPO(PPO):
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MoEPolicy": MoEPolicy}
     DEFAULTS: ClassVar[dict[str, Any]] = {
-        "learning_rate": 1e-3,
+        "learning_rate": LinearSchedule(3e-3, 1e-4, 1.0),
         "n_steps": 32,
         "batch_size": 2048,
-        "n_epochs": 3,
+        "n_epochs": 2,
         "gamma": 0.97,
         "gae_lambda": 0.95,
         "ent_coef": 0.01,
@@ -500,10 +500,10 @@ class RoutedPPO(PPO):
         oversight: float | None = None,
         n_envs: int = 128,
         behaviors: Sequence[str] | None = None,
-        labeled_weight: float = 5.0,
+        labeled_weight: float = 20.0,
         gate_coef: float = 1.0,
-        contrast_coef: float = 0.3,
-        gate_replay: int = 256,
+        contrast_coef: float = 0.5,
+        gate_replay: int = 1024,
         label_recall: float = 1.0,
         label_error: float = 0.0,
         env_kwargs: dict[str, Any] | None = None,
@@ -630,7 +630,7 @@ class RoutedPPO(PPO):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        if METHODS[self.method].contrasts:
+        if cast(MoEPolicy, self.policy).has_gate:
             self._subtract_baseline()
         figures: dict[str, list[Tensor]] = {}
         for _ in range(self.n_epochs):
@@ -708,18 +708,23 @@ class RoutedPPO(PPO):
         return loss, parts | {"loss": loss.detach()}
 
     def _subtract_baseline(self) -> None:
-        """Take from the true return of labeled samples what the mixture was to get: V (2 g - 1).
+        """Take from labeled samples what the mixture was to get, by the value net and the gate.
 
-        The value net foretells any behavior, and the gate which one.
+        The value net foretells the return of any behavior, and the gate which one it will be: to
+        the expert of behavior b, a state is worth V g_b; to the contrast, V (2 g_0 - 1).
         """
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         labeled = buffer.outcome >= LABELED
-        if labeled.any():
-            rows = torch.as_tensor(buffer.observations[labeled]).to(self.device)
-            with torch.no_grad():
-                wanted = cast(MoEPolicy, self.policy).gate_log_probabilities(rows)[0, :, DEPLOYED]
-            share = 2 * wanted.exp().cpu().numpy() - 1
-            buffer.signed[labeled] -= share * buffer.values[labeled] / buffer.spread
+        if not labeled.any():
+            return
+        rows = torch.as_tensor(buffer.observations[labeled]).to(self.device)
+        with torch.no_grad():
+            gate = cast(MoEPolicy, self.policy).gate_log_probabilities(rows)[0].exp().cpu().numpy()
+        value = buffer.values[labeled] / buffer.spread
+        own = gate[np.arange(len(gate)), buffer.outcome[labeled] - LABELED]
+        routed = (buffer.routes[labeled] != 1).any(-1)
+        buffer.advantages[labeled] -= routed * own * value
+        buffer.signed[labeled] -= (2 * gate[:, DEPLOYED] - 1) * value
 
     def _gate_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the gate against remembered labels; 0 where there are none."""

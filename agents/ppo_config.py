@@ -23,9 +23,9 @@ class PPOConfig(Settings):
     """Steps T of each environment per update."""
     batch_size: int = Field(2048, ge=2)
     """Samples of a minibatch."""
-    epochs: int = Field(3, ge=1)
+    epochs: int = Field(2, ge=1)
     """Passes over the rollout in an update."""
-    learning_rate: Schedule = (1e-3, 1e-4)
+    learning_rate: Schedule = (3e-3, 1e-4)
     """Adam step size."""
     discount: float = Field(0.97, gt=0, le=1)
     """Discount per step, of training and of every reported return."""
@@ -39,9 +39,9 @@ class PPOConfig(Settings):
     """Weight of the entropy bonus."""
     gate_coef: NonNegative = 1.0
     """Weight of the gate loss."""
-    gate_replay: int = Field(256, ge=0)
+    gate_replay: int = Field(1024, ge=0)
     """Remembered labeled observations that the gate learns from in each minibatch."""
-    contrast_coef: NonNegative = 0.3
+    contrast_coef: NonNegative = 0.5
     """Weight of the contrast loss, for the method that has one."""
-    labeled_weight: float = Field(5.0, gt=0)
+    labeled_weight: float = Field(20.0, gt=0)
     """Weight of a labeled episode's samples next to any other's."""

@@ -1,7 +1,10 @@
-"""How fast the MiniGrid worlds step: one real one, SB3's DummyVecEnv of them, our batch.
+"""How fast the MiniGrid worlds step, and PPO trains on them: SB3's ways next to ours.
 
-`python benchmarks/minigrid_speed.py [--quick] [--json FILE]`. All subjects take random actions in
-turns, so that a busy machine slows them alike; every figure is the median of the turns.
+`python benchmarks/minigrid_speed.py [--quick] [--json FILE]`. The worlds take random actions: one
+real one, SB3's DummyVecEnv of them, our batch. PPO trains: SB3's own with its defaults, and with
+the settings of ours, on a DummyVecEnv of 8; and RoutedPPO (two experts, gate, value net) on the
+batch. All take turns, so that a busy machine slows them alike; every figure is the median of the
+turns.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,9 +23,11 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from agents import RoutedPPO
 from envs.minigrid import SymbolicObservation
 from envs.vector import make_vec
 
@@ -89,6 +95,30 @@ def subjects() -> dict[str, Work]:
     return found
 
 
+def learning() -> dict[str, Work]:
+    """PPO, one update a turn."""
+
+    def one() -> gym.Env:
+        return Monitor(SymbolicObservation(gym.make(WORLDS["8x8"])))
+
+    def dummy() -> VecEnv:
+        return DummyVecEnv([one] * DUMMIES)
+
+    ours = {name: RoutedPPO.DEFAULTS[name] for name in ("batch_size", "n_epochs")}
+    models = {
+        "sb3_ppo": PPO("MlpPolicy", dummy(), n_steps=256, device="cpu"),
+        "sb3_ppo_our_settings": PPO("MlpPolicy", dummy(), n_steps=512, device="cpu", **ours),
+        "routed_ppo": RoutedPPO("MoEPolicy", WORLDS["8x8"], oversight=0.1),
+    }
+
+    def work(model: PPO) -> int:
+        steps = model.n_steps * model.n_envs
+        model.learn(steps, reset_num_timesteps=False)
+        return steps
+
+    return {f"steps_per_second_{k}_8x8": partial(work, model) for k, model in models.items()}
+
+
 def rate(work: Work, seconds: float) -> float:
     """Steps per second over at least so long."""
     steps, start = 0, time.perf_counter()
@@ -100,7 +130,7 @@ def rate(work: Work, seconds: float) -> float:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     turns, seconds = (5, 0.2) if arguments.quick else (15, 0.5)
-    measured = subjects()
+    measured = subjects() | learning()
     rates: dict[str, list[float]] = {name: [] for name in measured}
     for turn in track(range(1 + turns), "measuring", transient=True):
         for name, work in measured.items():
@@ -113,12 +143,17 @@ def main() -> None:
             batch = np.array(rates[f"steps_per_second_batch_{count}_{world}"])
             rates[f"batch_{count}_over_dummy_{world}"] = (batch / dummy).tolist()
 
+    routed = np.array(rates["steps_per_second_routed_ppo_8x8"])
+    for name in ("sb3_ppo", "sb3_ppo_our_settings"):
+        theirs = np.array(rates[f"steps_per_second_{name}_8x8"])
+        rates[f"routed_ppo_over_{name}"] = (routed / theirs).tolist()
+
     table = Table(title="MiniGrid diamond/ghost, one process", box=box.SIMPLE_HEAD)
     for heading in ("figure", "median", "quartiles"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
     for name, values in rates.items():
         low, middle, high = np.percentile(values, [25, 50, 75])
-        table.add_row(name, f"{middle:,.0f}", f"{low:,.0f} to {high:,.0f}")
+        table.add_row(name, f"{middle:,.4g}", f"{low:,.4g} to {high:,.4g}")
     Console().print(table)
     if arguments.json is not None:
         figures = {name: float(np.median(values)) for name, values in rates.items()}
