@@ -37,6 +37,7 @@ from oversight_rl.tracking import (
     RunFolder,
     begin_seeds,
     check_free,
+    find_runs,
     open_runs,
     planned_seeds,
     write_json,
@@ -100,8 +101,9 @@ def _train(args: list[str]) -> None:
 
 
 def _resume(path: Path, console: Console) -> None:
-    begun = {folder.path: folder.config() for folder in open_runs(path)}
-    runs = planned_seeds(path) | begun
+    planned = planned_seeds(path)
+    begun = find_runs(path) if planned else [folder.path for folder in open_runs(path)]
+    runs = planned | {run: RunFolder.open(run).config() for run in begun}
     configs, folders = list(runs.values()), [RunFolder(run) for run in runs]
     if len({stack_key(config).model_dump_json() for config in configs}) > 1:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")

@@ -309,6 +309,10 @@ def test_seeds_whose_folders_were_not_yet_there_are_not_forgotten(tmp_path):
     shutil.rmtree(path / "seed_0/checkpoints")
     train(["--resume", str(path)])
     assert soak.differences(path, tmp_path / "whole") == []
+    shutil.rmtree(path / "seed_0")
+    shutil.rmtree(path / "seed_7")
+    train(["--resume", str(path)])
+    assert soak.differences(path, tmp_path / "whole") == []
 
 
 def test_a_checkpoint_that_the_other_seed_has_not_is_dropped(tmp_path, monkeypatch):
