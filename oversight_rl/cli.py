@@ -21,7 +21,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agents.methods import METHODS
 from agents.networks import Agent
 from agents.steering import Steering, parse, standard
 from envs import render
@@ -37,6 +36,7 @@ from oversight_rl.tracking import (
     RunFolder,
     begin_seeds,
     check_free,
+    deployed_policy,
     find_runs,
     open_runs,
     planned_seeds,
@@ -360,7 +360,7 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
     several = len(tables) > 1
     for heading in ("return", *(["range"] if several else []), "greedy", *ENDINGS):
         table.add_column(heading, justify="right")
-    deployed = METHODS[rows[0].method].deployed
+    deployed = deployed_policy(rows[0].method, [row.policy for row in rows])
     for policy in dict.fromkeys(row.policy for row in rows):
         sampled = [r for r in rows if r.policy == policy and not r.greedy]
         greedy = [r for r in rows if r.policy == policy and r.greedy]

@@ -42,8 +42,7 @@ class Config(Settings):
     """A training run. Every setting has a flag; a YAML file holds only what differs."""
 
     env: str = GRID
-    """Environment to train on, by its gymnasium id (`module:id` imports the module first). All but
-    the default need --algo ppo."""
+    """Environment to train on, by its gymnasium id. All but the default need --algo ppo."""
     env_settings: dict[str, bool | int | float | str] = {}
     """Arguments of the environment, besides its oversight: `lava: 2`. The default environment has
     its own settings under `world`."""
@@ -107,6 +106,11 @@ class Config(Settings):
     def _fits_together(self) -> Self:
         if self.algo == "reinforce" and self.env != GRID:
             raise UserError(f"env: {self.env} needs --algo ppo (reinforce trains on {GRID} only)")
+        if ":" in self.env:  # settings are data: they shall not name code to run
+            raise UserError(
+                f"env: must be an id that gymnasium knows, got {self.env!r}; docs/environments.md "
+                "says how a package makes its ids known"
+            )
         if self.env == GRID and self.env_settings:
             raise UserError(f"env_settings: {GRID} has its settings under world")
         if self.algo == "ppo" and self.on_nan == "skip":

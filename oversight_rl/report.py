@@ -36,7 +36,7 @@ from oversight_rl.statistics import (
     probability_of_improvement,
 )
 from oversight_rl.sweep import SWEEP, load_sweep, plan
-from oversight_rl.tracking import CONFIG, METRICS, TRAINING, RunFolder
+from oversight_rl.tracking import CONFIG, METRICS, TRAINING, RunFolder, deployed_policy
 
 REFERENCE = "routing"  # what the others are compared with
 PAPER = {"routing": "gradient_routing", "filtering": "data_filtering", "naive": "naive"}
@@ -77,7 +77,7 @@ class Found:
         """One row per finished run: its deployed policy at the training level."""
         rows = self.results
         own = rows["deploy_oversight"] == rows["train_oversight"]
-        deployed = rows["policy"] == rows["method"].map(lambda m: METHODS[m].deployed)
+        deployed = rows["is_deployed"]
         return rows[own & deployed & ~rows["greedy"]]
 
     @cached_property
@@ -124,10 +124,14 @@ def gather(directory: Path) -> Found:
                 unfinished.setdefault(str(Path(where).parent), []).append(Path(where).name)
                 continue
             result = pd.DataFrame([vars(row) for row in folder.result()])
-            parts = {"results": result}
+            name = deployed_policy(config.method, result["policy"])
+            parts = {"results": result.assign(is_deployed=result["policy"] == name)}
             for part, file in (("curves", METRICS), ("training", TRAINING)):
                 table = path.parent / file
                 parts[part] = _read_table(table, NEEDED[part])
+            if len(parts["curves"]):
+                own = parts["curves"]["policy"] == name
+                parts["curves"] = parts["curves"].assign(is_deployed=own)
         except (UserError, ValueError, OSError) as error:
             missing.append(f"{where} cannot be read and is left out ({error}).")
             continue
@@ -162,8 +166,7 @@ def gather(directory: Path) -> Found:
         tables[part] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     curves = tables["curves"]
     if len(curves):
-        deployed = curves["policy"] == curves["method"].map(lambda m: METHODS[m].deployed)
-        tables["curves"] = curves[deployed]
+        tables["curves"] = curves[curves["is_deployed"]]
     found = Found(tables["results"], tables["curves"], tables["training"], missing)
     _look_for_gaps(found)
     made_by = {

@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -416,15 +416,23 @@ def open_runs(path: Path) -> list[RunFolder]:
     return [RunFolder.open(run) for run in find_runs(path) or [path]]
 
 
+def deployed_policy(method: str, policies: Iterable[str]) -> str | None:
+    """Name of the deployed one among the policies of a run's table; None if it is not there.
+
+    A mixture comes first, then its experts, whose names are those of the run's behaviors.
+    """
+    names = list(dict.fromkeys(policies))
+    place = int(method in METHODS and METHODS[method].experts == "many")
+    return names[place] if place < len(names) else None
+
+
 def deployed_row(rows: Sequence[Row]) -> Row:
     """The row of the deployed policy, sampled, at the training oversight level."""
+    name = deployed_policy(rows[0].method, [row.policy for row in rows]) if rows else None
     (match,) = (
         row
         for row in rows
-        if row.method in METHODS
-        and row.policy == METHODS[row.method].deployed
-        and not row.greedy
-        and row.deploy_oversight == row.train_oversight
+        if row.policy == name and not row.greedy and row.deploy_oversight == row.train_oversight
     )
     return match
 

@@ -259,6 +259,7 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
         (["--algo", "ppo", "--env", "MiniGrid-DiamondGhost-8x9-v0"],
          "did you mean 'MiniGrid-DiamondGhost-8x8-v0'"),
         (["--algo", "ppo", "--env", "CartPole-v1"], "oversight"),
+        (["--algo", "ppo", "--env", "os:CartPole-v1"], "must be an id that gymnasium knows"),
         (["--algo", "ppo", "--method", "reward_model"], "with --algo ppo must be one of"),
         (["--algo", "ppo", "--on-nan", "skip"], "must be stop"),
         (["--algo", "ppo", "--ppo.worlds", "0"], "ppo.worlds"),
