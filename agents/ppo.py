@@ -503,7 +503,7 @@ class RoutedPPO(PPO):
         labeled_weight: float = 20.0,
         gate_coef: float = 1.0,
         contrast_coef: float = 0.5,
-        gate_replay: int = 1024,
+        gate_replay: int = 512,
         label_recall: float = 1.0,
         label_error: float = 0.0,
         env_kwargs: dict[str, Any] | None = None,

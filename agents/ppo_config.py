@@ -39,7 +39,7 @@ class PPOConfig(Settings):
     """Weight of the entropy bonus."""
     gate_coef: NonNegative = 1.0
     """Weight of the gate loss."""
-    gate_replay: int = Field(1024, ge=0)
+    gate_replay: int = Field(512, ge=0)
     """Remembered labeled observations that the gate learns from in each minibatch."""
     contrast_coef: NonNegative = 0.5
     """Weight of the contrast loss, for the method that has one."""

@@ -28,10 +28,10 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.networks import Agent
+from agents.steering import MIXTURE
 from envs.settings import UserError
 from oversight_rl import checkpoint, cli, reference, report, training
 from oversight_rl.config import load_yaml
-from oversight_rl.steering import SteeredPolicy
 from oversight_rl.sweep import load_sweep, plan
 from oversight_rl.tracking import EVENTS, RunFolder, find_runs
 from oversight_rl.training import Trainer
@@ -273,7 +273,7 @@ def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
     policy = folder / "policy/policy.safetensors"
     policy.parent.mkdir()
     saved = RunFolder.open(run).load()
-    checkpoint.write_policy(policy, SteeredPolicy(saved.agent), saved)
+    checkpoint.write_policy(policy, MIXTURE, saved)
     state = folder / "state/state.pt"
     state.parent.mkdir()
     torch.save(published(saved.agent), state)
