@@ -502,7 +502,7 @@ class RoutedPPO(PPO):
         behaviors: Sequence[str] | None = None,
         labeled_weight: float = 20.0,
         gate_coef: float = 1.0,
-        contrast_coef: float = 0.5,
+        contrast_coef: float = 1.0,
         gate_replay: int = 512,
         label_recall: float = 1.0,
         label_error: float = 0.0,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from agents.reinforce import NonNegative, Schedule
-from envs.settings import Settings
+from envs.settings import Settings, UserError
+
+MOST_SAMPLES = 2**24  # of a rollout, which is kept in memory
 
 
 class PPOConfig(Settings):
@@ -41,7 +43,16 @@ class PPOConfig(Settings):
     """Weight of the gate loss."""
     gate_replay: int = Field(512, ge=0)
     """Remembered labeled observations that the gate learns from in each minibatch."""
-    contrast_coef: NonNegative = 0.5
+    contrast_coef: NonNegative = 1.0
     """Weight of the contrast loss, for the method that has one."""
     labeled_weight: float = Field(20.0, gt=0)
     """Weight of a labeled episode's samples next to any other's."""
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> Self:
+        if self.worlds * self.steps > MOST_SAMPLES:
+            raise UserError(
+                f"ppo: worlds times steps must be at most {MOST_SAMPLES:,}, got "
+                f"{self.worlds * self.steps:,}"
+            )
+        return self

@@ -29,6 +29,7 @@ from envs.gym import Reward
 from envs.world import BEHAVIORS
 
 Layout = Literal["empty", "four_rooms"]
+LARGEST = 256  # width of a world in tiles
 FLAGGED = 1  # state of a square that shows its oversight flag
 
 for _name in BEHAVIORS:  # MiniGrid numbers the types of objects; ours come after its own
@@ -136,7 +137,7 @@ class DiamondGhostEnv(MiniGridEnv):
     and, for evaluation only, `behavior` (flagged or not) and `ground_truth_reward`.
 
     Args:
-        size: width and height, outer walls included.
+        size: width and height, outer walls included, at most 256.
         layout: "empty", or "four_rooms" with a gap in each wall between them.
         oversight: chance per episode that each square is flagged.
         flags_visible: whether flags are seen; hidden ones still decide the labels.
@@ -164,6 +165,8 @@ class DiamondGhostEnv(MiniGridEnv):
             raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
         if not 0 <= oversight <= 1:
             raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
+        if size > LARGEST:
+            raise ValueError(f"size must be at most {LARGEST}, got {size}")
         if lava < 0 or size < (4 if layout == "empty" else 7) or free < 3 + lava:
             raise ValueError(f"size {size} has no room for {3 + lava} things in layout {layout!r}")
         view = kwargs.get("agent_view_size", 7)

@@ -162,7 +162,8 @@ class DiamondGhostVecEnv(VecEnv):
         """Go on from a state of `get_state`, of as many worlds with the same settings.
 
         Raises:
-            ValueError: an array is missing, unknown or not of this batch's shape.
+            ValueError: an array is missing, unknown or not of this batch's shape, or holds what
+                no world can be in.
         """
         given = {name: np.asarray(value) for name, value in state.items()}
         n = (self.num_envs,)
@@ -171,7 +172,20 @@ class DiamondGhostVecEnv(VecEnv):
         found = {name: value.shape for name, value in given.items()}
         if found != shapes:
             raise ValueError(f"expected a state of shapes {shapes}, got {found}")
-        self._tiles = given["tiles"].astype(np.uint8)
+        tiles, agent = given["tiles"], given["agent"]
+        grid = tiles.reshape(self.num_envs, self._one.height, self._one.width)
+        inner = grid[:, 1:-1, 1:-1] == WALL
+        possible = (
+            np.isin(tiles, [EMPTY, WALL, *range(SQUARES, len(self._encodings))]).all()
+            and (grid == WALL).sum() - inner.sum() == grid[0].size * len(grid) - inner.size
+            and ((agent >= 0) & (agent < tiles.shape[1])).all()
+            and (tiles[self._all, agent] != WALL).all()
+            and np.isin(given["direction"], range(4)).all()
+            and ((given["steps"] >= 0) & (given["steps"] < self._one.max_steps)).all()
+        )
+        if not possible:
+            raise ValueError("no world can be in such a state")
+        self._tiles = tiles.astype(np.uint8)
         self._agent, self._direction, self._steps = (
             given[name].astype(np.int64) for name in ("agent", "direction", "steps")
         )

@@ -7,6 +7,7 @@ resumed run takes the numbers that the uninterrupted one would have taken.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -39,6 +41,7 @@ from oversight_rl.training import (
     show,
 )
 
+MOST_PARAMETERS = 2**27
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
 
 
@@ -53,6 +56,10 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
         UserError: the environment cannot be made, or is not one that PPO can train on.
     """
     ppo, seed = config.ppo, config.seeds[0]
+    layers = itertools.pairwise(config.agent.hidden)
+    parameters = (config.agent.experts + 2) * sum(ins * outs for ins, outs in layers)
+    if parameters > MOST_PARAMETERS:
+        raise UserError(f"agent: at most {MOST_PARAMETERS:,} parameters, got {parameters:,}")
     env = make_env(config, config.oversight, envs or ppo.worlds)
     _seed(seed, 0)
     experts = {} if config.agent.experts == 2 else {"experts": config.agent.experts}
@@ -179,7 +186,12 @@ class _Recorder(BaseCallback):
         return Subject(config.method, config.seeds[0], config.oversight, steps, self.seconds)
 
     def restore(self, model: RoutedPPO, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: it holds what cannot be.
+        """
+        self._check(model, tensors)
         with torch.no_grad():
             for name, tensor in _kept(model).items():
                 tensor.copy_(tensors[name])
@@ -195,11 +207,31 @@ class _Recorder(BaseCallback):
             before = parts["unfinished"]
             buffer.unfinished = before["observations"], before["since"]
         if parts["world"]:
-            cast(Any, model.env).set_state(parts["world"])
+            try:
+                cast(Any, model.env).set_state(parts["world"])
+            except ValueError as error:
+                raise UserError(f"{self.folder.checkpoints}: world: {error}") from None
             model._last_obs = parts["last"]["observation"]
             model._last_episode_starts = parts["last"]["episode_starts"]
         model.num_timesteps, self.seconds = facts["env_steps"], facts["wall_seconds"]
         self.updates = self.saved = facts["update"]
+
+    def _check(self, model: RoutedPPO, tensors: dict[str, Tensor]) -> None:
+        """Refuse indices that would lead astray; a checksum does not notice intent."""
+        wrong = []
+        if "memory.label" in tensors:
+            label, count = tensors["memory.label"], tensors["memory.count"]
+            if not bool(((label >= 0) & (label < len(model.behaviors))).all() & (count >= 0).all()):
+                wrong.append("memory.label")
+        space = model.observation_space
+        if isinstance(space, spaces.Box):
+            low, high = space.low.flatten(), space.high.flatten()
+            for name in ("memory.observation", "unfinished.observations", "last.observation"):
+                rows = tensors[name].numpy().reshape(-1, low.size) if name in tensors else low
+                if not ((rows >= low) & (rows <= high)).all():
+                    wrong.append(name)
+        if wrong:
+            raise UserError(f"{self.folder.checkpoints}: {wrong[0]} holds what cannot be")
 
     def _on_training_start(self) -> None:
         config = self.config

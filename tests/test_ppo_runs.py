@@ -262,6 +262,8 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
         (["--algo", "ppo", "--env", "os:CartPole-v1"], "must be an id that gymnasium knows"),
         (["--algo", "ppo", "--method", "reward_model"], "with --algo ppo must be one of"),
         (["--algo", "ppo", "--on-nan", "skip"], "must be stop"),
+        (["--algo", "ppo", "--ppo.worlds", "4096", "--ppo.steps", "8192"], "at most 16,777,216"),
+        (["--algo", "ppo", "--agent.hidden", "16384", "16384"], "parameters"),
         (["--algo", "ppo", "--ppo.worlds", "0"], "ppo.worlds"),
         (["--algo", "ppo", "--agent.hidden", "8", "--env", "MiniGrid-DiamondGhost-5x5-v0",
           "--env-settings", "lava", "100"], "no room"),
@@ -296,6 +298,32 @@ def checkpoint_of_all(path):
     model._last_episode_starts = np.ones(8, bool)
     newest = checkpoint.updates(path / "checkpoints")[-1]
     return checkpoint.load(path / "checkpoints", newest, ppo_training._tensors(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("world.agent", 10**6, "no world"),
+        ("world.direction", 9, "no world"),
+        ("world.tiles", 0, "no world"),
+        ("last.observation", 250, "cannot be"),
+        ("memory.observation", 250, "cannot be"),
+        ("memory.label", 7, "cannot be"),
+    ],
+)
+def test_forged_checkpoints_are_refused(run, tmp_path, capsys, name, value, rule):
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    (path / "result.json").unlink()
+    tensors, facts = checkpoint_of_all(path)
+    tensors[name] = torch.full_like(tensors[name], value)
+    newest = facts.pop("update")
+    checkpoint.drop_after(path / "checkpoints", -1)
+    checkpoint.save(path / "checkpoints", newest, tensors, facts)
+    with pytest.raises(SystemExit) as stop:
+        train(["--resume", str(path)])
+    assert stop.value.code == 2
+    assert rule in capsys.readouterr().err
 
 
 def test_numbers_that_go_bad_stop_the_run(tiny, tmp_path, capsys):
