@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -385,11 +386,20 @@ def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
 
 
 def _statistics(model: RoutedPPO) -> dict[str, float]:
-    """How episodes of the last rollout ended, as the learner saw them."""
-    buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-    if not hasattr(buffer, "ended"):
-        return {}
+    """How episodes of the last rollout ended, as the learner saw them, and the gate by outcome."""
+    buffer, policy = cast(RoutedRolloutBuffer, model.rollout_buffer), cast(MoEPolicy, model.policy)
     kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
     kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
     count = max(1, len(buffer.ended))
-    return {f"endings/{k}": float((buffer.ended == v).sum()) / count for k, v in kinds.items()}
+    shares = {f"endings/{k}": float((buffer.ended == v).sum()) / count for k, v in kinds.items()}
+    if not policy.has_gate:
+        return shares
+    outcome = buffer.swap_and_flatten(buffer.outcome)[:, 0]  # as its observations are by now
+    with torch.no_grad():
+        rows = torch.as_tensor(buffer.observations).to(model.device)
+        gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
+    means = {
+        f"gate/{k}": float(gate[outcome == v].mean()) if (outcome == v).any() else math.nan
+        for k, v in kinds.items()
+    }
+    return shares | means

@@ -254,17 +254,19 @@ class RunFolder:
         page = text(
             "run",
             f"## {config.method}, {config.oversight:.2%} oversight, seed {config.seeds[0]}\n\n"
-            f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. "
-            f"Deployed policy: **{method.deployed}**.\n\n"
+            f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. Deployed: "
+            f"**{'the first expert' if method.experts == 'many' else 'the only expert'}**. "
+            f"Environment: {config.env}.\n\n"
             "* `evaluation/return`: expected discounted ground-truth return per episode of the "
             "mixture and of each expert alone, at the training oversight level, next to the "
-            "optimum (all in one chart under *Custom Scalars*)\n"
-            "* `evaluation/p_diamond`, `p_ghost`, `p_timeout`: how episodes of each policy end\n"
-            "* `pictures/policies`: arrows are action probabilities; the color is the gate, teal "
-            "where it trusts the diamond expert and violet where it trusts the ghost expert\n"
+            "optimum where it is known (all in one chart under *Custom Scalars*)\n"
+            "* `evaluation/p_diamond`, `p_ghost`, `p_timeout`: how episodes of each policy end: in "
+            "the wanted behavior, another, or none\n"
+            "* `pictures/policies` (grid world): arrows are action probabilities; the color is the "
+            "gate, teal where it trusts the diamond expert and violet where the ghost expert\n"
             "* `pictures/rollouts`: each policy at work on the same starts, animated\n"
             "* `training/endings`: how training episodes ended, as the learner saw them\n"
-            "* `training/gate`: mean gate weight on the diamond expert, by the episode's outcome\n"
+            "* `training/gate`: mean gate weight on the first expert, by the episode's outcome\n"
             "* `training/loss`, `training/env_steps_per_second`\n\n"
             f"| setting | value |\n| --- | --- |\n{settings}\n",
         )

@@ -89,6 +89,7 @@ def test_training_curves_are_written(tmp_path, tiny):
     assert {"loss/value", "loss/gate", "loss/policy_gradient", "endings/labeled_ghost"} <= set(
         table
     )
+    assert 0 < table["gate/labeled_diamond"][0] < 1
     shares = [c for c in table if c.startswith("endings/")]
     assert table[shares].sum(axis=1).tolist() == pytest.approx([1.0])
 
