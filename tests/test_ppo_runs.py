@@ -83,7 +83,8 @@ def test_a_run_leaves_the_same_things_as_the_grids(run):
 
 
 def test_training_curves_are_written(tmp_path, tiny):
-    train(["--config", tiny, "--run-dir", str(tmp_path / "r"), "--ppo.updates", "10"])
+    train(["--config", tiny, "--run-dir", str(tmp_path / "r"), "--ppo.updates", "10",
+           "--ppo.steps", "64"])  # fmt: skip
     table = pd.read_csv(tmp_path / "r" / "training.csv")
     assert table["update"].tolist() == [10]
     assert {"loss/value", "loss/gate", "loss/policy_gradient", "endings/labeled_ghost"} <= set(
