@@ -136,6 +136,7 @@ def gather(directory: Path) -> Found:
             missing.append(f"{where} cannot be read and is left out ({error}).")
             continue
         hidden = {"method", "oversight", "seeds", "device", "pictures", "evaluation"}
+        hidden.add("training" if config.algo == "ppo" else "ppo")  # the learner not in use
         settings = flat(config.model_dump(mode="json", exclude=hidden))
         key = (config.method, config.oversight, config.seeds[0])
         runs.append(

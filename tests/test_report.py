@@ -238,7 +238,7 @@ def test_settings_that_runs_vary_tell_them_apart(tmp_path):
         for seed in (0, 1):
             make_run(
                 tmp_path / f"{coefficient}-{seed}", "routing", 0.1, seed, coefficient / 4,
-                {"training": {"gate_coef": coefficient}},
+                {"training": {"gate_coef": coefficient}, "ppo": {"gate_coef": coefficient + seed}},
             )  # fmt: skip
     found = report.gather(tmp_path)
     assert found.names == [
