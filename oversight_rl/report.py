@@ -541,7 +541,7 @@ def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    columns = min(5, max(1, len(entries)))
+    columns = max(1, min(5, len(entries), int(figure.get_figwidth() / 1.8)))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns,
                   fontsize=8, frameon=False)  # fmt: skip
 
