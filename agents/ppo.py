@@ -257,6 +257,17 @@ class MoEPolicy(ActorCriticPolicy):
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         return super()._predict(observation, deterministic or self.steering.greedy)
 
+    def predict(
+        self, observation: Any, *args: Any, **kwargs: Any
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Actions, as SB3's policies predict them.
+
+        MiniGrid's dictionary will do where a policy was trained on its symbols.
+        """
+        if isinstance(observation, dict) and is_symbolic(self.observation_space):
+            observation = observation["image"]
+        return super().predict(observation, *args, **kwargs)
+
     def predict_values(self, obs: Any) -> Tensor:
         """Value estimates, `[B, 1]`."""
         return self.agent.prepare().value(self._features(obs))[0][:, None]

@@ -229,6 +229,10 @@ def test_the_environments_pass_sb3s_checks():
         check_env(SymbolicObservation(gym.make(ID).unwrapped), skip_render_check=True)
 
 
+def test_progress_is_shown(capsys):
+    assert tiny().learn(128, progress_bar=True).num_timesteps == 128
+
+
 def test_a_saved_model_predicts_the_same_and_goes_on(tmp_path):
     model = tiny().learn(512)
     model.save(tmp_path / "agent")
@@ -449,7 +453,13 @@ def test_environments_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match="SymbolicObservation"):
         tiny(Dictionary([(3, GOOD)]))
-    assert tiny(gym.make(ID)).observation_space.shape == (7, 7, 3)  # on its own
+    model, env = tiny(gym.make(ID)), gym.make(ID)  # wrapped on its own
+    assert model.observation_space.shape == (7, 7, 3)
+    observation, _ = env.reset(seed=0)
+    assert np.array_equal(
+        model.steer("diamond").predict(observation, deterministic=True)[0],
+        model.steer("diamond").predict(observation["image"], deterministic=True)[0],
+    )
     with pytest.raises(ValueError, match="OversightLabels"):
         tiny(DummyVecEnv([lambda: Told([(3, GOOD)])]), oversight=0.5)
     with pytest.raises(ValueError, match="flags_visible"):
