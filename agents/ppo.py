@@ -31,6 +31,7 @@ from stable_baselines3.common.torch_layers import (
 )
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule, explained_variance
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -410,8 +411,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         A labeled episode trains its own expert alone, whose task is to bring that behavior about.
         The value net foretells any behavior, so it is no baseline for that: once it is right,
         labeled episodes would be no better than expected, and the experts would stay alike. Where
-        labels are routed, labeled samples therefore go without a baseline, as if episodes of the
-        other behaviors had return 0.
+        labels are routed, labeled samples therefore go without it, as if episodes of the other
+        behaviors had return 0; `RoutedPPO` takes from them what the gate foretells of their own.
         """
         routed = labeled & (self.routes != 1).any(-1)
         self.advantages[routed] = self.returns[routed]
@@ -428,7 +429,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         steps = np.arange(self.buffer_size)[:, None]
         before, since = self.unfinished
         label = self.outcome[0] - LABELED  # of the episode that went on
-        self._add(memory, before, label[None].repeat(len(before), 0), steps >= since)
+        goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
+        self._add(memory, before, label[None].repeat(len(before), 0), (steps >= since) & goes_on)
         self._add(memory, self.observations, self.outcome - LABELED, np.True_)
         done = self.terminated | self.truncated
         last = np.where(done, steps + 1, 0).max(0)  # where each unfinished episode begins
@@ -588,10 +590,8 @@ class RoutedPPO(PPO):
         """Take from the environment what it says of behaviors and oversight."""
 
         def ask(name: str) -> Any:
-            try:
-                return self.env.get_attr(name)[0]  # type: ignore[union-attr]
-            except AttributeError:
-                return None
+            env = cast(VecEnv, self.env)
+            return env.get_attr(name)[0] if env.has_attr(name) else None
 
         self.behaviors = self.behaviors or tuple(ask("behaviors") or ())
         level = ask("oversight")

@@ -63,6 +63,7 @@ class OversightGridEnv(gym.Env[Any, Any]):
                 f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}"
             )
         self.world, self.reward = _world(oversight, reward, world)
+        self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
         self.observation_space, self.action_space = _spaces(self.world)
         self.render_mode = render_mode
         self._state: State | None = None
@@ -152,6 +153,7 @@ class OversightGridVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.num_envs = num_envs
         self.world, self.reward = _world(oversight, reward, world)
+        self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
         self.single_observation_space, self.single_action_space = _spaces(self.world)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -211,6 +213,7 @@ class OversightGridVecEnv(VecEnv):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.world, self.reward = _world(oversight, reward, world)
+        self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
         self.render_mode = render_mode
         super().__init__(num_envs, *_spaces(self.world))
         self._rng = np.random.default_rng()

@@ -13,12 +13,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 BehaviorFn = Callable[[gym.Env[Any, Any], Any, float, bool, bool, dict[str, Any]], str | None]
 """(environment, last observation, last reward, terminated, truncated, info) -> behavior or None."""
 
 
-class OversightLabels(gym.Wrapper[Any, Any, Any, Any]):
+class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """An environment whose episodes are told apart by behavior and labeled now and then.
 
     Each behavior is watched in an episode with the given probability, independently, drawn at its
@@ -45,7 +46,14 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any]):
         behaviors: Sequence[str] = ("wanted", "unwanted"),
         flags_visible: bool = False,
     ) -> None:
-        super().__init__(env)
+        RecordConstructorArgs.__init__(
+            self,
+            behavior_fn=behavior_fn,
+            oversight_probability=oversight_probability,
+            behaviors=behaviors,
+            flags_visible=flags_visible,
+        )
+        gym.Wrapper.__init__(self, env)
         if not 0 <= oversight_probability <= 1:
             raise ValueError(
                 f"oversight_probability must lie in [0, 1], got {oversight_probability}"

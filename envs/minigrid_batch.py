@@ -176,7 +176,9 @@ class DiamondGhostVecEnv(VecEnv):
         grid = tiles.reshape(self.num_envs, self._one.height, self._one.width)
         inner = grid[:, 1:-1, 1:-1] == WALL
         possible = (
-            np.isin(tiles, [EMPTY, WALL, *range(SQUARES, len(self._encodings))]).all()
+            np.isin(
+                tiles, [EMPTY, WALL, *range(SQUARES, SQUARES + 2 * len(self._one.behaviors))]
+            ).all()
             and (grid == WALL).sum() - inner.sum() == grid[0].size * len(grid) - inner.size
             and ((agent >= 0) & (agent < tiles.shape[1])).all()
             and (tiles[self._all, agent] != WALL).all()

@@ -263,7 +263,10 @@ class EnvEvaluator:
     """
 
     def __init__(self, config: Config, episodes: int, seed: int = 0) -> None:
-        self.config, self.episodes, self.seed = config, episodes, seed
+        unfixed = {"diamond_oversight": None, "ghost_oversight": None}
+        world = config.world.model_copy(update=unfixed)
+        self.config = config.model_copy(update={"world": world})
+        self.episodes, self.seed = episodes, seed
 
     def evaluate(
         self,

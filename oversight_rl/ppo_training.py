@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.methods import LABELED, TIMEOUT, UNLABELED
-from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer
+from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer, is_symbolic
 from agents.reinforce import at
 from agents.steering import standard, steering_curve
 from envs.settings import UserError
@@ -62,7 +62,6 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
     if parameters > MOST_PARAMETERS:
         raise UserError(f"agent: at most {MOST_PARAMETERS:,} parameters, got {parameters:,}")
     env = make_env(config, config.oversight, envs or ppo.worlds)
-    _seed(seed, 0)
     experts = {} if config.agent.experts == 2 else {"experts": config.agent.experts}
     try:
         return RoutedPPO(
@@ -225,7 +224,8 @@ class _Recorder(BaseCallback):
             if not bool(((label >= 0) & (label < len(model.behaviors))).all() & (count >= 0).all()):
                 wrong.append("memory.label")
         space = model.observation_space
-        if isinstance(space, spaces.Box):
+        if is_symbolic(space):  # a wrong symbol is a wrong index; other numbers do no harm
+            space = cast(spaces.Box, space)
             low, high = space.low.flatten(), space.high.flatten()
             for name in ("memory.observation", "unfinished.observations", "last.observation"):
                 rows = tensors[name].numpy().reshape(-1, low.size) if name in tensors else low

@@ -414,7 +414,8 @@ def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figu
     """A figure of `count` panels."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    size = max(3.6, width * columns), max(2.6, height * rows)  # room for a legend
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for empty in grid[count:]:
         empty.remove()
@@ -541,7 +542,7 @@ def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    columns = max(1, min(5, len(entries), int(figure.get_figwidth() / 1.8)))
+    columns = max(2, min(5, len(entries), int(figure.get_figwidth() / 1.4)))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns,
                   fontsize=8, frameon=False)  # fmt: skip
 

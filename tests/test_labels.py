@@ -61,7 +61,7 @@ def test_flags_are_seen_and_tell_which_labels_come():
         if info["behavior"]:
             watched = flags[("wanted", "unwanted").index(info["behavior"])]
             assert ("label" in info) == bool(watched)
-    check_env(cart(flags_visible=True).unwrapped, skip_render_check=True)
+    check_env(cart(flags_visible=True), skip_render_check=True)
     env = cart(flags_visible=True)
     assert env.observation_space.contains(env.reset(seed=0)[0])
 

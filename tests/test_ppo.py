@@ -97,10 +97,19 @@ def test_the_gate_remembers_steps_of_the_rollout_before():
     count = int(model.memory.count)
     known = model.memory.observation[0, :count]
     label = model.memory.label[0, :count].tolist()
-    assert label == [0] * 7 + [1] * 7 + [1] * 7 or sorted(label) == [0] * 7 + [1] * 17
+    assert sorted(label) == [0] * 7 + [1] * 17
     # times within the episode of what is labeled bad: those of the last rollout and this one
     times = sorted(round(float(t) * 100) for t, lab in zip(known[:, 0], label, strict=True) if lab)
     assert times == list(range(3, 20))
+
+
+def test_an_environment_that_was_reset_has_no_episode_that_goes_on():
+    env = DummyVecEnv([lambda: Told([(11, BAD), (3, GOOD)])])
+    model = RoutedPPO("MoEPolicy", env, n_steps=10, batch_size=5, seed=0)
+    model.learn(10)
+    model.learn(10)  # SB3 resets the environment
+    count = int(model.memory.count)
+    assert count < 10  # of the bad episode's first ten steps nobody ever heard how it ended
 
 
 def test_rewards_are_paid_as_the_method_says():
@@ -477,6 +486,8 @@ def test_environments_that_do_not_fit_are_refused():
 
 def test_hidden_flags_are_hidden_in_environments_made_by_id():
     model = tiny(method="filtering_hidden_flag")
+    assert model.env.get_attr("flags_visible") == [False] * 8
+    model = tiny("OversightGrid-v0", method="ipw_hidden_flag", oversight=0.5)
     assert model.env.get_attr("flags_visible") == [False] * 8
 
 
