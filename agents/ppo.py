@@ -227,22 +227,20 @@ class MoEPolicy(ActorCriticPolicy):
         actions = actions.reshape((-1, *(self.action_space.shape or ())))
         return actions, output.value[0][:, None], log_prob
 
-    def evaluate_actions(
-        self, obs: Any, actions: Tensor, routes: Tensor | None = None
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions under the mixture."""
+        return self.evaluate_output(self.output(obs), actions)
+
+    def evaluate_output(
+        self, output: Output, actions: Tensor, routes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values `[B, 1]`, log-probabilities and entropies `[B]` of the mixture.
+        """The same from what the networks computed.
 
         Args:
-            obs: B observations.
+            output: for B observations.
             actions: that were taken.
             routes: gradient weights into the experts and the gate, `[B, K + 1]`; None: all 1.
         """
-        return self.evaluate_output(self.output(obs), actions, routes)
-
-    def evaluate_output(
-        self, output: Output, actions: Tensor, routes: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same from what the networks computed."""
         if routes is not None:
             output = output.routed(routes[None])
         distribution = self.distribution(output.mix(output.gate)[0])
