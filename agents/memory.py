@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 CAPACITY = 16_384
-"""Samples that each run remembers, the newest."""
+"""Samples that each run remembers, the newest; fewer where they would not fit into MOST_BYTES."""
+MOST_BYTES = 2**28
+"""Of the observations that a run remembers."""
 
 
 class Memory(nn.Module):
@@ -20,15 +22,17 @@ class Memory(nn.Module):
         dtype: of these numbers.
     """
 
-    observation: Tensor  # [R, CAPACITY + 1, D]; the last row is scratch
-    label: Tensor  # [R, CAPACITY + 1] int8, index into BEHAVIORS
+    observation: Tensor  # [R, capacity + 1, D]; the last row is scratch
+    label: Tensor  # [R, capacity + 1] int8, index into BEHAVIORS
     count: Tensor  # [R] int64, samples met so far
 
     def __init__(self, runs: int, width: int, draws: int, dtype: torch.dtype = torch.int16) -> None:
         super().__init__()
         self.draws = draws
-        self.register_buffer("observation", torch.zeros(runs, CAPACITY + 1, width, dtype=dtype))
-        self.register_buffer("label", torch.zeros(runs, CAPACITY + 1, dtype=torch.int8))
+        self.capacity = min(CAPACITY, max(1, MOST_BYTES // (width * dtype.itemsize)))
+        rows = self.capacity + 1
+        self.register_buffer("observation", torch.zeros(runs, rows, width, dtype=dtype))
+        self.register_buffer("label", torch.zeros(runs, rows, dtype=torch.int8))
         self.register_buffer("count", torch.zeros(runs, dtype=torch.int64))
 
     @torch.no_grad()
@@ -41,8 +45,8 @@ class Memory(nn.Module):
             labeled: `[R, B]` bool.
         """
         rank = labeled.cumsum(-1) - 1
-        fits = labeled & (rank >= rank[:, -1:] + 1 - CAPACITY)
-        place = torch.where(fits, (self.count[:, None] + rank) % CAPACITY, CAPACITY)
+        fits = labeled & (rank >= rank[:, -1:] + 1 - self.capacity)
+        place = torch.where(fits, (self.count[:, None] + rank) % self.capacity, self.capacity)
         run = torch.arange(len(place), device=place.device)[:, None]
         kept = observation[..., : self.observation.shape[-1]]
         self.observation[run, place] = kept.to(self.observation.dtype)
@@ -57,7 +61,7 @@ class Memory(nn.Module):
             `[R, M]`: 1, but 0 in runs that remember nothing.
         """
         uniform = uniform[:, : self.draws]
-        known = self.count.clamp(max=CAPACITY)[:, None]
+        known = self.count.clamp(max=self.capacity)[:, None]
         index = (uniform * known).long()
         run = torch.arange(len(index), device=index.device)[:, None]
         weight = (known > 0).to(uniform.dtype).expand_as(uniform)

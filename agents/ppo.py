@@ -12,6 +12,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, cast
 
 import gymnasium as gym
@@ -36,20 +37,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.memory import Memory
-from agents.methods import LABELED, METHODS, UNLABELED, MethodTables, Overseer, outcomes, tables
+from agents.methods import (
+    LABELED,
+    METHODS,
+    UNFINISHED,
+    UNLABELED,
+    MethodTables,
+    Overseer,
+    outcomes,
+    tables,
+)
 from agents.networks import Agent, AgentConfig, Output
-from agents.reinforce import DEPLOYED, contrast_loss, weighted_mean
+from agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
 from agents.routing import lookup
 from agents.steering import MIXTURE, Steering, parse
-from envs.settings import nearest
-from envs.vector import make_vec, symbolic
+from envs.labels import LabelError
+from envs.minigrid import symbolic
+from envs.settings import UserError, nearest
+from envs.vector import make_vec
 from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
 PATIENCE = 2000
-"""Episodes without a single label after which a warning is due."""
+"""Episodes without a single label after which a warning is due, if the level is not known."""
+SURPRISE = 1e-6
+"""Chance of as many episodes without a label below which it is due, if the level is known."""
+SETTLED = 10
+"""Rollouts after which it should be warned of episodes that are longer than a rollout."""
 SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
+COMBINATIONS = 2**16
+"""Combinations of a cell's symbols at most, which `SymbolicCNN` has a table of."""
 
 
 # ---- networks
@@ -108,6 +126,7 @@ def is_symbolic(space: spaces.Space[Any]) -> bool:
         and len(space.shape) == 3
         and np.issubdtype(space.dtype, np.integer)
         and bool((space.low == 0).all() and space.high.max() < SYMBOLS)
+        and math.prod(int(n) + 1 for n in space.high.max(axis=(0, 1))) <= COMBINATIONS
     )
 
 
@@ -280,7 +299,13 @@ class MoEPolicy(ActorCriticPolicy):
         return self.steered(parse(text, self.n_experts, self.behaviors))
 
     def steered(self, steering: Steering) -> MoEPolicy:
-        """The same policy under a steering; it shares the parameters."""
+        """The same policy under a steering; it shares the parameters.
+
+        Raises:
+            UserError: a temperature, where actions are continuous.
+        """
+        if steering.temperature != 1 and isinstance(self.action_dist, DiagGaussianDistribution):
+            raise UserError("temperature: continuous actions have none; steer greedily")
         policy = copy.copy(self)
         policy.steering = steering
         return policy
@@ -331,7 +356,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.methods, self.behaviors = methods, tuple(behaviors)
         self.labeled_weight, self.memory, self.rng = labeled_weight, memory, generator
         self.normalize = normalize
-        self.episodes = self.labels = 0
+        self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
         super().__init__(*args, **kwargs)
         # observations of the last rollout, and where in it the episode that goes on began
         self.unfinished = self.observations, np.full(self.n_envs, self.buffer_size)
@@ -352,7 +377,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         either, a terminated episode counts as one that nobody saw, a truncated one as a timeout.
 
         Raises:
-            ValueError: a behavior is unknown.
+            LabelError: a behavior is unknown.
         """
         for env in np.flatnonzero(dones).tolist():
             info = infos[env]
@@ -366,12 +391,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.truth[self.pos, env] = self._index(behavior, "behavior")
             self.episodes += 1
             self.labels += label is not None
+            self.told += label is not None and behavior is not None
 
     def _index(self, name: str | None, key: str) -> int:
         if name is None:
             return NO_LABEL
         if name not in self.behaviors:
-            raise ValueError(
+            raise LabelError(
                 f"info[{key!r}] must be one of {', '.join(self.behaviors)}, got {name!r}"
                 f"{nearest(str(name), self.behaviors)}; RoutedPPO takes others as behaviors=(...)"
             )
@@ -529,6 +555,12 @@ class RoutedPPO(PPO):
         for name, p in {"label_recall": label_recall, "label_error": label_error}.items():
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {p}")
+        distinct = len(set(behaviors or ()))
+        if isinstance(behaviors, str) or (behaviors and distinct < max(2, len(behaviors))):
+            raise ValueError(f"behaviors must be two or more distinct names, got {behaviors!r}")
+        own = {"behaviors", "gate"} & set(policy_kwargs or {})
+        if own:
+            raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
         hides = {"flags_visible": False} if METHODS[method].hides_flags else {}
         if not isinstance(env, str) and (oversight is not None or env_kwargs):
             raise ValueError(
@@ -537,14 +569,7 @@ class RoutedPPO(PPO):
             )
         if isinstance(env, str):
             level = {} if oversight is None else {"oversight": oversight}
-            env = make_vec(env, n_envs, **(env_kwargs or {}), **level, **hides)
-        elif isinstance(env, gym.Env):
-            env = symbolic(env)
-        if env is not None and isinstance(env.observation_space, spaces.Dict):
-            raise ValueError(
-                "RoutedPPO takes no Dict observations; wrap the environment, in "
-                "envs.minigrid.SymbolicObservation for MiniGrid, or gymnasium's FlattenObservation"
-            )
+            env = make_vec(env, n_envs, **{**(env_kwargs or {}), **level, **hides})
         self.method, self.behaviors = method, tuple(behaviors or ())
         self.overseer = Overseer(0.0, None, label_recall, label_error)
         self.labeled_weight = labeled_weight
@@ -581,7 +606,7 @@ class RoutedPPO(PPO):
             "generator": np.random.default_rng(self.seed),
             "normalize": self.normalize_advantage,
         }
-        self._warned = False
+        self._warned: set[str] = set()
         super()._setup_model()
 
     def _ask_environment(self, hides_flags: bool) -> None:
@@ -603,8 +628,11 @@ class RoutedPPO(PPO):
                 f"method {self.method} needs to know the share of episodes that it may look at: "
                 "give the environment an attribute oversight"
             )
-        overseer = vars(self.overseer) | {"oversight": 0.0 if level is None else float(level)}
-        self.overseer = Overseer(**overseer)
+        self.overseer = replace(
+            self.overseer,
+            oversight=0.0 if level is None else float(level),
+            ghost_oversight=ask("ghost_oversight"),
+        )
         self._knows_level = level is not None
 
     def _new_memory(self) -> Memory:
@@ -616,19 +644,52 @@ class RoutedPPO(PPO):
             torch.as_tensor(np.zeros(1, space.dtype)).dtype,
         )
 
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        given = symbolic(env) if isinstance(env, gym.Env) else env
+        if isinstance(given.observation_space, spaces.Dict):
+            raise ValueError(
+                "RoutedPPO takes no Dict observations; wrap the environment, in "
+                "envs.minigrid.SymbolicObservation for MiniGrid's symbols, MiniGrid's "
+                "ImgObsWrapper for its pictures, or gymnasium's FlattenObservation"
+            )
+        return PPO._wrap_env(given, verbose, monitor_wrapper)
+
     def _update_info_buffer(self, infos: Any, dones: Any = None) -> None:
         super()._update_info_buffer(infos, dones)
+        cast(RoutedRolloutBuffer, self.rollout_buffer).note(infos, dones)
+
+    def _warn_of_data(self) -> None:
+        """Warn, once each, of what makes learning from labels hopeless."""
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
-        buffer.note(infos, dones)
-        unexpected = not self._knows_level or self.overseer.oversight > 0
-        if buffer.episodes >= PATIENCE and not (buffer.labels or self._warned) and unexpected:
-            self._warned = True
-            warnings.warn(
+        if self._knows_level:
+            missing = (1 - self.overseer.oversight) ** buffer.episodes < SURPRISE
+        else:
+            missing = buffer.episodes >= PATIENCE
+        if missing and not buffer.labels:
+            self._warn(
+                "unlabeled",
                 f"none of {buffer.episodes:,} episodes was labeled: does the environment put "
                 "'label' into info at an episode's end, and does every wrapper pass info on?",
-                UserWarning,
-                stacklevel=2,
             )
+        if buffer.labels > buffer.told:
+            self._warn(
+                "untold",
+                "episodes were labeled that had no 'behavior' in info: evaluation and oracle "
+                "methods will not know what they were",
+            )
+        share = float((buffer.outcome == UNFINISHED).mean())
+        if share > 0.5 and self._n_updates >= SETTLED * self.n_epochs:
+            self._warn(
+                "unfinished",
+                f"{share:.0%} of a rollout's steps are of episodes that go on beyond it, and no "
+                f"label reaches them: let n_steps, now {self.n_steps}, be several episodes long",
+            )
+
+    def _warn(self, cause: str, text: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(text, UserWarning, stacklevel=4)
 
     def train(self) -> None:
         """Update the policy from the rollout: PPO's losses, with every gradient routed.
@@ -639,6 +700,7 @@ class RoutedPPO(PPO):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
+        self._warn_of_data()
         if cast(MoEPolicy, self.policy).has_gate:
             self._subtract_baseline()
         figures: dict[str, list[Tensor]] = {}
@@ -742,8 +804,7 @@ class RoutedPPO(PPO):
         rows, label, known = self.memory.draw(torch.rand(1, self.gate_replay))
         shape = self.observation_space.shape or ()
         log_gate = policy.gate_log_probabilities(rows[0].reshape(-1, *shape).to(self.device))
-        chosen = log_gate.gather(-1, label[..., None].to(self.device)).squeeze(-1)
-        return -weighted_mean(chosen, known.to(self.device)).sum()
+        return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
 
     def steer(self, text: str) -> MoEPolicy:
         """The policy, steered: `mixture`, a behavior's expert, a blend or an ablation.

@@ -343,8 +343,12 @@ def gate_loss(
     else:
         active, label, weight = memory.draw(uniform)
         logits = agent.prepare().gate(active)
-    chosen = logits.log_softmax(-1).gather(-1, label[..., None]).squeeze(-1)
-    return -weighted_mean(chosen, weight)
+    return cross_entropy(logits.log_softmax(-1), label, weight)
+
+
+def cross_entropy(log_gate: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean cross entropy of the gate's log-probabilities `[R, B, K]`. [R]"""
+    return -weighted_mean(log_gate.gather(-1, label[..., None]).squeeze(-1), weight)
 
 
 def contrast_loss(own: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ class OversightGridVecEnv(VecEnv):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.world, self.reward = _world(oversight, reward, world)
         self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
+        self.ghost_oversight = self.world.config.ghost_oversight
         self.render_mode = render_mode
         super().__init__(num_envs, *_spaces(self.world))
         self._rng = np.random.default_rng()

@@ -15,6 +15,11 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
+
+class LabelError(ValueError):
+    """An environment told of a behavior that it has not got."""
+
+
 BehaviorFn = Callable[[gym.Env[Any, Any], Any, float, bool, bool, dict[str, Any]], str | None]
 """(environment, last observation, last reward, terminated, truncated, info) -> behavior or None."""
 
@@ -35,7 +40,7 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
 
     Raises:
         ValueError: an argument is out of range, flags cannot be shown, or `behavior_fn` returned
-            a name that is not among the behaviors.
+            (as `LabelError`) a name that is not among the behaviors.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             info = info | {"behavior": behavior}
             if behavior is not None:
                 if behavior not in self.behaviors:
-                    raise ValueError(
+                    raise LabelError(
                         f"behavior_fn must return one of {', '.join(self.behaviors)} or None, got "
                         f"{behavior!r}"
                     )

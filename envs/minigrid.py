@@ -23,6 +23,7 @@ from minigrid.utils.rendering import (
     point_in_rect,
     point_in_triangle,
 )
+from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper, SymbolicObsWrapper
 from numpy.typing import NDArray
 
 from envs.gym import Reward
@@ -31,6 +32,7 @@ from envs.world import BEHAVIORS
 Layout = Literal["empty", "four_rooms"]
 LARGEST = 256  # width of a world in tiles
 FLAGGED = 1  # state of a square that shows its oversight flag
+HIGHEST_STATE = max(*STATE_TO_IDX.values(), 3)  # an agent's state is its direction
 
 for _name in BEHAVIORS:  # MiniGrid numbers the types of objects; ours come after its own
     if _name not in OBJECT_TO_IDX:
@@ -221,27 +223,55 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
 
     The `direction` is dropped, since the view turns with the agent, and so is the text.
 
-    Observation: `Box(0, high, (v, v, 3), uint8)` of (object, color, state) per tile of a view of
-    v x v tiles; `high` is the largest index of each.
+    Observation: `Box(0, high, (rows, cols, 3), uint8)` of (object, color, state) per tile of the
+    agent's view, or of the whole grid under MiniGrid's FullyObsWrapper; `high` is the largest
+    index of each.
 
     Args:
-        env: an environment with MiniGrid's dictionary of the agent's view.
+        env: an environment with MiniGrid's symbols, in its dictionary or alone.
 
     Raises:
-        ValueError: the observations of `env` hold no such view.
+        ValueError: the observations of `env` hold no such symbols.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
-        space = env.observation_space
-        image = space.get("image") if isinstance(space, spaces.Dict) else None
-        if image is None or image.shape is None or len(image.shape) != 3 or image.shape[2] != 3:
-            raise ValueError(f"expected a dictionary with MiniGrid's view as image, got {space}")
-        indices = (OBJECT_TO_IDX, COLOR_TO_IDX, STATE_TO_IDX)
-        high = np.array([max(of.values()) for of in indices], np.uint8)
-        high = np.broadcast_to(high, image.shape)
+        image = _symbols(env)
+        if image is None:
+            raise ValueError(
+                f"expected MiniGrid's symbols, alone or as image of a dictionary, got {env}"
+            )
+        high = np.array([max(OBJECT_TO_IDX.values()), max(COLOR_TO_IDX.values()), HIGHEST_STATE])
+        high = np.broadcast_to(high.astype(np.uint8), image.shape)
         self.observation_space = spaces.Box(np.zeros_like(high), high, dtype=np.uint8)
 
-    def observation(self, observation: dict[str, Any]) -> NDArray[np.uint8]:
-        image: NDArray[np.uint8] = observation["image"]
+    def observation(self, observation: Any) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = (
+            observation["image"] if isinstance(observation, dict) else observation
+        )
         return image
+
+
+def symbolic(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """The environment, with observations that hold MiniGrid's symbols reduced to these."""
+    return env if _symbols(env) is None else SymbolicObservation(env)
+
+
+NO_SYMBOLS = (RGBImgObsWrapper, RGBImgPartialObsWrapper, SymbolicObsWrapper, SymbolicObservation)
+"""Wrappers whose observations look like symbols and are not, or are reduced to them by now."""
+
+
+def _symbols(env: gym.Env[Any, Any]) -> spaces.Box | None:
+    """The space of MiniGrid's symbols in an environment's observations, None without them."""
+    if not isinstance(env.unwrapped, MiniGridEnv):
+        return None
+    space: Any = env.observation_space
+    image: Any = space.get("image") if isinstance(space, spaces.Dict) else space
+    layer: gym.Env[Any, Any] = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, NO_SYMBOLS):
+            return None
+        layer = layer.env
+    if not isinstance(image, spaces.Box) or len(image.shape) != 3 or image.shape[2] != 3:
+        return None
+    return image

@@ -184,6 +184,8 @@ class DiamondGhostVecEnv(VecEnv):
             and (tiles[self._all, agent] != WALL).all()
             and np.isin(given["direction"], range(4)).all()
             and ((given["steps"] >= 0) & (given["steps"] < self._one.max_steps)).all()
+            and np.isin(given["random"][4], range(2))
+            and 0 <= given["random"][5] < 2**32
         )
         if not possible:
             raise ValueError("no world can be in such a state")

@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
-from minigrid.minigrid_env import MiniGridEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from envs.gym import OversightGridVecEnv
-from envs.minigrid import SymbolicObservation
+from envs.minigrid import symbolic
 from envs.minigrid_batch import DiamondGhostVecEnv
 from envs.settings import UserError, nearest
 
@@ -56,11 +55,3 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
 
 def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
     return Monitor(symbolic(gym.make(env_id, **kwargs)))
-
-
-def symbolic(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """The environment, with MiniGrid's dictionary reduced to its symbols."""
-    minigrid = isinstance(env.unwrapped, MiniGridEnv)
-    if minigrid and isinstance(env.observation_space, gym.spaces.Dict):
-        return SymbolicObservation(env)
-    return env

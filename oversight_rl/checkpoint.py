@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -223,10 +225,15 @@ def deployed_prefix(config: Config) -> str:
 
 
 def new_policy(config: Config) -> MoEPolicy:
-    """The policy of a PPO run, its parameters at random."""
+    """The policy of a PPO run, its parameters at random; the global random streams stay."""
     from oversight_rl.ppo_training import make_model
 
-    return make_model(config, envs=1).policy  # type: ignore[return-value]
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        policy = make_model(config, envs=1).policy  # SB3 seeds them all
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    return policy  # type: ignore[return-value]
 
 
 def agent_from(

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from agents.networks import Agent
 from agents.reinforce import cumulative, sample
-from agents.steering import Steering
+from agents.steering import Steering, standard, steering_curve
 from envs.mdp import Endings, WorldMDP, why_not
 from envs.settings import UserError
-from envs.world import NO_LABEL, World, WorldConfig
+from envs.world import BEHAVIORS, NO_LABEL, World, WorldConfig
 from oversight_rl.config import Config
 
 if TYPE_CHECKING:
@@ -351,6 +351,29 @@ class AnyEvaluator(Protocol):
         paths: bool = False,
     ) -> list[list[Row]]:
         """See `Evaluator.evaluate`."""
+
+
+def final_tables(
+    evaluator: AnyEvaluator, agent: Any, subjects: Sequence[Subject], configs: Sequence[Config]
+) -> list[list[Row]]:
+    """The last table of each run: sampled and greedy, at all deployment levels, and blends.
+
+    Args:
+        evaluator: of these runs.
+        agent: a stack of agents, or a PPO policy.
+        subjects: one per run.
+        configs: one per run.
+    """
+    names = agent.n_experts, getattr(agent, "behaviors", BEHAVIORS)
+    policies = standard(*names)
+    policies += [policy.with_options(greedy=True) for policy in policies]
+    levels = [sorted({c.oversight, *c.evaluation.oversight}) for c in configs]
+    tables = evaluator.evaluate(agent, subjects, policies, levels, paths=True)
+    if agent.n_experts > 1:
+        own = [[config.oversight] for config in configs]
+        curves = evaluator.evaluate(agent, subjects, steering_curve(*names), own)
+        tables = [rows + curve for rows, curve in zip(tables, curves, strict=True)]
+    return tables
 
 
 def evaluator_of(config: Config, device: torch.device | str = "cpu") -> AnyEvaluator:

@@ -133,7 +133,7 @@ def _env_rollout(
         shown.append((picture, f"policy: {name}\nreached: {count}"))
         action, _ = policy.predict(observation)
         observation, _, dones, infos = env.step(action)
-        if dones[0]:
+        if dones[0]:  # the end itself is not shown: SB3's environments have been reset by now
             tally[infos[0].get("behavior") or "timeout"] += 1
     env.close()
     return shown

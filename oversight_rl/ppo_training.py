@@ -26,11 +26,12 @@ from torch import Tensor
 from agents.methods import LABELED, TIMEOUT, UNLABELED
 from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer, is_symbolic
 from agents.reinforce import at
-from agents.steering import standard, steering_curve
+from agents.steering import standard
+from envs.labels import LabelError
 from envs.settings import UserError
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
-from oversight_rl.evaluation import EnvEvaluator, Row, Subject, make_env
+from oversight_rl.evaluation import EnvEvaluator, Row, Subject, final_tables, make_env
 from oversight_rl.tracking import RunFolder
 from oversight_rl.training import (
     LOG_EVERY,
@@ -144,6 +145,8 @@ def _train(
                 log_interval=cast(Any, None),
                 reset_num_timesteps=False,
             )
+    except LabelError as error:
+        raise UserError(f"env: {config.env}: {error}") from None
     except FloatingPointError as error:
         raise UserError(
             f"{folder.path}: update {recorder.updates + 1}: {error}; stopped there, the checkpoint "
@@ -334,16 +337,7 @@ class _Recorder(BaseCallback):
 
     def finish(self, model: RoutedPPO) -> list[Row]:
         """The final table and result.json."""
-        policy = cast(MoEPolicy, model.policy)
-        names = policy.n_experts, policy.behaviors
-        policies = standard(*names)
-        policies += [steering.with_options(greedy=True) for steering in policies]
-        own = self.config.oversight
-        levels = [sorted({own, *self.config.evaluation.oversight})]
-        rows = self.evaluator.evaluate(policy, [self.subject], policies, levels)[0]
-        if policy.n_experts > 1:
-            curve = steering_curve(*names)
-            rows += self.evaluator.evaluate(policy, [self.subject], curve, [[own]])[0]
+        (rows,) = final_tables(self.evaluator, model.policy, [self.subject], [self.config])
         self.folder.finish(self.config, rows)
         return rows
 

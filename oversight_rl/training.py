@@ -30,13 +30,13 @@ from agents.memory import Memory
 from agents.methods import LABELED, METHODS, outcomes, tables
 from agents.networks import Agent
 from agents.reward_model import RewardModel
-from agents.steering import standard, steering_curve
+from agents.steering import standard
 from envs import render
 from envs.settings import UserError
 from envs.world import BEHAVIORS, State, World
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
-from oversight_rl.evaluation import Evaluator, Row, Subject
+from oversight_rl.evaluation import Evaluator, Row, Subject, final_tables
 from oversight_rl.files import writing
 from oversight_rl.health import Watch
 from oversight_rl.tracking import CONFIG, RunFolder, check_free, deployed_row, locked
@@ -490,16 +490,8 @@ def _train(
 def _finish(
     trainer: Trainer, folders: Sequence[RunFolder], evaluator: Evaluator
 ) -> list[list[Row]]:
-    """The final table, sampled and greedy, at all deployment levels, and blends; result.json."""
-    agent, subjects = trainer.deployed, trainer.subjects()
-    policies = standard(agent.n_experts)
-    policies += [policy.with_options(greedy=True) for policy in policies]
-    levels = [sorted({c.oversight, *c.evaluation.oversight}) for c in trainer.configs]
-    tables = evaluator.evaluate(agent, subjects, policies, levels, paths=True)
-    if agent.n_experts > 1:
-        own = [[config.oversight] for config in trainer.configs]
-        curves = evaluator.evaluate(agent, subjects, steering_curve(agent.n_experts), own)
-        tables = [rows + curve for rows, curve in zip(tables, curves, strict=True)]
+    """The final table and result.json."""
+    tables = final_tables(evaluator, trainer.deployed, trainer.subjects(), trainer.configs)
     for config, folder, rows in zip(trainer.configs, folders, tables, strict=True):
         folder.finish(config, rows)
     return tables

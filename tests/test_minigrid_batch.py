@@ -232,7 +232,7 @@ def test_symbols_are_not_taken_for_a_picture():
     space = env.observation_space
     assert space.shape == (7, 7, 3)
     assert space.dtype == np.uint8
-    assert space.high[0, 0].tolist() == [OBJECT_TO_IDX["ghost"], COLOR_TO_IDX["grey"], 2]
+    assert space.high[0, 0].tolist() == [OBJECT_TO_IDX["ghost"], COLOR_TO_IDX["grey"], 3]
     assert not is_image_space(space)
     check_env(env)
     observation, _ = env.reset(seed=0)
