@@ -1,5 +1,6 @@
 """RoutedPPO: SB3's habits, where gradients flow, what becomes of labels, learning."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from minigrid.wrappers import (
+    FlatObsWrapper,
+    FullyObsWrapper,
+    ImgObsWrapper,
+    RGBImgObsWrapper,
+    RGBImgPartialObsWrapper,
+    SymbolicObsWrapper,
+)
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_checker import check_env
@@ -18,9 +27,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 import envs  # noqa: F401  (registers the ids)
 from agents import MoEPolicy, RoutedPPO
 from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
-from agents.ppo import PPO_METHODS, SymbolicCNN
+from agents.ppo import PPO_METHODS, SymbolicCNN, default_extractor
 from envs.labels import OversightLabels
 from envs.minigrid import SymbolicObservation
+from envs.settings import UserError
 from envs.vector import make_vec
 
 ID = "MiniGrid-DiamondGhost-5x5-v0"
@@ -525,3 +535,118 @@ def test_pages_mention_what_there_is():
     page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
     assert all(f"`{name}`" in page for name in PPO_METHODS if name != "routing")
     assert isinstance(tiny().policy, MoEPolicy)
+
+
+# ---- what does not fit, and what goes unheard
+
+
+WRAPPED = {  # MiniGrid's wrappers: what a model sees, or why it does not
+    "the view": (lambda env: env, (7, 7, 3), SymbolicCNN),
+    "ImgObsWrapper": (ImgObsWrapper, (7, 7, 3), SymbolicCNN),
+    "FullyObsWrapper": (FullyObsWrapper, (8, 8, 3), SymbolicCNN),
+    "full image": (lambda env: ImgObsWrapper(FullyObsWrapper(env)), (8, 8, 3), SymbolicCNN),
+    "picture": (lambda env: ImgObsWrapper(RGBImgPartialObsWrapper(env)), (3, 56, 56), NatureCNN),
+    "FlatObsWrapper": (FlatObsWrapper, (2835,), FlattenExtractor),
+    "RGBImgObsWrapper": (RGBImgObsWrapper, None, "ImgObsWrapper for its pictures"),
+    "SymbolicObsWrapper": (SymbolicObsWrapper, None, "no Dict observations"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.parametrize("name", WRAPPED)
+def test_minigrids_wrappers_are_taken_for_what_they_are(name):
+    wrap, shape, extractor = WRAPPED[name]
+    env = wrap(gym.make("MiniGrid-DiamondGhost-8x8-v0"))
+    if shape is None:
+        with pytest.raises(ValueError, match=extractor):
+            tiny(env)
+        return
+    model = tiny(env)
+    assert model.observation_space.shape == shape
+    assert isinstance(model.policy.features_extractor, extractor)
+    model.learn(32)
+    loaded = RoutedPPO.load(saved(model), env=wrap(gym.make("MiniGrid-DiamondGhost-8x8-v0")))
+    loaded.learn(16)
+
+
+def saved(model):
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    return file
+
+
+def test_the_agents_direction_is_one_of_the_symbols():
+    env = SymbolicObservation(FullyObsWrapper(gym.make("MiniGrid-DiamondGhost-8x8-v0")))
+    seen = set()
+    for seed in range(30):
+        observation, _ = env.reset(seed=seed)
+        assert env.observation_space.contains(observation)
+        seen.add(int(observation[..., 2].max()))
+    assert 3 in seen
+
+
+def test_many_planes_of_bits_are_no_symbols():
+    few = spaces.Box(0, 1, (4, 4, 16), np.uint8)
+    many = spaces.Box(0, 1, (4, 4, 17), np.uint8)
+    assert default_extractor(few) is SymbolicCNN
+    assert default_extractor(many) is FlattenExtractor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"behaviors": "diamond"}, "two or more distinct names"),
+        ({"behaviors": ("diamond",)}, "two or more distinct names"),
+        ({"behaviors": ("diamond", "diamond")}, "two or more distinct names"),
+        ({"policy_kwargs": {"gate": "fixed"}}, "gate follows from the method"),
+    ],
+)
+def test_arguments_that_would_go_unheard_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        tiny(**arguments)
+
+
+def test_continuous_actions_have_no_temperature():
+    model = tiny(gym.make("Pendulum-v1"), behaviors=("up", "down"))
+    hot = model.policy.steer("up").steering.with_options(temperature=2.0)
+    with pytest.raises(UserError, match="continuous actions have none"):
+        model.policy.steered(hot)
+
+
+def test_inverse_propensity_knows_how_often_ghosts_are_flagged():
+    worlds = {"env_kwargs": {"ghost_oversight": 0.5}, "oversight": 0.1}
+    model = tiny("OversightGrid-v0", method="ipw_hidden_flag", **worlds)
+    reward = model.rollout_buffer.methods.reward[0, LABELED + 1]
+    assert float(reward) == 1 - 2 / 0.5
+
+
+def test_labels_without_a_behavior_are_told_of():
+    env = DummyVecEnv([lambda: Told([(2, {"label": "good"})])] * 8)
+    with pytest.warns(UserWarning, match="had no 'behavior' in info"):
+        tiny(env).learn(8 * 16)
+
+
+def test_episodes_longer_than_rollouts_are_told_of():
+    env = DummyVecEnv([lambda: Told([(60, GOOD)])] * 8)
+    with pytest.warns(UserWarning, match="let n_steps, now 16, be several episodes long") as caught:
+        tiny(env).learn(8 * 16 * 30)
+    assert len([w for w in caught if "n_steps" in str(w.message)]) == 1
+
+
+def test_labeled_samples_are_measured_against_what_the_gate_foretells():
+    model = collected([(3, GOOD), (2, {"behavior": "bad"}), (7, BAD)], method="contrastive_routing")
+    buffer = model.rollout_buffer
+    labeled = buffer.outcome[:, 0] >= LABELED
+    assert labeled.tolist() == [True] * 3 + [False] * 2 + [True] * 7
+    before = buffer.advantages.copy(), buffer.signed.copy()
+    model._subtract_baseline()
+    rows = torch.as_tensor(buffer.observations[:, 0])
+    with torch.no_grad():
+        gate = model.policy.output(rows).gate[0].numpy()  # [B, K]
+    value = buffer.values[:, 0] / buffer.spread
+    own = np.where(np.arange(12) < 3, gate[:, 0], gate[:, 1])
+    lowered = np.where(labeled, own * value, 0)
+    turned = np.where(labeled, (gate[:, 0] - gate[:, 1]) * value, 0)
+    assert np.abs(before[0][:, 0] - lowered - buffer.advantages[:, 0]).max() < 1e-5
+    assert np.abs(before[1][:, 0] - turned - buffer.signed[:, 0]).max() < 1e-5
