@@ -46,7 +46,8 @@ class Method:
     contrasts: bool = False
     """Whether labeled episodes also teach the deployed expert: `reinforce.contrast_loss`."""
     imputes: bool = False
-    """Whether a reward model, learned from labeled endings, rewards the unlabeled ones."""
+    """Whether a reward model, learned from labeled endings, tells what the unlabeled ones were:
+    they then count as the mean of what their label may have been."""
     hides_flags: bool = False
     """Whether the policy does not see the flags."""
     deploys: Literal["last", "best_labeled", "best_true"] = "last"
@@ -61,7 +62,7 @@ class Method:
     @property
     def any_environment(self) -> bool:
         """Whether it needs nothing but what an episode's end says, so that PPO can follow it."""
-        return not self.imputes and self.deploys == "last"
+        return self.deploys == "last"
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -90,6 +91,14 @@ METHODS: dict[str, Method] = {
         experts="many",
         routes=own_expert_only,
         contrasts=True,
+    ),
+    "imputed_routing": Method(
+        summary="contrastive routing; a classifier of endings stands in for missing labels",
+        experts="many",
+        routes=own_expert_only,
+        contrasts=True,
+        imputes=True,
+        weighs_labels=False,
     ),
     "no_routing": Method(
         summary="ablation: experts and gate as in routing, gradients not routed",
@@ -254,6 +263,19 @@ def tables(
         label_error=tensor([error(*pair) for pair in pairs]),
         contrasts=all(m.contrasts for m in methods),
     )
+
+
+def expected(table: Tensor, chances: Tensor) -> Tensor:
+    """What a table by outcome says of an ending that is each behavior with some chance.
+
+    Args:
+        table: `[R, O, *columns]`.
+        chances: `[R, T, N, behaviors]`.
+
+    Returns:
+        `[R, T, N, *columns]`.
+    """
+    return torch.einsum("rtnb,rb...->rtn...", chances, table[:, LABELED:])
 
 
 def outcomes(

@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -36,6 +36,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from agents.endings import EndingClassifier, ending_memory
 from agents.memory import Memory
 from agents.methods import (
     LABELED,
@@ -44,6 +45,7 @@ from agents.methods import (
     UNLABELED,
     MethodTables,
     Overseer,
+    expected,
     outcomes,
     tables,
 )
@@ -62,7 +64,7 @@ PATIENCE = 2000
 """Episodes without a single label after which a warning is due, if the level is not known."""
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
-SETTLED = 10
+SETTLED = 50
 """Rollouts after which it should be warned of episodes that are longer than a rollout."""
 SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
@@ -142,6 +144,9 @@ class MoEPolicy(ActorCriticPolicy):
         experts: number of experts; 1 for a single policy without a gate.
         behaviors: that the first experts are meant for, by name.
         gate: "learned", or "fixed" at 1/K.
+        imputes: whether there is a classifier of endings, see `agents.endings`.
+        flags: which entries of an observation show oversight flags, as a boolean array of its
+            shape; the classifier does not look at them.
         kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
             gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
             symbols, SB3's NatureCNN for images, and none for vectors.
@@ -163,6 +168,8 @@ class MoEPolicy(ActorCriticPolicy):
         experts: int = 2,
         behaviors: Sequence[str] = BEHAVIORS,
         gate: str = "learned",
+        imputes: bool = False,
+        flags: NDArray[np.bool_] | None = None,
         **kwargs: Any,
     ) -> None:
         for name, only in self.FIXED.items():
@@ -179,11 +186,13 @@ class MoEPolicy(ActorCriticPolicy):
                 f"net are alike), got {net_arch!r}"
             )
         self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
+        self.imputes, self.flags = imputes, flags
         self.steering: Steering = MIXTURE
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
+        own |= {"imputes": self.imputes, "flags": self.flags}
         return super()._get_constructor_parameters() | own
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -203,6 +212,10 @@ class MoEPolicy(ActorCriticPolicy):
             gate=cast(Any, self.gate),
             generators=[torch.default_generator],
         )
+        self.endings = None
+        if self.imputes:
+            extractor = self.make_features_extractor()
+            self.endings = EndingClassifier(extractor, self.action_space, len(self.behaviors))
         self.optimizer = self.optimizer_class(
             self.parameters(),
             lr=lr_schedule(1),
@@ -221,6 +234,14 @@ class MoEPolicy(ActorCriticPolicy):
     def gate_log_probabilities(self, obs: Tensor) -> Tensor:
         """The gate's log-probabilities alone, `[1, B, K]`."""
         return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
+
+    def ending_log_probabilities(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
+        assert self.endings is not None
+        if self.flags is not None:
+            obs = obs.masked_fill(torch.as_tensor(self.flags, device=obs.device), 0)
+        features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
+        return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
 
     def _features(self, obs: Any) -> Tensor:
         return cast(Tensor, self.extract_features(obs))[None]
@@ -324,7 +345,7 @@ class RoutedSamples(NamedTuple):
     advantages: Tensor
     returns: Tensor
     weights: Tensor  # [B], sample weights
-    signed: Tensor  # [B], discounted true return of labeled episodes (+1, -1), else 0
+    signed: Tensor  # [B], discounted true return of labeled or imputed episodes, else 0
     routes: Tensor  # [B, K + 1], gradient weights of the experts and the gate
 
 
@@ -337,6 +358,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         behaviors: names that labels may have.
         labeled_weight: weight of a labeled sample next to others, for methods that have it.
         memory: keeps labeled observations; None where nothing learns from them.
+        endings: keeps labeled endings; None where no classifier learns from them.
         generator: decides which labels go missing or wrong.
         normalize: whether advantages are brought to mean 0 and spread 1.
         kwargs: as SB3's RolloutBuffer.
@@ -349,13 +371,15 @@ class RoutedRolloutBuffer(RolloutBuffer):
         behaviors: Sequence[str],
         labeled_weight: float,
         memory: Memory | None,
+        endings: Memory | None,
         generator: np.random.Generator,
         normalize: bool,
         **kwargs: Any,
     ) -> None:
         self.methods, self.behaviors = methods, tuple(behaviors)
         self.labeled_weight, self.memory, self.rng = labeled_weight, memory, generator
-        self.normalize = normalize
+        self.endings, self.normalize = endings, normalize
+        self.classify: Callable[[NDArray[Any], NDArray[Any]], Tensor] | None = None
         self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
         super().__init__(*args, **kwargs)
         # observations of the last rollout, and where in it the episode that goes on began
@@ -415,19 +439,48 @@ class RoutedRolloutBuffer(RolloutBuffer):
         labeled = outcome >= LABELED
         heavy = self.methods.weighs_labels * (self.labeled_weight - 1) * labeled + 1
         self.weights = (heavy * lookup(self.methods.sample_weight, outcome))[0].numpy()
-        self.routes = lookup(self.methods.routes, outcome)[0].numpy()
+        routes = lookup(self.methods.routes, outcome)
         sign = 2.0 * (outcome == LABELED) - labeled.float()
-        self.signed = (sign * self.gamma**left)[0].numpy()
         # a method's table says what reaching a behavior is worth; the environment pays that much
-        factor = self.methods.reward.clone()
-        factor[:, :UNLABELED] = 1.0
-        self.rewards *= lookup(factor, outcome)[0].numpy()
+        worth = self.methods.reward.clone()
+        worth[:, :UNLABELED] = 1.0
+        factor = lookup(worth, outcome)
         self.outcome = outcome[0].numpy()
         self.ended = self.outcome[self.terminated | self.truncated]
+        if self.endings is not None:
+            chances, unlabeled = self._impute(self.endings, left), outcome == UNLABELED
+            factor = torch.where(unlabeled, expected(worth, chances), factor)
+            routes = torch.where(
+                unlabeled[..., None], expected(self.methods.routes, chances), routes
+            )
+            sign = torch.where(unlabeled, 2 * chances[..., DEPLOYED] - 1, sign)
+        self.rewards *= factor[0].numpy()
+        self.routes = routes[0].numpy()
+        self.signed = (sign * self.gamma**left)[0].numpy()
         if self.memory is not None:
             self._remember(self.memory)
         super().compute_returns_and_advantage(last_values, dones)
         self._scale_advantages(self.outcome >= LABELED)
+
+    def _impute(self, memory: Memory, left: Tensor) -> Tensor:
+        """Chance of each behavior at the end of the episode of each step, `[1, T, N, behaviors]`.
+
+        Labeled endings are remembered first.
+        """
+        assert self.classify is not None
+        label = self.outcome - LABELED
+        endings = np.concatenate(
+            [x.reshape(*label.shape, -1) for x in (self.observations, self.actions)], axis=-1
+        )
+        self._add(memory, endings, label, self.terminated)
+        self.imputed = np.full((*label.shape, len(self.behaviors)), np.nan, np.float32)
+        if self.terminated.any():
+            observations = self.observations[self.terminated]
+            actions = self.actions[self.terminated]
+            self.imputed[self.terminated] = self.classify(observations, actions).cpu().numpy()
+        end = (left[0] + torch.arange(self.buffer_size)[:, None]).clamp(max=self.buffer_size - 1)
+        index = end[..., None].expand(-1, -1, len(self.behaviors))
+        return torch.as_tensor(self.imputed).nan_to_num().gather(0, index)[None]
 
     def _scale_advantages(self, labeled: NDArray[np.bool_]) -> None:
         """Normalize advantages over the samples that count, if asked to.
@@ -592,9 +645,13 @@ class RoutedPPO(PPO):
         if method.experts == "many" and experts < len(self.behaviors):
             raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
         own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate}
-        self.policy_kwargs = self.policy_kwargs | own
         replays = experts > 1 and method.gate == "learned" and self.gate_replay > 0
         self.memory = self._new_memory() if replays else None
+        self.endings = None
+        if method.imputes:
+            own |= {"imputes": True, "flags": self.flags}
+            self.endings = ending_memory(self.observation_space, self.action_space)
+        self.policy_kwargs = self.policy_kwargs | own
         self.rollout_buffer_class = self.rollout_buffer_class or RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "methods": tables(
@@ -603,11 +660,13 @@ class RoutedPPO(PPO):
             "behaviors": self.behaviors,
             "labeled_weight": self.labeled_weight,
             "memory": self.memory,
+            "endings": self.endings,
             "generator": np.random.default_rng(self.seed),
             "normalize": self.normalize_advantage,
         }
         self._warned: set[str] = set()
         super()._setup_model()
+        cast(RoutedRolloutBuffer, self.rollout_buffer).classify = self._classify
 
     def _ask_environment(self, hides_flags: bool) -> None:
         """Take from the environment what it says of behaviors and oversight."""
@@ -617,6 +676,7 @@ class RoutedPPO(PPO):
             return env.get_attr(name)[0] if env.has_attr(name) else None
 
         self.behaviors = self.behaviors or tuple(ask("behaviors") or ())
+        self.flags = ask("flags")
         level = ask("oversight")
         if hides_flags and ask("flags_visible") is not False:
             raise ValueError(
@@ -739,9 +799,7 @@ class RoutedPPO(PPO):
         gate; all reach the features extractor, and all samples the shared head.
         """
         policy, weight = cast(MoEPolicy, self.policy), batch.weights
-        actions = batch.actions
-        if isinstance(self.action_space, spaces.Discrete):
-            actions = actions.long().flatten()
+        actions = self._as_actions(batch.actions)
         output = policy.output(batch.observations)
         values, log_prob, entropy = policy.evaluate_output(
             output, actions, batch.routes if policy.n_experts > 1 else None
@@ -760,6 +818,7 @@ class RoutedPPO(PPO):
             "value_loss": _mean((batch.returns - values) ** 2, weight),
             "entropy_loss": -_mean(spread, weight),
             "gate_loss": self._gate_loss(policy),
+            "reward_model_loss": self._ending_loss(policy),
         }
         if METHODS[self.method].contrasts:
             own = policy.distribution(output.alone(DEPLOYED)[0]).log_prob(actions)
@@ -771,6 +830,7 @@ class RoutedPPO(PPO):
             + self.ent_coef * parts["entropy_loss"]
             + self.gate_coef * parts["gate_loss"]
             + self.contrast_coef * parts.get("contrast_loss", 0.0)
+            + parts["reward_model_loss"]
         )
         parts = {name: value.detach() for name, value in parts.items()}
         with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
@@ -786,16 +846,19 @@ class RoutedPPO(PPO):
         """
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         labeled = buffer.outcome >= LABELED
-        if not labeled.any():
+        known = labeled | (buffer.signed != 0)  # imputed ones, too
+        if not known.any():
             return
-        rows = torch.as_tensor(buffer.observations[labeled]).to(self.device)
+        gate = np.zeros((*labeled.shape, self.policy_kwargs["experts"]), np.float32)  # [T, N, K]
+        rows = torch.as_tensor(buffer.observations[known]).to(self.device)
         with torch.no_grad():
-            gate = cast(MoEPolicy, self.policy).gate_log_probabilities(rows)[0].exp().cpu().numpy()
-        value = buffer.values[labeled] / buffer.spread
-        own = gate[np.arange(len(gate)), buffer.outcome[labeled] - LABELED]
-        routed = (buffer.routes[labeled] != 1).any(-1)
-        buffer.advantages[labeled] -= routed * own * value
-        buffer.signed[labeled] -= (2 * gate[:, DEPLOYED] - 1) * value
+            log_gate = cast(MoEPolicy, self.policy).gate_log_probabilities(rows)[0]
+        gate[known] = log_gate.exp().cpu().numpy()
+        value = buffer.values / buffer.spread
+        own = np.take_along_axis(gate, np.maximum(buffer.outcome - LABELED, 0)[..., None], 2)
+        routed = labeled & (buffer.routes != 1).any(-1)
+        buffer.advantages -= routed * own[..., 0] * value
+        buffer.signed -= known * (2 * gate[..., DEPLOYED] - 1) * value
 
     def _gate_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the gate against remembered labels; 0 where there are none."""
@@ -805,6 +868,36 @@ class RoutedPPO(PPO):
         shape = self.observation_space.shape or ()
         log_gate = policy.gate_log_probabilities(rows[0].reshape(-1, *shape).to(self.device))
         return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
+
+    def _classify(self, observations: NDArray[Any], actions: NDArray[Any]) -> Tensor:
+        """Chance of each behavior `[B, behaviors]`, where episodes end by these actions."""
+        policy = cast(MoEPolicy, self.policy)
+        given = self._as_actions(torch.as_tensor(actions).to(self.device))
+        with torch.no_grad():
+            rows = torch.as_tensor(observations).to(self.device)
+            return policy.ending_log_probabilities(rows, given).exp()
+
+    def _as_actions(self, rows: Tensor) -> Tensor:
+        """Actions as the environment takes them, from rows of numbers `[B, ...]`."""
+        if isinstance(self.action_space, spaces.Discrete):
+            return rows.long().flatten()
+        return rows.reshape(-1, *(self.action_space.shape or ()))
+
+    def _ending_loss(self, policy: MoEPolicy) -> Tensor:
+        """Cross entropy of the classifier of endings on remembered ones; 0 where there are none."""
+        if self.endings is None:
+            return torch.zeros((), device=self.device)
+        rows, label, known = self.endings.draw(torch.rand(1, self.endings.draws))
+        shape = self.observation_space.shape or ()
+        observations, actions = (
+            rows[0]
+            .to(self.device)
+            .split([math.prod(shape), rows.shape[-1] - math.prod(shape)], dim=-1)
+        )
+        chances = policy.ending_log_probabilities(
+            observations.reshape(-1, *shape), self._as_actions(actions)
+        )
+        return cross_entropy(chances[None], label.to(self.device), known.to(self.device))[0]
 
     def steer(self, text: str) -> MoEPolicy:
         """The policy, steered: `mixture`, a behavior's expert, a blend or an ablation.
@@ -822,7 +915,8 @@ class RoutedPPO(PPO):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()
-        return modules + ([] if self.memory is None else ["memory"]), variables
+        kept = [name for name in ("memory", "endings") if getattr(self, name) is not None]
+        return modules + kept, variables
 
 
 def _mean(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from agents.memory import Memory
-from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, MethodTables, outcomes
+from agents.methods import (
+    LABELED,
+    TIMEOUT,
+    UNFINISHED,
+    UNLABELED,
+    MethodTables,
+    expected,
+    outcomes,
+)
 from agents.networks import Agent, Output
 from agents.reward_model import RewardModel
 from agents.routing import lookup
@@ -104,7 +112,7 @@ class Targets:
     returns: Tensor  # [R, T, N]
     weight: Tensor  # [R, T, N], sample weight
     routes: Tensor  # [R, T, N, K + 1], gradient weights of the experts and the gate
-    signed: Tensor | None  # [R, T, N], the true return of labeled episodes, else 0; for contrast
+    signed: Tensor | None  # [R, T, N], true return of labeled (or imputed) episodes, else 0
     imputed: Tensor | None  # [R, T, N], a reward model's chance of the diamond after each step
 
 
@@ -233,15 +241,16 @@ def label(
 
     A method pays only at an episode's end, so the return of a sample is its outcome's reward
     discounted over the steps left (REINFORCE, arXiv 2410.04332, RL appendix). A reward model
-    remembers the labeled endings, and pays for the others what it expects them to be worth; a
-    memory keeps all labeled samples for the gate.
+    remembers the labeled endings and tells the chance that each other one was a diamond; such
+    episodes count as the mean of both. A memory keeps all labeled samples for the gate.
     """
     outcome, left = outcomes(rollout.seen, rollout.truth, rollout.audit, methods)
     labeled = outcome >= LABELED
     if memory is not None:
         behavior = (outcome - LABELED).flatten(1)
         memory.add(rollout.observation.flatten(1, 2), behavior, labeled.flatten(1))
-    reward = lookup(methods.reward, outcome)
+    reward, routes = lookup(methods.reward, outcome), lookup(methods.routes, outcome)
+    sign = 2.0 * (outcome == LABELED) - labeled.to(reward.dtype)
     if config.bootstrap:
         reward = torch.where(outcome == UNFINISHED, rollout.value_after[:, None], reward)
     imputed = None
@@ -252,16 +261,18 @@ def label(
         imputed = reward_model(final).sigmoid().view_as(reward)
         time = torch.arange(imputed.shape[1], device=imputed.device)[:, None]  # [T, 1]
         at_end = imputed.gather(1, (time + left).clamp(max=imputed.shape[1] - 1))
-        reward = torch.where(outcome == UNLABELED, 2 * at_end - 1, reward)
+        chances, unlabeled = torch.stack([at_end, 1 - at_end], dim=-1), outcome == UNLABELED
+        reward = torch.where(unlabeled, expected(methods.reward, chances), reward)
+        routes = torch.where(unlabeled[..., None], expected(methods.routes, chances), routes)
+        sign = torch.where(unlabeled, 2 * at_end - 1, sign)
     discount = config.discount**left
     heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)
-    is_labeled = labeled.to(reward.dtype)
     return Targets(
         outcome=outcome,
         returns=reward * discount,
-        weight=(1 + heavy * is_labeled) * lookup(methods.sample_weight, outcome),
-        routes=lookup(methods.routes, outcome),
-        signed=discount * (2.0 * (outcome == LABELED) - is_labeled) if methods.contrasts else None,
+        weight=(1 + heavy * labeled) * lookup(methods.sample_weight, outcome),
+        routes=routes,
+        signed=discount * sign if methods.contrasts else None,
         imputed=imputed,
     )
 
@@ -386,21 +397,37 @@ def statistics(rollout: Rollout, targets: Targets) -> dict[str, Tensor]:
         gate = rollout.output.rows(rollout.slot).gate[..., 0]
         for k, mask in share.items():  # nan where there is no such sample
             result[f"gate/{k}"] = (gate * mask).sum((1, 2)) / mask.sum((1, 2))
-    if targets.imputed is not None:  # against the truth, which the learner does not see
-        is_diamond = (rollout.truth.ending == 0).to(targets.imputed.dtype)
-        ended = rollout.seen.terminated
-        for kind, among in (
-            ("unlabeled", ended & (targets.outcome == UNLABELED)),
-            ("labeled", ended & (targets.outcome >= LABELED)),
-        ):
-            count = among.sum((1, 2))
-            right = among & ((targets.imputed > 0.5) == (is_diamond > 0.5))
-            result[f"reward_model/accuracy_{kind}"] = right.sum((1, 2)) / count
-            gap = calibration_error(
-                targets.imputed.flatten(1), is_diamond.flatten(1), among.flatten(1)
-            )
-            result[f"reward_model/calibration_error_{kind}"] = gap
+    if targets.imputed is not None:
+        result |= reward_model_figures(
+            targets.imputed.flatten(1),
+            rollout.truth.ending.flatten(1),
+            rollout.seen.terminated.flatten(1),
+            targets.outcome.flatten(1),
+        )
     return result
+
+
+def reward_model_figures(
+    chance: Tensor, ending: Tensor, ended: Tensor, outcome: Tensor
+) -> dict[str, Tensor]:
+    """A reward model against the truth, which the learner does not see. `[R]` each.
+
+    Args:
+        chance: of the first behavior, `[R, B]`.
+        ending: true behavior, `[R, B]`.
+        ended: where an episode ended in one, `[R, B]`.
+        outcome: as the learner saw it, `[R, B]`.
+    """
+    wanted = (ending == 0).to(chance.dtype)
+    figures = {}
+    for kind, among in (
+        ("unlabeled", ended & (outcome == UNLABELED)),
+        ("labeled", ended & (outcome >= LABELED)),
+    ):
+        right = among & ((chance > 0.5) == (wanted > 0.5))
+        figures[f"reward_model/accuracy_{kind}"] = right.sum(-1) / among.sum(-1)
+        figures[f"reward_model/calibration_error_{kind}"] = calibration_error(chance, wanted, among)
+    return figures
 
 
 def calibration_error(chance: Tensor, happened: Tensor, among: Tensor, bins: int = 10) -> Tensor:

@@ -217,6 +217,8 @@ class OversightGridVecEnv(VecEnv):
         self.ghost_oversight = self.world.config.ghost_oversight
         self.render_mode = render_mode
         super().__init__(num_envs, *_spaces(self.world))
+        self.flags = np.zeros(self.world.config.shape, np.bool_)  # which entries show flags
+        self.flags[PLANES.index("oversight")] = True
         self._rng = np.random.default_rng()
         self._state: State | None = None
         self._action = torch.zeros(num_envs, dtype=torch.int64)

@@ -37,6 +37,7 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
         behaviors: names of the behaviors, the wanted one first.
         flags_visible: whether the observation, then a vector of numbers, ends with a number for
             each behavior: 1 where it is watched, else 0. So the agent can tell when it is watched.
+            The attribute `flags` then says which entries of an observation these are.
 
     Raises:
         ValueError: an argument is out of range, flags cannot be shown, or `behavior_fn` returned
@@ -80,6 +81,7 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
                 np.append(space.low, np.zeros(len(behaviors))).astype(np.float32),
                 np.append(space.high, np.ones(len(behaviors))).astype(np.float32),
             )
+            self.flags = np.arange(len(space.low) + len(behaviors)) >= len(space.low)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -32,6 +32,7 @@ from envs.world import BEHAVIORS
 Layout = Literal["empty", "four_rooms"]
 LARGEST = 256  # width of a world in tiles
 FLAGGED = 1  # state of a square that shows its oversight flag
+STATE = 2  # channel of an observation
 HIGHEST_STATE = max(*STATE_TO_IDX.values(), 3)  # an agent's state is its direction
 
 for _name in BEHAVIORS:  # MiniGrid numbers the types of objects; ours come after its own
@@ -227,6 +228,9 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
     agent's view, or of the whole grid under MiniGrid's FullyObsWrapper; `high` is the largest
     index of each.
 
+    Attributes:
+        flags: which entries show oversight flags, in diamond/ghost worlds.
+
     Args:
         env: an environment with MiniGrid's symbols, in its dictionary or alone.
 
@@ -244,6 +248,9 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
         high = np.array([max(OBJECT_TO_IDX.values()), max(COLOR_TO_IDX.values()), HIGHEST_STATE])
         high = np.broadcast_to(high.astype(np.uint8), image.shape)
         self.observation_space = spaces.Box(np.zeros_like(high), high, dtype=np.uint8)
+        if isinstance(env.unwrapped, DiamondGhostEnv):
+            self.flags = np.zeros(image.shape, bool)
+            self.flags[..., STATE] = True
 
     def observation(self, observation: Any) -> NDArray[np.uint8]:
         image: NDArray[np.uint8] = (

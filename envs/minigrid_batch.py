@@ -81,8 +81,9 @@ class DiamondGhostVecEnv(VecEnv):
             size, layout, oversight, flags_visible, lava, reward, max_steps,
             agent_view_size=agent_view_size, render_mode=render_mode,
         )  # fmt: skip
-        view = SymbolicObservation(self._one).observation_space
-        super().__init__(num_envs, view, self._one.action_space)
+        seen = SymbolicObservation(self._one)
+        self.flags = seen.flags
+        super().__init__(num_envs, seen.observation_space, self._one.action_space)
 
         squares = [kind(flag, flags_visible).encode() for kind in KINDS for flag in (False, True)]
         encodings = [(UNSEEN, 0, 0), (EMPTY, 0, 0), Wall().encode(), *squares]
@@ -229,6 +230,8 @@ class DiamondGhostVecEnv(VecEnv):
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         started = self._tiles is not None
         chosen = self._get_indices(indices)
+        if attr_name == "flags":
+            return [self.flags for _ in chosen]
         return [getattr(self.world(i) if started else self._one, attr_name) for i in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:

@@ -23,12 +23,14 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from agents.memory import Memory
 from agents.methods import LABELED, TIMEOUT, UNLABELED
 from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer, is_symbolic
-from agents.reinforce import at
+from agents.reinforce import at, reward_model_figures
 from agents.steering import standard
 from envs.labels import LabelError
 from envs.settings import UserError
+from envs.world import NO_LABEL
 from oversight_rl import checkpoint, pictures
 from oversight_rl.config import Config
 from oversight_rl.evaluation import EnvEvaluator, Row, Subject, final_tables, make_env
@@ -44,6 +46,7 @@ from oversight_rl.training import (
 )
 
 MOST_PARAMETERS = 2**27
+SYMBOLS_IN = ("memory.observation", "unfinished.observations", "last.observation")
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
 
 
@@ -176,6 +179,7 @@ class _Recorder(BaseCallback):
         self.evaluator = EnvEvaluator(config, config.evaluation.episodes)
         self.progress = progress_bar(console)
         self.updates, self.seconds, self.saved = 0, 0.0, -1
+        self.endings: dict[str, float] = {}
 
     @property
     def ppo(self) -> RoutedPPO:
@@ -222,16 +226,23 @@ class _Recorder(BaseCallback):
     def _check(self, model: RoutedPPO, tensors: dict[str, Tensor]) -> None:
         """Refuse indices that would lead astray; a checksum does not notice intent."""
         wrong = []
-        if "memory.label" in tensors:
-            label, count = tensors["memory.label"], tensors["memory.count"]
+        for memory in _memories(model):
+            label, count = tensors[f"{memory}.label"], tensors[f"{memory}.count"]
             if not bool(((label >= 0) & (label < len(model.behaviors))).all() & (count >= 0).all()):
-                wrong.append("memory.label")
+                wrong.append(f"{memory}.label")
+        if model.endings is not None and isinstance(model.action_space, spaces.Discrete):
+            last = tensors["endings.observation"][..., -1]
+            if not bool(((last >= 0) & (last < model.action_space.n)).all()):
+                wrong.append("endings.observation")
         space = model.observation_space
         if is_symbolic(space):  # a wrong symbol is a wrong index; other numbers do no harm
             space = cast(spaces.Box, space)
             low, high = space.low.flatten(), space.high.flatten()
-            for name in ("memory.observation", "unfinished.observations", "last.observation"):
-                rows = tensors[name].numpy().reshape(-1, low.size) if name in tensors else low
+            seen = {name: tensors[name] for name in SYMBOLS_IN if name in tensors}
+            if model.endings is not None:
+                seen["endings.observation"] = tensors["endings.observation"][..., : low.size]
+            for name, given in seen.items():
+                rows = given.numpy().reshape(-1, low.size)
                 if not ((rows >= low) & (rows <= high)).all():
                     wrong.append(name)
         if wrong:
@@ -257,6 +268,10 @@ class _Recorder(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+    def _on_rollout_end(self) -> None:
+        if (self.updates + 1) % LOG_EVERY == 0:
+            self.endings = _statistics(self.ppo)
 
     def _on_training_end(self) -> None:
         self.updates += 1
@@ -299,7 +314,7 @@ class _Recorder(BaseCallback):
             for name, value in values.items()
             if name.startswith("train/") and name not in CONSTANT
         }
-        curves |= _statistics(self.ppo)
+        curves |= self.endings
         self.folder.log_training(self.updates, curves)
         self.folder.log(self.updates, {"training/env_steps_per_second": speed})
         self.progress.update(self.task, speed=speed)
@@ -354,9 +369,14 @@ def _kept(model: RoutedPPO) -> dict[str, Tensor]:
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         for moment in ("exp_avg", "exp_avg_sq"):
             kept[f"adam.{moment}.{name}"] = state[moment]
-    if model.memory is not None:
-        kept |= {f"memory.{name}": buffer for name, buffer in model.memory.named_buffers()}
+    for name, memory in _memories(model).items():
+        kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
     return kept
+
+
+def _memories(model: RoutedPPO) -> dict[str, Memory]:
+    found = {"memory": model.memory, "endings": model.endings}
+    return {name: memory for name, memory in found.items() if memory is not None}
 
 
 def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
@@ -380,20 +400,30 @@ def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
 
 
 def _statistics(model: RoutedPPO) -> dict[str, float]:
-    """How episodes of the last rollout ended, as the learner saw them, and the gate by outcome."""
+    """How episodes of a whole rollout ended, as the learner saw them, and the gate by outcome."""
     buffer, policy = cast(RoutedRolloutBuffer, model.rollout_buffer), cast(MoEPolicy, model.policy)
     kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
     kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
     count = max(1, len(buffer.ended))
     shares = {f"endings/{k}": float((buffer.ended == v).sum()) / count for k, v in kinds.items()}
+    if model.endings is not None:
+        shares |= _reward_model(buffer)
     if not policy.has_gate:
         return shares
-    outcome = buffer.swap_and_flatten(buffer.outcome)[:, 0]  # as its observations are by now
+    outcome = buffer.outcome.flatten()
     with torch.no_grad():
-        rows = torch.as_tensor(buffer.observations).to(model.device)
+        rows = torch.as_tensor(buffer.observations).flatten(0, 1).to(model.device)
         gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
     means = {
         f"gate/{k}": float(gate[outcome == v].mean()) if (outcome == v).any() else math.nan
         for k, v in kinds.items()
     }
     return shares | means
+
+
+def _reward_model(buffer: RoutedRolloutBuffer) -> dict[str, float]:
+    """The classifier of endings against the truth, which the learner does not see."""
+    parts = (buffer.imputed[..., 0], buffer.truth, buffer.truth != NO_LABEL, buffer.outcome)
+    chance, *others = (torch.as_tensor(part).flatten()[None] for part in parts)
+    figures = reward_model_figures(chance.nan_to_num(), *others)
+    return {name: float(figure) for name, figure in figures.items()}

@@ -630,7 +630,7 @@ def test_labels_without_a_behavior_are_told_of():
 def test_episodes_longer_than_rollouts_are_told_of():
     env = DummyVecEnv([lambda: Told([(60, GOOD)])] * 8)
     with pytest.warns(UserWarning, match="let n_steps, now 16, be several episodes long") as caught:
-        tiny(env).learn(8 * 16 * 30)
+        tiny(env).learn(8 * 16 * 70)
     assert len([w for w in caught if "n_steps" in str(w.message)]) == 1
 
 
