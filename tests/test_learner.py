@@ -397,6 +397,23 @@ def test_a_reward_model_pays_for_unlabeled_endings_what_it_expects():
         assert float(targets.returns[0, t, n]) == pytest.approx(sign * 0.5 ** left[t, n])
 
 
+def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels():
+    agent, model = make_agent(), make_reward_model()
+    rollout = make_rollout(agent)
+    methods = tables(["imputed_routing"], [Overseer(0.5)], 2)
+    targets = reinforce.label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
+    outcome, left = plain.outcomes(rollout.seen, 12, 20)
+    assert (outcome == UNLABELED).sum() > 20
+    for t, n in zip(*np.nonzero(outcome == UNLABELED), strict=True):
+        chance = float(targets.imputed[0, t + left[t, n], n])
+        routes = [chance, 1 - chance, 0.0]
+        assert targets.routes[0, t, n].tolist() == pytest.approx(routes, abs=1e-5)
+        signed = float(targets.signed[0, t, n]) / 0.5 ** left[t, n]
+        assert signed == pytest.approx(2 * chance - 1, abs=1e-5)
+        worth = float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
+        assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
+
+
 def test_a_reward_model_sees_where_the_step_led():
     agent, model = make_agent(experts="one"), make_reward_model()
     rollout = make_rollout(agent, level=1.0)

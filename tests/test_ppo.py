@@ -442,6 +442,15 @@ def parted(method):
     return good - bad
 
 
+def test_a_classifier_of_endings_rewards_what_was_not_labeled():
+    model = RoutedPPO("MoEPolicy", DummyVecEnv([Watched] * 32), n_steps=8, batch_size=128, seed=0,
+                      learning_rate=3e-3, method="reward_model",
+                      policy_kwargs={"net_arch": [16]})  # fmt: skip
+    model.learn(12_000)
+    policy = model.steer("single").get_distribution(torch.zeros(1, 1))
+    assert policy.distribution.probs[0, 0] > 0.9
+
+
 def test_routing_parts_the_experts_and_nothing_else_does():
     assert parted("routing") > 0.4
     assert abs(parted("no_routing")) < 0.2
@@ -454,7 +463,7 @@ def test_routing_parts_the_experts_and_nothing_else_does():
     ("arguments", "rule"),
     [
         ({"method": "routin"}, "did you mean 'routing'"),
-        ({"method": "reward_model"}, "method must be one of"),
+        ({"method": "naive_early_stop"}, "method must be one of"),
         ({"label_recall": 2.0}, "label_recall must lie"),
         ({"policy_kwargs": {"net_arch": {"pi": [8]}}}, "one list"),
         ({"policy_kwargs": {"activation_fn": torch.nn.Tanh}}, "activation_fn"),
@@ -650,3 +659,87 @@ def test_labeled_samples_are_measured_against_what_the_gate_foretells():
     turned = np.where(labeled, (gate[:, 0] - gate[:, 1]) * value, 0)
     assert np.abs(before[0][:, 0] - lowered - buffer.advantages[:, 0]).max() < 1e-5
     assert np.abs(before[1][:, 0] - turned - buffer.signed[:, 0]).max() < 1e-5
+
+
+# ---- the classifier of endings
+
+
+IMPUTED = [(3, GOOD), (2, {"behavior": "bad"}), (2, BAD), (2, {"behavior": None}), (9, GOOD)]
+
+
+@pytest.mark.parametrize("method", ["reward_model", "imputed_routing"])
+def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method):
+    model = collected(IMPUTED, method)
+    buffer, policy = model.rollout_buffer, model.policy
+    last = torch.as_tensor(buffer.observations[4]), torch.as_tensor(buffer.actions[4]).long()[0]
+    good, bad = policy.ending_log_probabilities(*last).exp()[0].tolist()
+    for step, left in ((3, 1), (4, 0)):
+        spread = float(buffer.spread)
+        signed = (good - bad) * model.gamma**left / spread
+        assert float(buffer.signed[step, 0]) == pytest.approx(signed, abs=1e-5)
+        routes = buffer.routes[step, 0].tolist()
+        if method == "imputed_routing":
+            assert routes == pytest.approx([good, bad, 0.0], abs=1e-5)
+    worth = good - bad if method == "reward_model" else 1.0
+    signs = [1, worth, -1] if method == "reward_model" else [1, 1, 1]
+    ends = [2, 4, 6]
+    assert buffer.rewards[ends, 0].tolist() == pytest.approx(signs, abs=1e-5)
+
+
+def test_labeled_endings_alone_are_remembered_with_their_actions():
+    model = collected(IMPUTED, "imputed_routing")
+    buffer, memory = model.rollout_buffer, model.endings
+    assert int(memory.count) == 2
+    assert memory.label[0, :2].tolist() == [0, 1]
+    for kept, step in zip(memory.observation[0, :2], (2, 6), strict=True):
+        expected = np.append(buffer.observations[step, 0], buffer.actions[step, 0])
+        assert kept.tolist() == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("env", [ID, "OversightGrid-v0"])
+def test_the_classifier_of_endings_does_not_see_flags(env):
+    policy = tiny(env, method="imputed_routing").policy
+    dark, lit = (make_vec(env, 64, oversight=level) for level in (0.0, 1.0))
+    seen = []
+    for worlds in (dark, lit):
+        worlds.seed(0)
+        seen.append(torch.as_tensor(worlds.reset()))
+    assert not torch.equal(*seen)
+    actions = torch.arange(64) % 3
+    told = [policy.ending_log_probabilities(rows, actions) for rows in seen]
+    assert torch.equal(*told)
+    assert not torch.equal(told[0], policy.ending_log_probabilities(seen[0], (actions + 1) % 3))
+
+
+def test_flags_of_wrapped_environments_are_known():
+    env = OversightLabels(gym.make("CartPole-v1"), lambda *a: None, 0.1, flags_visible=True)
+    assert env.flags.tolist() == [False] * 4 + [True] * 2
+    assert tiny(env, method="reward_model").flags.tolist() == env.flags.tolist()
+    view = SymbolicObservation(gym.make(ID))
+    assert view.flags[..., 2].all()
+    assert not view.flags[..., :2].any()
+    assert not hasattr(SymbolicObservation(gym.make("MiniGrid-Empty-5x5-v0")), "flags")
+
+
+@pytest.mark.parametrize(
+    "space",
+    [spaces.Discrete(300), spaces.MultiDiscrete([2, 3]), spaces.Box(-1, 1, (2,), np.float32)],
+)
+def test_endings_of_every_kind_of_action_are_learned(space):
+    class Env(Told):
+        action_space = space
+
+        def _observation(self):
+            return np.array([0.0, self.episode % 2], np.float32)
+
+    def fresh():
+        env = DummyVecEnv([lambda: Env([(3, GOOD), (2, BAD)])] * 8)
+        return tiny(env, method="imputed_routing", learning_rate=1e-2)
+
+    model = fresh().learn(8 * 16 * 40)
+    again = RoutedPPO.load(saved(model), env=model.env)
+    assert int(again.endings.count) == int(model.endings.count) > 100
+    assert float(again._ending_loss(again.policy)) < 0.2
+    untaught = fresh()
+    untaught.endings = again.endings
+    assert float(untaught._ending_loss(untaught.policy)) > 0.5

@@ -83,20 +83,39 @@ def test_a_run_leaves_the_same_things_as_the_grids(run):
 
 
 def test_training_curves_are_written(tmp_path, tiny):
-    train(["--config", tiny, "--run-dir", str(tmp_path / "r"), "--ppo.updates", "10",
-           "--ppo.steps", "64"])  # fmt: skip
+    train(["--config", tiny, "--run-dir", str(tmp_path / "r"), "--ppo.updates", "21",
+           "--ppo.steps", "64", "--method", "imputed_routing"])  # fmt: skip
     table = pd.read_csv(tmp_path / "r" / "training.csv")
-    assert table["update"].tolist() == [10]
+    assert table["update"].tolist() == [10, 20]
     assert {"loss/value", "loss/gate", "loss/policy_gradient", "endings/labeled_ghost"} <= set(
         table
     )
-    assert 0 < table["gate/labeled_diamond"][0] < 1
+    assert table["gate/labeled_diamond"].between(0, 1, inclusive="neither").all()
+    assert table["reward_model/accuracy_labeled"].between(0.5, 1).all()
     shares = [c for c in table if c.startswith("endings/")]
-    assert table[shares].sum(axis=1).tolist() == pytest.approx([1.0])
+    assert table[shares].sum(axis=1).tolist() == pytest.approx([1.0, 1.0])
 
 
 class Asked(Exception):
     pass
+
+
+def test_a_resumed_classifier_of_endings_goes_on(tiny, tmp_path, monkeypatch):
+    arguments = ["--config", tiny, "--method", "imputed_routing", "--run-dir"]
+    train([*arguments, str(tmp_path / "whole")])
+    asked, honest = iter([False, False, True]), ppo_training._Recorder.__init__
+
+    def init(self, config, folder, console, stopping):
+        honest(self, config, folder, console, lambda: next(asked, False))
+
+    monkeypatch.setattr(ppo_training._Recorder, "__init__", init)
+    with pytest.raises(SystemExit):
+        train([*arguments, str(tmp_path / "run")])
+    monkeypatch.undo()
+    train(["--resume", str(tmp_path / "run")])
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    names = {name.split(".")[1] for name in tensors(tmp_path / "run")[1]}
+    assert {"agent", "endings", "features_extractor"} <= names
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
@@ -262,7 +281,7 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
          "did you mean 'MiniGrid-DiamondGhost-8x8-v0'"),
         (["--algo", "ppo", "--env", "CartPole-v1"], "oversight"),
         (["--algo", "ppo", "--env", "os:CartPole-v1"], "must be an id that gymnasium knows"),
-        (["--algo", "ppo", "--method", "reward_model"], "with --algo ppo must be one of"),
+        (["--algo", "ppo", "--method", "naive_early_stop"], "with --algo ppo must be one of"),
         (["--algo", "ppo", "--on-nan", "skip"], "must be stop"),
         (["--algo", "ppo", "--ppo.worlds", "4096", "--ppo.steps", "8192"], "at most 16,777,216"),
         (["--algo", "ppo", "--agent.hidden", "16384", "16384"], "parameters"),
