@@ -39,6 +39,10 @@ from oversight_rl.training import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]
 SMALL += ["--evaluation.every", "3", "--training.updates", "13", "--evaluation.oversight", "0.1"]
+SMALL_PPO = ["--config", str(ROOT / "configs/minigrid.yaml"), "--device", "cpu", "--no-pictures"]
+SMALL_PPO += ["--agent.hidden", "8", "8", "--ppo.worlds", "8", "--ppo.steps", "8"]
+SMALL_PPO += ["--ppo.batch-size", "32", "--ppo.updates", "13", "--evaluation.every", "3"]
+SMALL_PPO += ["--evaluation.episodes", "16", "--evaluation.oversight", "0.1"]
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.truncate"}
 SPEED = "training/env_steps_per_second"  # a time, so never the same twice
 
@@ -177,6 +181,7 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
         [*SMALL, "--method", "routing", "--seeds", "0", "1"],
         [*SMALL, "--method", "naive_oracle_stop"],
         [*SMALL, "--method", "reward_model"],
+        [*SMALL_PPO, "--method", "imputed_routing"],
     ]
     moments: Counter[str] = Counter()
     begun, runs, done = time.perf_counter(), 0, 0

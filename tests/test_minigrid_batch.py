@@ -237,7 +237,7 @@ def test_symbols_are_not_taken_for_a_picture():
     check_env(env)
     observation, _ = env.reset(seed=0)
     assert np.array_equal(observation, env.unwrapped.gen_obs()["image"])
-    with pytest.raises(ValueError, match="MiniGrid's view"):
+    with pytest.raises(ValueError, match="MiniGrid's symbols"):
         SymbolicObservation(FlatObsWrapper(gym.make("MiniGrid-DiamondGhost-8x8-v0")))
 
 
