@@ -49,6 +49,8 @@ class AgentConfig(Settings):
     """Activation of the value net; "none" makes it affine, as in the published code."""
     gate_conv: bool = False
     """Whether the gate starts with a 1x1 convolution over the planes, as in the published code."""
+    biases: Literal["uniform", "zero"] = "uniform"
+    """What biases begin as; "zero", as in the published code, keeps the experts balanced longer."""
 
 
 PER_OBSERVATION = ("expert_logits", "head_logits", "gate_logits", "value")
@@ -189,6 +191,10 @@ class Agent(nn.Module):
         self.value_layers: Sequence[Linear] = _linears([runs], value_sizes)
         if generators is not None:
             initialize(self, generators)
+            if config.biases == "zero":
+                for part in self.modules():
+                    if isinstance(part, Linear):
+                        nn.init.zeros_(part.bias)
 
     def prepare(self) -> Prepared:
         """Compose what can be composed, once for all forwards until the parameters change."""

@@ -371,6 +371,22 @@ def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
 
+def test_biases_begin_at_zero_if_asked_to():
+    sizes = {"experts": "many", "generators": [torch.Generator().manual_seed(0)]}
+    plain, zero = (
+        dict(
+            Agent(AgentConfig(hidden=(8,), biases=biases), SHAPE, 4, 1, **sizes).named_parameters()
+        )
+        for biases in ("uniform", "zero")
+    )
+    for name, parameter in zero.items():
+        if name.endswith("bias"):
+            assert not parameter.any()
+            assert plain[name].any()
+        else:
+            assert torch.equal(parameter, plain[name])  # the same draws
+
+
 # ---- the reward model
 
 
