@@ -188,6 +188,7 @@ class MoEPolicy(ActorCriticPolicy):
         self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
         self.imputes, self.flags = imputes, flags
         self.steering: Steering = MIXTURE
+        self.solo: Tensor | None = None  # [B] bool, where the deployed expert acts by itself
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -259,9 +260,15 @@ class MoEPolicy(ActorCriticPolicy):
         return self.action_dist.proba_distribution(action_logits=parameters)
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions of the mixture, values `[B, 1]` and log-probabilities `[B]`."""
+        """Actions of the mixture, values `[B, 1]` and log-probabilities `[B]`.
+
+        While experience is collected, the deployed expert acts alone where `solo` says so.
+        """
         output = self.output(obs)
-        distribution = self.distribution(output.mix(output.gate)[0])
+        parameters = output.mix(output.gate)[0]
+        if self.solo is not None:
+            parameters = torch.where(self.solo[:, None], output.alone(DEPLOYED)[0], parameters)
+        distribution = self.distribution(parameters)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *(self.action_space.shape or ())))
@@ -344,9 +351,11 @@ class RoutedSamples(NamedTuple):
     old_log_prob: Tensor
     advantages: Tensor
     returns: Tensor
-    weights: Tensor  # [B], sample weights
+    weights: Tensor  # [B], sample weights; 0 where the mixture did not act
+    own_weights: Tensor  # [B], the same for what the deployed expert learns by itself
     signed: Tensor  # [B], discounted true return of labeled or imputed episodes, else 0
     routes: Tensor  # [B, K + 1], gradient weights of the experts and the gate
+    solo: Tensor  # [B], 1 where the deployed expert acted by itself
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
@@ -361,6 +370,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         endings: keeps labeled endings; None where no classifier learns from them.
         generator: decides which labels go missing or wrong.
         normalize: whether advantages are brought to mean 0 and spread 1.
+        solo_share: share of the environments in which the deployed expert acts by itself.
         kwargs: as SB3's RolloutBuffer.
     """
 
@@ -374,6 +384,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         endings: Memory | None,
         generator: np.random.Generator,
         normalize: bool,
+        solo_share: float,
         **kwargs: Any,
     ) -> None:
         self.methods, self.behaviors = methods, tuple(behaviors)
@@ -382,6 +393,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.classify: Callable[[NDArray[Any], NDArray[Any]], Tensor] | None = None
         self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
         super().__init__(*args, **kwargs)
+        self.solo = np.arange(self.n_envs) < round(solo_share * self.n_envs)
         # observations of the last rollout, and where in it the episode that goes on began
         self.unfinished = self.observations, np.full(self.n_envs, self.buffer_size)
 
@@ -438,7 +450,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         outcome, left = outcomes(seen, Truth(stacked(self.truth)), audit, self.methods)
         labeled = outcome >= LABELED
         heavy = self.methods.weighs_labels * (self.labeled_weight - 1) * labeled + 1
-        self.weights = (heavy * lookup(self.methods.sample_weight, outcome))[0].numpy()
+        self.own_weights = (heavy * lookup(self.methods.sample_weight, outcome))[0].numpy()
+        self.weights = self.own_weights * ~self.solo
         routes = lookup(self.methods.routes, outcome)
         sign = 2.0 * (outcome == LABELED) - labeled.float()
         # a method's table says what reaching a behavior is worth; the environment pays that much
@@ -502,13 +515,17 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.signed /= self.spread
 
     def _remember(self, memory: Memory) -> None:
-        """Keep labeled observations, those that an episode began with in the last rollout too."""
+        """Keep labeled observations, those that an episode began with in the last rollout too.
+
+        The gate learns from where it acts.
+        """
         steps = np.arange(self.buffer_size)[:, None]
         before, since = self.unfinished
         label = self.outcome[0] - LABELED  # of the episode that went on
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        self._add(memory, before, label[None].repeat(len(before), 0), (steps >= since) & goes_on)
-        self._add(memory, self.observations, self.outcome - LABELED, np.True_)
+        again = (steps >= since) & goes_on & ~self.solo
+        self._add(memory, before, label[None].repeat(len(before), 0), again)
+        self._add(memory, self.observations, self.outcome - LABELED, ~self.solo[None])
         done = self.terminated | self.truncated
         last = np.where(done, steps + 1, 0).max(0)  # where each unfinished episode begins
         self.unfinished = self.observations, last
@@ -524,13 +541,15 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Minibatches of `RoutedSamples`, in random order."""
         if not self.generator_ready:
             self.weights = self.swap_and_flatten(self.weights)[:, 0]
+            self.own_weights = self.swap_and_flatten(self.own_weights)[:, 0]
             self.signed = self.swap_and_flatten(self.signed)[:, 0]
             self.routes = self.swap_and_flatten(self.routes)
+            self.acted = self.solo.astype(np.float32).repeat(self.buffer_size)
         yield from super().get(batch_size)
 
     def _get_samples(self, batch_inds: NDArray[Any], env: Any = None) -> Any:
         plain = super()._get_samples(batch_inds, env)
-        more = (self.weights, self.signed, self.routes)
+        more = (self.weights, self.own_weights, self.signed, self.routes, self.acted)
         return RoutedSamples(*plain[:6], *(self.to_torch(part[batch_inds]) for part in more))
 
 
@@ -555,7 +574,9 @@ class RoutedPPO(PPO):
             and ghost.
         labeled_weight: weight of a labeled episode's samples next to any other's.
         gate_coef: weight of the gate loss.
-        contrast_coef: weight of the contrast loss, for the method that has one.
+        contrast_coef: weight of the contrast loss, for the methods that have one.
+        solo_share: share of the environments in which the deployed expert acts by itself and
+            learns from that, for the method that knows, or imputes, how every episode ended.
         gate_replay: remembered labeled observations that the gate learns from in each minibatch.
         label_recall: chance that an ending which should be labeled is.
         label_error: chance that a label names a wrong behavior.
@@ -593,6 +614,7 @@ class RoutedPPO(PPO):
         labeled_weight: float = 20.0,
         gate_coef: float = 1.0,
         contrast_coef: float = 1.0,
+        solo_share: float = 0.5,
         gate_replay: int = 512,
         label_recall: float = 1.0,
         label_error: float = 0.0,
@@ -605,7 +627,8 @@ class RoutedPPO(PPO):
                 f"method must be one of {', '.join(PPO_METHODS)}, got {method!r}"
                 f"{nearest(method, PPO_METHODS)}"
             )
-        for name, p in {"label_recall": label_recall, "label_error": label_error}.items():
+        shares = {"label_recall": label_recall, "label_error": label_error}
+        for name, p in (shares | {"solo_share": solo_share}).items():
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {p}")
         distinct = len(set(behaviors or ()))
@@ -627,7 +650,7 @@ class RoutedPPO(PPO):
         self.overseer = Overseer(0.0, None, label_recall, label_error)
         self.labeled_weight = labeled_weight
         self.gate_coef, self.gate_replay = gate_coef, gate_replay
-        self.contrast_coef = contrast_coef
+        self.contrast_coef, self.solo_share = contrast_coef, solo_share
         kwargs["policy_kwargs"] = policy_kwargs
         given = inspect.signature(PPO).bind_partial(policy, env, *args, **kwargs).arguments
         kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in given}
@@ -663,6 +686,7 @@ class RoutedPPO(PPO):
             "endings": self.endings,
             "generator": np.random.default_rng(self.seed),
             "normalize": self.normalize_advantage,
+            "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
         }
         self._warned: set[str] = set()
         super()._setup_model()
@@ -703,6 +727,15 @@ class RoutedPPO(PPO):
             self.gate_replay,
             torch.as_tensor(np.zeros(1, space.dtype)).dtype,
         )
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """As SB3 has it; the deployed expert acts by itself in some of the environments."""
+        policy, solo = cast(MoEPolicy, self.policy), cast(Any, self.rollout_buffer).solo
+        policy.solo = torch.as_tensor(solo, device=self.device) if solo.any() else None
+        try:
+            return super().collect_rollouts(*args, **kwargs)
+        finally:
+            policy.solo = None
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -821,9 +854,12 @@ class RoutedPPO(PPO):
             "reward_model_loss": self._ending_loss(policy),
         }
         if METHODS[self.method].contrasts:
-            own = policy.distribution(output.alone(DEPLOYED)[0]).log_prob(actions)
-            taken = own, batch.old_log_prob, batch.signed, weight
+            alone = policy.distribution(output.alone(DEPLOYED)[0])
+            own, own_spread = alone.log_prob(actions), alone.entropy()
+            taken = own, batch.old_log_prob, batch.signed, batch.own_weights
             parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0]
+            own_spread = -own if own_spread is None else own_spread
+            parts["entropy_loss"] = parts["entropy_loss"] - (batch.solo * own_spread).mean()
         loss = (
             parts["policy_gradient_loss"]
             + self.vf_coef * parts["value_loss"]
@@ -834,8 +870,9 @@ class RoutedPPO(PPO):
         )
         parts = {name: value.detach() for name, value in parts.items()}
         with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
-            parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
-            parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
+            acted = 1 - batch.solo
+            parts["approx_kl"] = _mean(ratio - 1 - log_ratio, acted)
+            parts["clip_fraction"] = _mean(((ratio - 1).abs() > clip).float(), acted)
         return loss, parts | {"loss": loss.detach()}
 
     def _subtract_baseline(self) -> None:
@@ -846,7 +883,7 @@ class RoutedPPO(PPO):
         """
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         labeled = buffer.outcome >= LABELED
-        known = labeled | (buffer.signed != 0)  # imputed ones, too
+        known = labeled if self.endings is None else buffer.outcome != UNFINISHED
         if not known.any():
             return
         gate = np.zeros((*labeled.shape, self.policy_kwargs["experts"]), np.float32)  # [T, N, K]

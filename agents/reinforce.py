@@ -367,13 +367,14 @@ def contrast_loss(own: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor)
 
     The deployed policy is the first expert under the shared head. It is rewarded +1 for a labeled
     diamond and -1 for a labeled ghost, and since the mixture took the actions, each sample is
-    weighted by the ratio of the two policies, at most 1. No baseline: a labeled ghost pushes the
-    expert away from what led there, a negative gradient weight on the deployed path.
+    weighted by the ratio of the two policies, at most 1. A labeled ghost pushes the expert away
+    from what led there, a negative gradient weight on the deployed path.
 
     Args:
         own: log-probabilities of the actions under the deployed expert, `[R, B]`.
-        log_prob: the same under the mixture that took them, `[R, B]`.
-        signed: discounted true return of labeled samples, 0 elsewhere; `[R, B]`.
+        log_prob: the same under the policy that took them, `[R, B]`.
+        signed: discounted true return of labeled samples (REINFORCE on the grid subtracts no
+            baseline from it), 0 elsewhere; `[R, B]`.
         weight: of the samples, `[R, B]`; unlabeled ones share the mean, so that the strength of
             this loss grows with oversight as that of the policy loss does.
     """

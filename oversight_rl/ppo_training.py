@@ -84,6 +84,7 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
             labeled_weight=ppo.labeled_weight,
             gate_coef=ppo.gate_coef,
             contrast_coef=ppo.contrast_coef,
+            solo_share=ppo.solo_share,
             gate_replay=ppo.gate_replay,
             label_recall=config.label_recall,
             label_error=config.label_error,

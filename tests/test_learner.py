@@ -372,13 +372,12 @@ def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
 
 
 def test_biases_begin_at_zero_if_asked_to():
-    sizes = {"experts": "many", "generators": [torch.Generator().manual_seed(0)]}
-    plain, zero = (
-        dict(
-            Agent(AgentConfig(hidden=(8,), biases=biases), SHAPE, 4, 1, **sizes).named_parameters()
-        )
-        for biases in ("uniform", "zero")
-    )
+    def parameters(biases):
+        config = AgentConfig(hidden=(8,), biases=biases)
+        generators = [torch.Generator().manual_seed(0)]
+        return dict(Agent(config, SHAPE, 4, 1, generators=generators).named_parameters())
+
+    plain, zero = parameters("uniform"), parameters("zero")
     for name, parameter in zero.items():
         if name.endswith("bias"):
             assert not parameter.any()

@@ -189,9 +189,9 @@ def gradients(model, outcome, part):
     flat = {n: torch.as_tensor(getattr(buffer, {"old_values": "values",
             "old_log_prob": "log_probs"}.get(n, n)))[chosen] for n in names}  # fmt: skip
     flat = {n: x if n == "observations" else x.squeeze(-1) for n, x in flat.items()}
-    batch = batch._replace(**flat, weights=torch.as_tensor(buffer.weights)[chosen],
-                           signed=torch.as_tensor(buffer.signed)[chosen],
-                           routes=torch.as_tensor(buffer.routes)[chosen])  # fmt: skip
+    own = {"weights": buffer.weights, "own_weights": buffer.own_weights, "solo": buffer.acted,
+           "signed": buffer.signed, "routes": buffer.routes}  # fmt: skip
+    batch = batch._replace(**flat, **{n: torch.as_tensor(x)[chosen] for n, x in own.items()})
     honest = model.loss
 
     model.policy.zero_grad()
@@ -743,3 +743,43 @@ def test_endings_of_every_kind_of_action_are_learned(space):
     untaught = fresh()
     untaught.endings = again.endings
     assert float(untaught._ending_loss(untaught.policy)) > 0.5
+
+
+def test_the_deployed_expert_acts_by_itself_in_its_share_of_environments():
+    model = tiny(method="imputed_routing", solo_share=0.25)  # 2 of 8
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    buffer, policy = model.rollout_buffer, model.policy
+    assert policy.solo is None
+    assert buffer.solo.tolist() == [True] * 2 + [False] * 6
+    rows = torch.as_tensor(buffer.observations).flatten(0, 1)
+    actions = torch.as_tensor(buffer.actions).flatten().long()
+    with torch.no_grad():
+        output = policy.output(rows)
+        mixture = policy.distribution(output.mix(output.gate)[0]).log_prob(actions)
+        alone = policy.distribution(output.alone(0)[0]).log_prob(actions)
+    taken = np.where(buffer.solo, alone.view(16, 8), mixture.view(16, 8))
+    assert np.abs(taken - buffer.log_probs).max() < 1e-5
+    assert not buffer.weights[:, :2].any()  # the mixture did not act there
+    assert buffer.own_weights.all()
+    assert int(model.memory.count) == (buffer.outcome[:, 2:] >= LABELED).sum()  # nor the gate
+    assert int(model.endings.count) == (buffer.terminated & (buffer.outcome >= LABELED)).sum()
+    for name in ("weights", "acted"):  # as minibatches have them
+        next(iter(buffer.get(None)))
+        wanted = ~buffer.solo if name == "weights" else buffer.solo
+        assert getattr(buffer, name).tolist() == wanted.repeat(16).tolist()
+    assert not tiny(method="contrastive_routing").rollout_buffer.solo.any()
+
+
+def test_what_the_deployed_expert_does_alone_teaches_no_other_module():
+    model = tiny(method="imputed_routing", solo_share=0.9, gate_replay=0, vf_coef=0.0)
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    model._subtract_baseline()
+    batch = next(iter(model.rollout_buffer.get(None)))
+    mine = batch.solo > 0
+    batch = batch._replace(**{n: x[mine] for n, x in batch._asdict().items()})
+    model.loss(batch, 0.2)[0].backward()
+    weight = model.policy.agent.trunks[0].weight.grad[0].flatten(1).norm(dim=1)
+    assert weight[0] > 0
+    assert not weight[1:3].any()  # the ghost's expert and the gate
