@@ -515,17 +515,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.signed /= self.spread
 
     def _remember(self, memory: Memory) -> None:
-        """Keep labeled observations, those that an episode began with in the last rollout too.
-
-        The gate learns from where it acts.
-        """
+        """Keep labeled observations, those that an episode began with in the last rollout too."""
         steps = np.arange(self.buffer_size)[:, None]
         before, since = self.unfinished
         label = self.outcome[0] - LABELED  # of the episode that went on
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        again = (steps >= since) & goes_on & ~self.solo
-        self._add(memory, before, label[None].repeat(len(before), 0), again)
-        self._add(memory, self.observations, self.outcome - LABELED, ~self.solo[None])
+        self._add(memory, before, label[None].repeat(len(before), 0), (steps >= since) & goes_on)
+        self._add(memory, self.observations, self.outcome - LABELED, np.True_)
         done = self.terminated | self.truncated
         last = np.where(done, steps + 1, 0).max(0)  # where each unfinished episode begins
         self.unfinished = self.observations, last

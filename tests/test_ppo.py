@@ -762,7 +762,7 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_environments():
     assert np.abs(taken - buffer.log_probs).max() < 1e-5
     assert not buffer.weights[:, :2].any()  # the mixture did not act there
     assert buffer.own_weights.all()
-    assert int(model.memory.count) == (buffer.outcome[:, 2:] >= LABELED).sum()  # nor the gate
+    assert int(model.memory.count) == (buffer.outcome >= LABELED).sum()
     assert int(model.endings.count) == (buffer.terminated & (buffer.outcome >= LABELED)).sum()
     for name in ("weights", "acted"):  # as minibatches have them
         next(iter(buffer.get(None)))
