@@ -68,6 +68,8 @@ SETTLED = 50
 """Rollouts after which it should be warned of episodes that are longer than a rollout."""
 SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
+LESSONS = 12
+"""Steps of the classifier of endings in an update; it must be right before the experts are set."""
 COMBINATIONS = 2**16
 """Combinations of a cell's symbols at most, which `SymbolicCNN` has a table of."""
 
@@ -217,6 +219,12 @@ class MoEPolicy(ActorCriticPolicy):
         if self.imputes:
             extractor = self.make_features_extractor()
             self.endings = EndingClassifier(extractor, self.action_space, len(self.behaviors))
+        self.own_value_net = None
+        if self.imputes and self.n_experts > 1:
+            width = cast(Any, self.net_arch)[-1]
+            self.own_value_net = nn.Sequential(
+                nn.Linear(self.features_dim, width), nn.ReLU(), nn.Linear(width, 1)
+            )
         self.optimizer = self.optimizer_class(
             self.parameters(),
             lr=lr_schedule(1),
@@ -243,6 +251,11 @@ class MoEPolicy(ActorCriticPolicy):
             obs = obs.masked_fill(torch.as_tensor(self.flags, device=obs.device), 0)
         features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
         return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
+
+    def own_values(self, obs: Tensor) -> Tensor:
+        """What the deployed expert by itself is to get, `[B]`."""
+        assert self.own_value_net is not None
+        return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
     def _features(self, obs: Any) -> Tensor:
         return cast(Tensor, self.extract_features(obs))[None]
@@ -356,6 +369,7 @@ class RoutedSamples(NamedTuple):
     signed: Tensor  # [B], discounted true return of labeled or imputed episodes, else 0
     routes: Tensor  # [B, K + 1], gradient weights of the experts and the gate
     solo: Tensor  # [B], 1 where the deployed expert acted by itself
+    own_returns: Tensor  # [B], its returns there
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
@@ -467,9 +481,11 @@ class RoutedRolloutBuffer(RolloutBuffer):
                 unlabeled[..., None], expected(self.methods.routes, chances), routes
             )
             sign = torch.where(unlabeled, 2 * chances[..., DEPLOYED] - 1, sign)
+        self.sign = sign[0].numpy()
         self.rewards *= factor[0].numpy()
         self.routes = routes[0].numpy()
         self.signed = (sign * self.gamma**left)[0].numpy()
+        self.own_returns = np.zeros_like(self.rewards)
         if self.memory is not None:
             self._remember(self.memory)
         super().compute_returns_and_advantage(last_values, dones)
@@ -541,12 +557,14 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.signed = self.swap_and_flatten(self.signed)[:, 0]
             self.routes = self.swap_and_flatten(self.routes)
             self.acted = self.solo.astype(np.float32).repeat(self.buffer_size)
+            self.own_returns = self.swap_and_flatten(self.own_returns)[:, 0]
         yield from super().get(batch_size)
 
     def _get_samples(self, batch_inds: NDArray[Any], env: Any = None) -> Any:
         plain = super()._get_samples(batch_inds, env)
-        more = (self.weights, self.own_weights, self.signed, self.routes, self.acted)
-        return RoutedSamples(*plain[:6], *(self.to_torch(part[batch_inds]) for part in more))
+        own = (self.weights, self.own_weights, self.signed, self.routes, self.acted)
+        more = (self.to_torch(part[batch_inds]) for part in (*own, self.own_returns))
+        return RoutedSamples(*plain[:6], *more)
 
 
 # ---- the algorithm
@@ -610,7 +628,7 @@ class RoutedPPO(PPO):
         labeled_weight: float = 20.0,
         gate_coef: float = 1.0,
         contrast_coef: float = 1.0,
-        solo_share: float = 0.5,
+        solo_share: float = 0.75,
         gate_replay: int = 512,
         label_recall: float = 1.0,
         label_error: float = 0.0,
@@ -792,7 +810,11 @@ class RoutedPPO(PPO):
         self._warn_of_data()
         if cast(MoEPolicy, self.policy).has_gate:
             self._subtract_baseline()
+        if cast(RoutedRolloutBuffer, self.rollout_buffer).solo.any():
+            self._judge_solo()
         figures: dict[str, list[Tensor]] = {}
+        if self.endings is not None and int(self.endings.count):
+            figures["reward_model_loss"] = [self._learn_endings() for _ in range(LESSONS)]
         for _ in range(self.n_epochs):
             for batch in self.rollout_buffer.get(self.batch_size):
                 loss, parts = self.loss(cast(Any, batch), clip)
@@ -847,7 +869,6 @@ class RoutedPPO(PPO):
             "value_loss": _mean((batch.returns - values) ** 2, weight),
             "entropy_loss": -_mean(spread, weight),
             "gate_loss": self._gate_loss(policy),
-            "reward_model_loss": self._ending_loss(policy),
         }
         if METHODS[self.method].contrasts:
             alone = policy.distribution(output.alone(DEPLOYED)[0])
@@ -855,14 +876,16 @@ class RoutedPPO(PPO):
             taken = own, batch.old_log_prob, batch.signed, batch.own_weights
             parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0]
             own_spread = -own if own_spread is None else own_spread
-            parts["entropy_loss"] = parts["entropy_loss"] - (batch.solo * own_spread).mean()
+            parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.solo)
+            if policy.own_value_net is not None:
+                error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
+                parts["value_loss"] = parts["value_loss"] + _mean(error, batch.solo)
         loss = (
             parts["policy_gradient_loss"]
             + self.vf_coef * parts["value_loss"]
             + self.ent_coef * parts["entropy_loss"]
             + self.gate_coef * parts["gate_loss"]
             + self.contrast_coef * parts.get("contrast_loss", 0.0)
-            + parts["reward_model_loss"]
         )
         parts = {name: value.detach() for name, value in parts.items()}
         with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
@@ -893,6 +916,36 @@ class RoutedPPO(PPO):
         buffer.advantages -= routed * own[..., 0] * value
         buffer.signed -= known * (2 * gate[..., DEPLOYED] - 1) * value
 
+    def _judge_solo(self) -> None:
+        """Advantages and returns of what the deployed expert did by itself: GAE of its own.
+
+        It then learns from that alone, and nothing off-policy from what the mixture did.
+        Its reward is +1 or -1 at an episode's end, or what the classifier expects of that, and a
+        value net of its own foretells it. The last observation of a truncated episode is not kept,
+        so the one before it stands in for it.
+        """
+        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        solo, after_last = buffer.solo, cast(NDArray[Any], self._last_obs)
+        seen = [buffer.observations[:, solo], after_last[None, solo]]
+        rows = np.concatenate(seen)  # [T + 1, n, ...]
+        with torch.no_grad():
+            flat = torch.as_tensor(rows).flatten(0, 1).to(self.device)
+            value = cast(MoEPolicy, self.policy).own_values(flat).view(rows.shape[:2]).cpu().numpy()
+        terminated, truncated = buffer.terminated[:, solo], buffer.truncated[:, solo]
+        reward = np.where(terminated, buffer.sign[:, solo], 0.0)
+        after = np.where(truncated, value[:-1], value[1:]) * ~terminated
+        delta = reward + self.gamma * after - value[:-1]
+        advantage, following = np.zeros_like(delta), np.zeros_like(delta[0])
+        for t in reversed(range(len(delta))):
+            goes_on = ~(terminated[t] | truncated[t])
+            following = delta[t] + self.gamma * self.gae_lambda * goes_on * following
+            advantage[t] = following
+        buffer.own_returns[:, solo] = advantage + value[:-1]
+        if self.normalize_advantage:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        buffer.signed[:, solo] = advantage
+        buffer.own_weights[:, ~solo] = 0.0
+
     def _gate_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the gate against remembered labels; 0 where there are none."""
         if self.memory is None:
@@ -915,6 +968,14 @@ class RoutedPPO(PPO):
         if isinstance(self.action_space, spaces.Discrete):
             return rows.long().flatten()
         return rows.reshape(-1, *(self.action_space.shape or ()))
+
+    def _learn_endings(self) -> Tensor:
+        """One step of the classifier of endings, apart from the policy's; returns its loss."""
+        self.policy.optimizer.zero_grad()
+        loss = self._ending_loss(cast(MoEPolicy, self.policy))
+        loss.backward()
+        self.policy.optimizer.step()
+        return loss.detach()
 
     def _ending_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the classifier of endings on remembered ones; 0 where there are none."""

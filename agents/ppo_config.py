@@ -45,7 +45,7 @@ class PPOConfig(Settings):
     """Remembered labeled observations that the gate learns from in each minibatch."""
     contrast_coef: NonNegative = 1.0
     """Weight of the contrast loss, for the methods that have one."""
-    solo_share: float = Field(0.5, ge=0, lt=1)
+    solo_share: float = Field(0.75, ge=0, lt=1)
     """Share of the environments in which the deployed expert acts by itself, with
     imputed_routing."""
     labeled_weight: float = Field(20.0, gt=0)

@@ -203,8 +203,6 @@ class _Recorder(BaseCallback):
         with torch.no_grad():
             for name, tensor in _kept(model).items():
                 tensor.copy_(tensors[name])
-        for state in model.policy.optimizer.state.values():
-            state["step"].fill_(tensors["adam.step"])
         parts: dict[str, dict[str, Any]] = {"world": {}, "last": {}, "unfinished": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -368,7 +366,7 @@ def _kept(model: RoutedPPO) -> dict[str, Tensor]:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
             kept[f"adam.{moment}.{name}"] = state[moment]
     for name, memory in _memories(model).items():
         kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
@@ -383,8 +381,6 @@ def _memories(model: RoutedPPO) -> dict[str, Memory]:
 def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
     """Everything that a run needs to go on, by name."""
     tensors = _kept(model)
-    state = model.policy.optimizer.state
-    tensors["adam.step"] = torch.tensor(float(max(s["step"] for s in state.values())))
     buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
     if model.memory is not None:
         before, since = buffer.unfinished

@@ -783,3 +783,29 @@ def test_what_the_deployed_expert_does_alone_teaches_no_other_module():
     weight = model.policy.agent.trunks[0].weight.grad[0].flatten(1).norm(dim=1)
     assert weight[0] > 0
     assert not weight[1:3].any()  # the ghost's expert and the gate
+
+
+def test_what_the_deployed_expert_does_alone_is_judged_by_its_own_values():
+    script = [(3, GOOD), (2, {"behavior": "bad"}), (2, {"behavior": None}), (9, GOOD)]
+    env = DummyVecEnv([lambda: Told(script, truncates=(2,))] * 2)
+    model = RoutedPPO("MoEPolicy", env, method="imputed_routing", n_steps=12, batch_size=8, seed=0,
+                      solo_share=0.5, normalize_advantage=False)  # fmt: skip
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 12)
+    buffer = model.rollout_buffer
+    model._judge_solo()
+    rows = np.concatenate([buffer.observations[:, 0], model._last_obs[:1]])
+    with torch.no_grad():
+        values = model.policy.own_values(torch.as_tensor(rows)).numpy()
+    chance = buffer.imputed[4, 0]
+    rewards = {2: 1.0, 4: chance[0] - chance[1]}
+    following = 0.0
+    for t in reversed(range(12)):
+        after = {2: 0.0, 4: 0.0, 6: values[6]}.get(t, values[t + 1])  # 6: truncated
+        delta = rewards.get(t, 0.0) + model.gamma * after - values[t]
+        goes_on = t not in (2, 4, 6)
+        following = delta + model.gamma * model.gae_lambda * goes_on * following
+        assert buffer.signed[t, 0] == pytest.approx(following, abs=1e-5)
+        assert buffer.own_returns[t, 0] == pytest.approx(following + values[t], abs=1e-5)
+    assert buffer.own_weights[:, 0].all()
+    assert not buffer.own_weights[:, 1].any()
