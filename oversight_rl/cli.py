@@ -93,6 +93,7 @@ def _train(args: list[str]) -> None:
     default = Train(settings=load_yaml(sources.config)) if sources.config else Train()
     chosen = tyro.cli(Train, prog="train.py", args=args, default=default)
     config = chosen.settings
+    config.refuse_unused()
     config.torch_device()  # refuses an absent one before anything is written
     path = chosen.run_dir or _new_run_dir(config)
     check_free(path)

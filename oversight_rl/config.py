@@ -117,19 +117,6 @@ class Config(Settings):
         if taken:
             setting = {"oversight": "oversight", "num_envs": "ppo.worlds"}[taken.pop()]
             raise UserError(f"env_settings: leave that to {setting}, got {self.env_settings}")
-        unused = {
-            "training": self.algo == "ppo" and self.training != ReinforceConfig(),
-            "ppo": self.algo == "reinforce" and self.ppo != PPOConfig(),
-        }
-        for section, is_unused in unused.items():
-            if is_unused:
-                other = "ppo" if section == "training" else "training"
-                raise UserError(
-                    f"{section}: not used with --algo {self.algo}, whose settings are under {other}"
-                )
-        shown = self.world.model_copy(update={"flags_visible": True})
-        if self.env != GRID and shown != WorldConfig():
-            raise UserError(f"world: is {GRID}'s; settings of {self.env} are env_settings")
         if self.algo == "ppo" and self.on_nan == "skip":
             raise UserError("on_nan: must be stop with --algo ppo, got 'skip'")
         method = METHODS[self.method]
@@ -168,6 +155,26 @@ class Config(Settings):
         return Overseer(
             self.oversight, self.world.ghost_oversight, self.label_recall, self.label_error
         )
+
+    def refuse_unused(self) -> None:
+        """Refuse settings that the run would not look at. (Those of old run folders may differ.)
+
+        Raises:
+            UserError: there are some.
+        """
+        unused = {
+            "training": self.algo == "ppo" and self.training != ReinforceConfig(),
+            "ppo": self.algo == "reinforce" and self.ppo != PPOConfig(),
+        }
+        for section, is_unused in unused.items():
+            if is_unused:
+                other = "ppo" if section == "training" else "training"
+                raise UserError(
+                    f"{section}: not used with --algo {self.algo}, whose settings are under {other}"
+                )
+        shown = self.world.model_copy(update={"flags_visible": True})
+        if self.env != GRID and shown != WorldConfig():
+            raise UserError(f"world: is {GRID}'s; settings of {self.env} are env_settings")
 
     def torch_device(self) -> torch.device:
         """The device to use.

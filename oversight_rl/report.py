@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -296,6 +297,9 @@ def summary(found: Found) -> pd.DataFrame:
         estimate = interquartile_mean([rows["ground_truth_return"]])
         window = interquartile_mean([rows["window_return"]])
         method = found.method(name)
+        published = None  # what the paper has is of the grid, as is the window return
+        if math.isfinite(window.value):
+            published = paper.get(method, {}).get(round(level, 6))
         lines.append(
             {
                 "method": name,
@@ -306,7 +310,7 @@ def summary(found: Found) -> pd.DataFrame:
                 "ci_low": estimate.low,
                 "ci_high": estimate.high,
                 "window_return": window.value,
-                "paper_window_return": paper.get(method, {}).get(round(level, 6)),
+                "paper_window_return": published,
                 "optimal_return": rows["optimal_return"].iloc[0],
                 **{column: rows[column].mean() for column in means},
                 "env_steps": rows["env_steps"].mean(),
