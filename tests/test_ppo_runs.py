@@ -283,7 +283,7 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
         (["--algo", "ppo", "--env", "os:CartPole-v1"], "must be an id that gymnasium knows"),
         (["--algo", "ppo", "--method", "naive_early_stop"], "with --algo ppo must be one of"),
         (["--algo", "ppo", "--training.steps", "9"], "training: not used with --algo ppo"),
-        (["--ppo.steps", "9"], "ppo: not used with --algo reinforce, whose settings are under trai"),
+        (["--ppo.steps", "9"], "ppo: not used with --algo reinforce, whose settings"),
         (["--env", "MiniGrid-DiamondGhost-5x5-v0", "--algo", "ppo", "--world.rows", "4"],
          "world: is OversightGrid-v0's"),
         (["--env", "MiniGrid-DiamondGhost-5x5-v0", "--algo", "ppo",
