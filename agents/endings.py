@@ -21,7 +21,7 @@ from agents.memory import Memory
 
 HIDDEN = 64
 LESSON = 512
-"""Remembered endings that each minibatch learns from."""
+"""Remembered endings that each step learns from."""
 SMALL = 256  # choices that fit into a byte
 
 

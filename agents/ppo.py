@@ -366,7 +366,8 @@ class RoutedSamples(NamedTuple):
     returns: Tensor
     weights: Tensor  # [B], sample weights; 0 where the mixture did not act
     own_weights: Tensor  # [B], the same for what the deployed expert learns by itself
-    signed: Tensor  # [B], discounted true return of labeled or imputed episodes, else 0
+    signed: Tensor  # [B], what an episode was to the deployed expert: its discounted true return,
+    # labeled or imputed, less a baseline; where it acted by itself, its advantage
     routes: Tensor  # [B, K + 1], gradient weights of the experts and the gate
     solo: Tensor  # [B], 1 where the deployed expert acted by itself
     own_returns: Tensor  # [B], its returns there
@@ -407,7 +408,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.classify: Callable[[NDArray[Any], NDArray[Any]], Tensor] | None = None
         self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
         super().__init__(*args, **kwargs)
-        self.solo = np.arange(self.n_envs) < round(solo_share * self.n_envs)
+        solos = min(round(solo_share * self.n_envs), self.n_envs - 1)  # the mixture acts, too
+        self.solo = np.arange(self.n_envs) < solos
         # observations of the last rollout, and where in it the episode that goes on began
         self.unfinished = self.observations, np.full(self.n_envs, self.buffer_size)
 
@@ -416,6 +418,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         super().reset()
         shape = (self.buffer_size, self.n_envs)
         self.terminated, self.truncated = np.zeros(shape, bool), np.zeros(shape, bool)
+        self.cut = np.zeros(shape, bool)  # by a time limit; a truncated episode may just have ended
         self.label = np.full(shape, NO_LABEL)
         self.truth = np.full(shape, NO_LABEL)
 
@@ -437,6 +440,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
             if not reached and "behavior" not in info:
                 reached = not cut
             self.terminated[self.pos, env], self.truncated[self.pos, env] = reached, not reached
+            self.cut[self.pos, env] = cut and not reached
             self.label[self.pos, env] = self._index(label, "label")
             self.truth[self.pos, env] = self._index(behavior, "behavior")
             self.episodes += 1
@@ -476,6 +480,9 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.ended = self.outcome[self.terminated | self.truncated]
         if self.endings is not None:
             chances, unlabeled = self._impute(self.endings, left), outcome == UNLABELED
+            if not int(self.endings.count):  # nobody taught the classifier yet
+                self.own_weights = self.own_weights * ~unlabeled[0].numpy()
+                unlabeled = unlabeled & False
             factor = torch.where(unlabeled, expected(worth, chances), factor)
             routes = torch.where(
                 unlabeled[..., None], expected(self.methods.routes, chances), routes
@@ -498,10 +505,11 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """
         assert self.classify is not None
         label = self.outcome - LABELED
-        endings = np.concatenate(
-            [x.reshape(*label.shape, -1) for x in (self.observations, self.actions)], axis=-1
-        )
-        self._add(memory, endings, label, self.terminated)
+        known = self.terminated & (label >= 0)
+        if known.any():
+            columns = [x[known].reshape(known.sum(), -1) for x in (self.observations, self.actions)]
+            rows = torch.as_tensor(np.concatenate(columns, axis=-1))[None]
+            memory.add(rows, torch.as_tensor(label[known])[None], torch.ones(1, len(rows[0])) > 0)
         self.imputed = np.full((*label.shape, len(self.behaviors)), np.nan, np.float32)
         if self.terminated.any():
             observations = self.observations[self.terminated]
@@ -556,13 +564,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.own_weights = self.swap_and_flatten(self.own_weights)[:, 0]
             self.signed = self.swap_and_flatten(self.signed)[:, 0]
             self.routes = self.swap_and_flatten(self.routes)
-            self.acted = self.solo.astype(np.float32).repeat(self.buffer_size)
+            self.by_solo = self.solo.astype(np.float32).repeat(self.buffer_size)
             self.own_returns = self.swap_and_flatten(self.own_returns)[:, 0]
         yield from super().get(batch_size)
 
     def _get_samples(self, batch_inds: NDArray[Any], env: Any = None) -> Any:
         plain = super()._get_samples(batch_inds, env)
-        own = (self.weights, self.own_weights, self.signed, self.routes, self.acted)
+        own = (self.weights, self.own_weights, self.signed, self.routes, self.by_solo)
         more = (self.to_torch(part[batch_inds]) for part in (*own, self.own_returns))
         return RoutedSamples(*plain[:6], *more)
 
@@ -648,7 +656,7 @@ class RoutedPPO(PPO):
         distinct = len(set(behaviors or ()))
         if isinstance(behaviors, str) or (behaviors and distinct < max(2, len(behaviors))):
             raise ValueError(f"behaviors must be two or more distinct names, got {behaviors!r}")
-        own = {"behaviors", "gate"} & set(policy_kwargs or {})
+        own = {"behaviors", "gate", "imputes", "flags"} & set(policy_kwargs or {})
         if own:
             raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
         hides = {"flags_visible": False} if METHODS[method].hides_flags else {}
@@ -715,6 +723,12 @@ class RoutedPPO(PPO):
 
         self.behaviors = self.behaviors or tuple(ask("behaviors") or ())
         self.flags = ask("flags")
+        given, seen = np.shape(self.flags), self.observation_space.shape
+        if METHODS[self.method].imputes and self.flags is not None and given != seen:
+            raise ValueError(
+                f"the environment's flags have shape {given}, its observations {seen}: a wrapper "
+                "that reshapes observations must set an attribute flags of its own"
+            )
         level = ask("oversight")
         if hides_flags and ask("flags_visible") is not False:
             raise ValueError(
@@ -835,7 +849,10 @@ class RoutedPPO(PPO):
         for name, values in figures.items():
             self.logger.record(f"train/{name}", torch.stack(values).mean().item())
         buffer = self.rollout_buffer
-        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        mixture = cast(RoutedRolloutBuffer, buffer).by_solo == 0
+        explained = explained_variance(
+            buffer.values.flatten()[mixture], buffer.returns.flatten()[mixture]
+        )
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
@@ -921,24 +938,25 @@ class RoutedPPO(PPO):
 
         It then learns from that alone, and nothing off-policy from what the mixture did.
         Its reward is +1 or -1 at an episode's end, or what the classifier expects of that, and a
-        value net of its own foretells it. The last observation of a truncated episode is not kept,
+        value net of its own foretells it. The last observation of an episode cut short is not kept,
         so the one before it stands in for it.
         """
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
-        solo, after_last = buffer.solo, cast(NDArray[Any], self._last_obs)
+        solo, last = buffer.solo, cast(NDArray[Any], self._last_obs)
+        after_last = last.reshape(buffer.observations.shape[1:])
         seen = [buffer.observations[:, solo], after_last[None, solo]]
         rows = np.concatenate(seen)  # [T + 1, n, ...]
         with torch.no_grad():
             flat = torch.as_tensor(rows).flatten(0, 1).to(self.device)
             value = cast(MoEPolicy, self.policy).own_values(flat).view(rows.shape[:2]).cpu().numpy()
-        terminated, truncated = buffer.terminated[:, solo], buffer.truncated[:, solo]
+        terminated, cut = buffer.terminated[:, solo], buffer.cut[:, solo]
+        done = terminated | buffer.truncated[:, solo]
         reward = np.where(terminated, buffer.sign[:, solo], 0.0)
-        after = np.where(truncated, value[:-1], value[1:]) * ~terminated
+        after = np.where(cut, value[:-1], value[1:] * ~done)
         delta = reward + self.gamma * after - value[:-1]
         advantage, following = np.zeros_like(delta), np.zeros_like(delta[0])
         for t in reversed(range(len(delta))):
-            goes_on = ~(terminated[t] | truncated[t])
-            following = delta[t] + self.gamma * self.gae_lambda * goes_on * following
+            following = delta[t] + self.gamma * self.gae_lambda * ~done[t] * following
             advantage[t] = following
         buffer.own_returns[:, solo] = advantage + value[:-1]
         if self.normalize_advantage:
@@ -973,14 +991,15 @@ class RoutedPPO(PPO):
         """One step of the classifier of endings, apart from the policy's; returns its loss."""
         self.policy.optimizer.zero_grad()
         loss = self._ending_loss(cast(MoEPolicy, self.policy))
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss of the classifier of endings is {float(loss)}")
         loss.backward()
         self.policy.optimizer.step()
         return loss.detach()
 
     def _ending_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the classifier of endings on remembered ones; 0 where there are none."""
-        if self.endings is None:
-            return torch.zeros((), device=self.device)
+        assert self.endings is not None
         rows, label, known = self.endings.draw(torch.rand(1, self.endings.draws))
         shape = self.observation_space.shape or ()
         observations, actions = (

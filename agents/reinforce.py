@@ -363,12 +363,12 @@ def cross_entropy(log_gate: Tensor, label: Tensor, weight: Tensor) -> Tensor:
 
 
 def contrast_loss(own: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor) -> Tensor:
-    """REINFORCE of the deployed expert by itself, on labeled episodes alone. [R]
+    """REINFORCE of the deployed expert by itself, on labeled (or imputed) episodes alone. [R]
 
     The deployed policy is the first expert under the shared head. It is rewarded +1 for a labeled
-    diamond and -1 for a labeled ghost, and since the mixture took the actions, each sample is
-    weighted by the ratio of the two policies, at most 1. A labeled ghost pushes the expert away
-    from what led there, a negative gradient weight on the deployed path.
+    diamond and -1 for a labeled ghost, and since the mixture may have taken the actions, each
+    sample is weighted by the ratio of the two policies, at most 1. A labeled ghost pushes the
+    expert away from what led there, a negative gradient weight on the deployed path.
 
     Args:
         own: log-probabilities of the actions under the deployed expert, `[R, B]`.

@@ -64,6 +64,7 @@ class OversightGridEnv(gym.Env[Any, Any]):
             )
         self.world, self.reward = _world(oversight, reward, world)
         self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
+        self.ghost_oversight, self.flags = self.world.config.ghost_oversight, _flags(self.world)
         self.observation_space, self.action_space = _spaces(self.world)
         self.render_mode = render_mode
         self._state: State | None = None
@@ -217,8 +218,7 @@ class OversightGridVecEnv(VecEnv):
         self.ghost_oversight = self.world.config.ghost_oversight
         self.render_mode = render_mode
         super().__init__(num_envs, *_spaces(self.world))
-        self.flags = np.zeros(self.world.config.shape, np.bool_)  # which entries show flags
-        self.flags[PLANES.index("oversight")] = True
+        self.flags = _flags(self.world)
         self._rng = np.random.default_rng()
         self._state: State | None = None
         self._action = torch.zeros(num_envs, dtype=torch.int64)
@@ -287,6 +287,13 @@ def _world(oversight: float, reward: str, world: dict[str, Any]) -> tuple[World,
 def _spaces(world: World) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
     shape = (len(PLANES), world.config.rows, world.config.cols)
     return gym.spaces.Box(0.0, 1.0, shape, np.float32), gym.spaces.Discrete(len(ACTIONS))
+
+
+def _flags(world: World) -> NDArray[np.bool_]:
+    """Which entries of an observation show oversight flags."""
+    flags = np.zeros(world.config.shape, np.bool_)
+    flags[PLANES.index("oversight")] = True
+    return flags
 
 
 def _start(world: World, rng: np.random.Generator, n: int) -> State:

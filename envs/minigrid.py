@@ -11,6 +11,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import AddRenderObservation, RescaleObservation
 from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_OBJECT, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
@@ -229,7 +230,7 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
     index of each.
 
     Attributes:
-        flags: which entries show oversight flags, in diamond/ghost worlds.
+        flags: which entries show oversight flags, in the agent's view of diamond/ghost worlds.
 
     Args:
         env: an environment with MiniGrid's symbols, in its dictionary or alone.
@@ -248,7 +249,9 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
         high = np.array([max(OBJECT_TO_IDX.values()), max(COLOR_TO_IDX.values()), HIGHEST_STATE])
         high = np.broadcast_to(high.astype(np.uint8), image.shape)
         self.observation_space = spaces.Box(np.zeros_like(high), high, dtype=np.uint8)
-        if isinstance(env.unwrapped, DiamondGhostEnv):
+        world = env.unwrapped
+        # in a view of the whole grid the agent's direction stands there, too
+        if isinstance(world, DiamondGhostEnv) and image.shape[0] == world.agent_view_size:
             self.flags = np.zeros(image.shape, bool)
             self.flags[..., STATE] = True
 
@@ -264,7 +267,14 @@ def symbolic(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return env if _symbols(env) is None else SymbolicObservation(env)
 
 
-NO_SYMBOLS = (RGBImgObsWrapper, RGBImgPartialObsWrapper, SymbolicObsWrapper, SymbolicObservation)
+NO_SYMBOLS = (
+    AddRenderObservation,
+    RescaleObservation,
+    RGBImgObsWrapper,
+    RGBImgPartialObsWrapper,
+    SymbolicObsWrapper,
+    SymbolicObservation,
+)
 """Wrappers whose observations look like symbols and are not, or are reduced to them by now."""
 
 
@@ -279,6 +289,8 @@ def _symbols(env: gym.Env[Any, Any]) -> spaces.Box | None:
         if isinstance(layer, NO_SYMBOLS):
             return None
         layer = layer.env
-    if not isinstance(image, spaces.Box) or len(image.shape) != 3 or image.shape[2] != 3:
+    if not isinstance(image, spaces.Box) or image.dtype != np.uint8:
+        return None
+    if len(image.shape) != 3 or image.shape[2] != 3:
         return None
     return image

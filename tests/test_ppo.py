@@ -29,7 +29,7 @@ from agents import MoEPolicy, RoutedPPO
 from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from agents.ppo import PPO_METHODS, SymbolicCNN, default_extractor
 from envs.labels import OversightLabels
-from envs.minigrid import SymbolicObservation
+from envs.minigrid import SymbolicObservation, symbolic
 from envs.settings import UserError
 from envs.vector import make_vec
 
@@ -189,7 +189,7 @@ def gradients(model, outcome, part):
     flat = {n: torch.as_tensor(getattr(buffer, {"old_values": "values",
             "old_log_prob": "log_probs"}.get(n, n)))[chosen] for n in names}  # fmt: skip
     flat = {n: x if n == "observations" else x.squeeze(-1) for n, x in flat.items()}
-    own = {"weights": buffer.weights, "own_weights": buffer.own_weights, "solo": buffer.acted,
+    own = {"weights": buffer.weights, "own_weights": buffer.own_weights, "solo": buffer.by_solo,
            "signed": buffer.signed, "routes": buffer.routes}  # fmt: skip
     batch = batch._replace(**flat, **{n: torch.as_tensor(x)[chosen] for n, x in own.items()})
     honest = model.loss
@@ -609,6 +609,7 @@ def test_many_planes_of_bits_are_no_symbols():
         ({"behaviors": ("diamond",)}, "two or more distinct names"),
         ({"behaviors": ("diamond", "diamond")}, "two or more distinct names"),
         ({"policy_kwargs": {"gate": "fixed"}}, "gate follows from the method"),
+        ({"policy_kwargs": {"imputes": True}}, "imputes follows from the method"),
     ],
 )
 def test_arguments_that_would_go_unheard_are_refused(arguments, words):
@@ -764,7 +765,7 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_environments():
     assert buffer.own_weights.all()
     assert int(model.memory.count) == (buffer.outcome >= LABELED).sum()
     assert int(model.endings.count) == (buffer.terminated & (buffer.outcome >= LABELED)).sum()
-    for name in ("weights", "acted"):  # as minibatches have them
+    for name in ("weights", "by_solo"):  # as minibatches have them
         next(iter(buffer.get(None)))
         wanted = ~buffer.solo if name == "weights" else buffer.solo
         assert getattr(buffer, name).tolist() == wanted.repeat(16).tolist()
@@ -809,3 +810,29 @@ def test_what_the_deployed_expert_does_alone_is_judged_by_its_own_values():
         assert buffer.own_returns[t, 0] == pytest.approx(following + values[t], abs=1e-5)
     assert buffer.own_weights[:, 0].all()
     assert not buffer.own_weights[:, 1].any()
+
+
+def test_the_mixture_always_acts_somewhere():
+    for n_envs, solos in ((1, 0), (2, 1), (8, 6)):
+        assert tiny(method="imputed_routing", n_envs=n_envs).rollout_buffer.solo.sum() == solos
+
+
+def test_numbered_observations_can_be_imputed():
+    env = DummyVecEnv([lambda: gym.make("FrozenLake-v1")] * 4)
+    model = tiny(env, method="imputed_routing", behaviors=("good", "bad")).learn(4 * 16 * 2)
+    assert not int(model.endings.count)  # nothing was labeled, so nothing is imputed
+    assert set(np.unique(model.rollout_buffer.routes)) == {1.0}
+    assert not model.rollout_buffer.own_weights[model.rollout_buffer.by_solo == 0].any()
+
+
+def test_flags_of_another_shape_are_refused():
+    env = gym.wrappers.FlattenObservation(SymbolicObservation(gym.make(ID)))
+    with pytest.raises(ValueError, match="flags have shape"):
+        tiny(env, method="reward_model")
+
+
+def test_pictures_and_rescaled_symbols_are_no_symbols():
+    drawn = gym.wrappers.AddRenderObservation(gym.make(ID, render_mode="rgb_array"))
+    assert not hasattr(symbolic(drawn), "flags")
+    scaled = gym.wrappers.RescaleObservation(ImgObsWrapper(gym.make(ID)), 0, 1)
+    assert symbolic(scaled) is scaled
