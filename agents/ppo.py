@@ -919,7 +919,9 @@ class RoutedPPO(PPO):
         """
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         labeled = buffer.outcome >= LABELED
-        known = labeled if self.endings is None else buffer.outcome != UNFINISHED
+        # what the deployed expert did by itself is judged apart, and then all that it learns from
+        unneeded = self.endings is None or bool(buffer.solo.any())
+        known = labeled if unneeded else buffer.outcome != UNFINISHED
         if not known.any():
             return
         gate = np.zeros((*labeled.shape, self.policy_kwargs["experts"]), np.float32)  # [T, N, K]
@@ -998,7 +1000,7 @@ class RoutedPPO(PPO):
         return loss.detach()
 
     def _ending_loss(self, policy: MoEPolicy) -> Tensor:
-        """Cross entropy of the classifier of endings on remembered ones; 0 where there are none."""
+        """Cross entropy of the classifier of endings on remembered ones."""
         assert self.endings is not None
         rows, label, known = self.endings.draw(torch.rand(1, self.endings.draws))
         shape = self.observation_space.shape or ()
