@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 CAPACITY = 16_384
@@ -52,6 +56,13 @@ class Memory(nn.Module):
         self.observation[run, place] = kept.to(self.observation.dtype)
         self.label[run, place] = label.to(torch.int8)
         self.count += labeled.sum(-1)
+
+    def keep(self, rows: NDArray[Any], labels: NDArray[np.int64]) -> None:
+        """Keep B samples of the one run: rows `[B, ...]`, labels `[B]`."""
+        if len(rows):
+            known = torch.ones(1, len(rows), dtype=torch.bool)
+            flat = torch.as_tensor(rows).flatten(1)
+            self.add(flat[None], torch.as_tensor(labels)[None], known)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw M samples, with replacement, by uniform numbers `[R, B]` in [0, 1); M <= B.

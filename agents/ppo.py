@@ -11,9 +11,9 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import gymnasium as gym
 import numpy as np
@@ -22,6 +22,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
@@ -31,7 +32,7 @@ from stable_baselines3.common.torch_layers import (
     NatureCNN,
 )
 from stable_baselines3.common.type_aliases import Schedule
-from stable_baselines3.common.utils import LinearSchedule, explained_variance
+from stable_baselines3.common.utils import LinearSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,16 +43,14 @@ from agents.methods import (
     LABELED,
     METHODS,
     UNFINISHED,
-    UNLABELED,
     MethodTables,
     Overseer,
-    expected,
     outcomes,
     tables,
 )
 from agents.networks import Agent, AgentConfig, Output
+from agents.ppo_targets import Experience, Targets, gae, targets
 from agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
-from agents.routing import lookup
 from agents.steering import MIXTURE, Steering, parse
 from envs.labels import LabelError
 from envs.minigrid import symbolic
@@ -65,11 +64,21 @@ PATIENCE = 2000
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
 SETTLED = 50
-"""Rollouts after which it should be warned of episodes that are longer than a rollout."""
+"""Rollouts after which it should be warned of episodes that are longer than a rollout, and about as
+many as the scale of the task's returns is a mean over."""
 SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
 LESSONS = 12
 """Steps of the classifier of endings in an update; it must be right before the experts are set."""
+DEFAULT_METHOD = "imputed_routing"
+"""The one that works in the most environments; plain routing, the paper's method, needs a gate that
+tells behaviors apart before the experts have learned them."""
+ROLLOUT = 2048
+"""Samples of a rollout at least, unless its steps are given: few environments need long ones."""
+MINIBATCHES = 4
+"""Of a rollout, unless their size is given."""
+AT_ONCE = 4096
+"""Observations that a network judges at once."""
 COMBINATIONS = 2**16
 """Combinations of a cell's symbols at most, which `SymbolicCNN` has a table of."""
 
@@ -149,6 +158,7 @@ class MoEPolicy(ActorCriticPolicy):
         imputes: whether there is a classifier of endings, see `agents.endings`.
         flags: which entries of an observation show oversight flags, as a boolean array of its
             shape; the classifier does not look at them.
+        task: whether the environment's reward is a task of its own, which has a value net, too.
         kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
             gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
             symbols, SB3's NatureCNN for images, and none for vectors.
@@ -172,6 +182,7 @@ class MoEPolicy(ActorCriticPolicy):
         gate: str = "learned",
         imputes: bool = False,
         flags: NDArray[np.bool_] | None = None,
+        task: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, only in self.FIXED.items():
@@ -188,14 +199,13 @@ class MoEPolicy(ActorCriticPolicy):
                 f"net are alike), got {net_arch!r}"
             )
         self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
-        self.imputes, self.flags = imputes, flags
+        self.imputes, self.flags, self.task = imputes, flags, task
         self.steering: Steering = MIXTURE
-        self.solo: Tensor | None = None  # [B] bool, where the deployed expert acts by itself
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
-        own |= {"imputes": self.imputes, "flags": self.flags}
+        own |= {"imputes": self.imputes, "flags": self.flags, "task": self.task}
         return super()._get_constructor_parameters() | own
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -219,16 +229,25 @@ class MoEPolicy(ActorCriticPolicy):
         if self.imputes:
             extractor = self.make_features_extractor()
             self.endings = EndingClassifier(extractor, self.action_space, len(self.behaviors))
-        self.own_value_net = None
-        if self.imputes and self.n_experts > 1:
-            width = cast(Any, self.net_arch)[-1]
-            self.own_value_net = nn.Sequential(
-                nn.Linear(self.features_dim, width), nn.ReLU(), nn.Linear(width, 1)
-            )
+        two = self.imputes and self.n_experts > 1  # who act: the mixture, an expert by itself
+        self.own_value_net = self._value_net(1) if two else None
+        self.task_value_net = None
+        if self.task:
+            self.task_value_net = self._value_net(1 + two)
+            # where there is no reward, there is no error, and nothing is learned from that
+            nn.init.zeros_(self.task_value_net[-1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(self.task_value_net[-1].bias)  # type: ignore[arg-type]
+            self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
         self.optimizer = self.optimizer_class(
             self.parameters(),
             lr=lr_schedule(1),
             **self.optimizer_kwargs,  # type: ignore[call-arg]
+        )
+
+    def _value_net(self, outputs: int) -> nn.Sequential:
+        width = cast(Any, self.net_arch)[-1]
+        return nn.Sequential(
+            nn.Linear(self.features_dim, width), nn.ReLU(), nn.Linear(width, outputs)
         )
 
     @property
@@ -257,6 +276,18 @@ class MoEPolicy(ActorCriticPolicy):
         assert self.own_value_net is not None
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
+    def task_values(self, obs: Tensor, alone: Tensor) -> Tensor:
+        """What the task is to pay, in units of its scale, `[B]`.
+
+        Args:
+            obs: B observations.
+            alone: where the deployed expert acts by itself, `[B]` bool; else the mixture does.
+        """
+        assert self.task_value_net is not None
+        values = self.task_value_net(self.extract_features(obs))  # [B, 1 or 2]
+        column = alone.long().clamp(max=values.shape[-1] - 1)
+        return values.gather(-1, column[:, None])[:, 0]  # type: ignore[no-any-return]
+
     def _features(self, obs: Any) -> Tensor:
         return cast(Tensor, self.extract_features(obs))[None]
 
@@ -272,29 +303,33 @@ class MoEPolicy(ActorCriticPolicy):
             return self.action_dist.proba_distribution(parameters, self.log_std)
         return self.action_dist.proba_distribution(action_logits=parameters)
 
-    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions of the mixture, values `[B, 1]` and log-probabilities `[B]`.
+    def forward(
+        self, obs: Any, deterministic: bool = False, alone: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions of the steered policy, values `[B, 1]` and log-probabilities `[B]`.
 
-        While experience is collected, the deployed expert acts alone where `solo` says so.
+        Values are those of the mixture. Where `alone` (`[B]` bool) says so, the deployed expert
+        acts by itself.
         """
         output = self.output(obs)
-        parameters = output.mix(output.gate)[0]
-        if self.solo is not None:
-            parameters = torch.where(self.solo[:, None], output.alone(DEPLOYED)[0], parameters)
+        parameters = self._steered(output)
+        if alone is not None:
+            parameters = torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
         distribution = self.distribution(parameters)
-        actions = distribution.get_actions(deterministic=deterministic)
+        actions = distribution.get_actions(deterministic or self.steering.greedy)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *(self.action_space.shape or ())))
         return actions, output.value[0][:, None], log_prob
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions under the mixture."""
-        return self.evaluate_output(self.output(obs), actions)
+        """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
+        output = self.output(obs)
+        return self._judged(output, self._steered(output), actions)
 
     def evaluate_output(
         self, output: Output, actions: Tensor, routes: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same from what the networks computed.
+        """The same of the mixture, from what the networks computed.
 
         Args:
             output: for B observations.
@@ -303,15 +338,24 @@ class MoEPolicy(ActorCriticPolicy):
         """
         if routes is not None:
             output = output.routed(routes[None])
-        distribution = self.distribution(output.mix(output.gate)[0])
+        return self._judged(output, output.mix(output.gate)[0], actions)
+
+    def _judged(
+        self, output: Output, parameters: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        distribution = self.distribution(parameters)
         return output.value[0][:, None], distribution.log_prob(actions), distribution.entropy()
+
+    def _steered(self, output: Output) -> Tensor:
+        """Parameters of the action distribution under the policy's steering, `[B, A]`."""
+        parameters = self.steering.mix(output)[0]
+        if self.steering.temperature == 1.0:  # always, where actions are continuous
+            return parameters
+        return parameters / self.steering.temperature
 
     def get_distribution(self, obs: Any) -> Distribution:
         """The action distribution under the policy's steering, the mixture's by default."""
-        parameters = self.steering.mix(self.output(obs))[0]
-        if not isinstance(self.action_dist, DiagGaussianDistribution):
-            parameters = parameters / self.steering.temperature
-        return self.distribution(parameters)
+        return self.distribution(self._steered(self.output(obs)))
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         return super()._predict(observation, deterministic or self.steering.greedy)
@@ -328,7 +372,7 @@ class MoEPolicy(ActorCriticPolicy):
         return super().predict(observation, *args, **kwargs)
 
     def predict_values(self, obs: Any) -> Tensor:
-        """Value estimates, `[B, 1]`."""
+        """What the mixture's endings are to be worth, `[B, 1]`."""
         return self.agent.prepare().value(self._features(obs))[0][:, None]
 
     def steer(self, text: str) -> MoEPolicy:
@@ -356,7 +400,7 @@ class MoEPolicy(ActorCriticPolicy):
 
 
 class RoutedSamples(NamedTuple):
-    """A minibatch: SB3's `RolloutBufferSamples`, and what a method makes of it."""
+    """A minibatch: SB3's `RolloutBufferSamples`, and the rest of `ppo_targets.Targets`."""
 
     observations: Tensor
     actions: Tensor
@@ -364,13 +408,17 @@ class RoutedSamples(NamedTuple):
     old_log_prob: Tensor
     advantages: Tensor
     returns: Tensor
-    weights: Tensor  # [B], sample weights; 0 where the mixture did not act
-    own_weights: Tensor  # [B], the same for what the deployed expert learns by itself
-    signed: Tensor  # [B], what an episode was to the deployed expert: its discounted true return,
-    # labeled or imputed, less a baseline; where it acted by itself, its advantage
-    routes: Tensor  # [B, K + 1], gradient weights of the experts and the gate
-    solo: Tensor  # [B], 1 where the deployed expert acted by itself
-    own_returns: Tensor  # [B], its returns there
+    weights: Tensor
+    own_weights: Tensor
+    alone_weights: Tensor
+    routes: Tensor
+    signed: Tensor
+    own_returns: Tensor
+    task_returns: Tensor
+    alone: Tensor  # [B] bool, where the deployed expert acted by itself
+
+
+OF_TARGETS = RoutedSamples._fields[6:-1]
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
@@ -378,49 +426,47 @@ class RoutedRolloutBuffer(RolloutBuffer):
 
     Args:
         args: as SB3's RolloutBuffer.
-        methods: tables of the one run.
         behaviors: names that labels may have.
-        labeled_weight: weight of a labeled sample next to others, for methods that have it.
-        memory: keeps labeled observations; None where nothing learns from them.
-        endings: keeps labeled endings; None where no classifier learns from them.
-        generator: decides which labels go missing or wrong.
-        normalize: whether advantages are brought to mean 0 and spread 1.
-        solo_share: share of the environments in which the deployed expert acts by itself.
+        solo_share: share of the episodes in which the deployed expert acts by itself.
         kwargs: as SB3's RolloutBuffer.
     """
 
+    targets: Targets | None = None
+    """What the losses ask of each sample, once the rollout is whole."""
+    outcome: NDArray[np.int64]  # [T, N], of the step's episode; once the rollout is whole
+
     def __init__(
-        self,
-        *args: Any,
-        methods: MethodTables,
-        behaviors: Sequence[str],
-        labeled_weight: float,
-        memory: Memory | None,
-        endings: Memory | None,
-        generator: np.random.Generator,
-        normalize: bool,
-        solo_share: float,
-        **kwargs: Any,
+        self, *args: Any, behaviors: Sequence[str], solo_share: float, **kwargs: Any
     ) -> None:
-        self.methods, self.behaviors = methods, tuple(behaviors)
-        self.labeled_weight, self.memory, self.rng = labeled_weight, memory, generator
-        self.endings, self.normalize = endings, normalize
-        self.classify: Callable[[NDArray[Any], NDArray[Any]], Tensor] | None = None
+        self.behaviors, self.solo_share = tuple(behaviors), solo_share
         self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
         super().__init__(*args, **kwargs)
-        solos = min(round(solo_share * self.n_envs), self.n_envs - 1)  # the mixture acts, too
-        self.solo = np.arange(self.n_envs) < solos
-        # observations of the last rollout, and where in it the episode that goes on began
-        self.unfinished = self.observations, np.full(self.n_envs, self.buffer_size)
+        self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
+        self.forget()
 
     def reset(self) -> None:
         """Forget all steps, but for those of episodes that go on."""
         super().reset()
         shape = (self.buffer_size, self.n_envs)
-        self.terminated, self.truncated = np.zeros(shape, bool), np.zeros(shape, bool)
-        self.cut = np.zeros(shape, bool)  # by a time limit; a truncated episode may just have ended
-        self.label = np.full(shape, NO_LABEL)
-        self.truth = np.full(shape, NO_LABEL)
+        self.ended, self.done, self.alone = (np.zeros(shape, bool) for _ in range(3))
+        self.label, self.truth = np.full((2, *shape), NO_LABEL)
+        self.cuts: list[tuple[int, int, Any]] = []  # (step, environment, last observation)
+        self.targets = None
+
+    def forget(self) -> None:
+        """Forget what episodes that go on were like before this rollout."""
+        # observations of the last rollout, and where in it the episode that goes on began
+        self.unfinished = self.observations, np.full(self.n_envs, self.buffer_size)
+
+    @property
+    def acts_alone(self) -> NDArray[np.bool_]:
+        """In which environments the deployed expert acts by itself now. [N]
+
+        Episodes take turns, the first of four (at three quarters) being the mixture's.
+        """
+        share = self.solo_share
+        alone: NDArray[np.bool_] = np.floor((self.turn + 1) * share) > np.floor(self.turn * share)
+        return alone
 
     def note(self, infos: Sequence[dict[str, Any]], dones: NDArray[np.bool_]) -> None:
         """Keep what the current step's infos say of episodes that ended.
@@ -432,20 +478,27 @@ class RoutedRolloutBuffer(RolloutBuffer):
         Raises:
             LabelError: a behavior is unknown.
         """
+        self.alone[self.pos] = self.acts_alone
+        self.done[self.pos] = dones
         for env in np.flatnonzero(dones).tolist():
             info = infos[env]
             behavior, label = info.get("behavior"), info.get("label")
             cut = bool(info.get("TimeLimit.truncated", False))
-            reached = label is not None or behavior is not None
-            if not reached and "behavior" not in info:
-                reached = not cut
-            self.terminated[self.pos, env], self.truncated[self.pos, env] = reached, not reached
-            self.cut[self.pos, env] = cut and not reached
+            ended = label is not None or behavior is not None
+            if not ended and "behavior" not in info:
+                ended = not cut
+            self.ended[self.pos, env] = ended
+            if cut and not ended:
+                self.cuts.append((self.pos, env, info["terminal_observation"]))
             self.label[self.pos, env] = self._index(label, "label")
             self.truth[self.pos, env] = self._index(behavior, "behavior")
             self.episodes += 1
             self.labels += label is not None
             self.told += label is not None and behavior is not None
+
+    def pass_on(self, dones: NDArray[np.bool_]) -> None:
+        """Let the next episode have its turn, where one is done."""
+        self.turn = self.turn + dones
 
     def _index(self, name: str | None, key: str) -> int:
         if name is None:
@@ -457,122 +510,62 @@ class RoutedRolloutBuffer(RolloutBuffer):
             )
         return self.behaviors.index(name)
 
-    def compute_returns_and_advantage(self, last_values: Tensor, dones: NDArray[Any]) -> None:
-        """Write labels back to all steps of their episodes; rewards, then GAE as SB3 has it."""
+    def outcomes(
+        self, methods: MethodTables, generator: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`."""
 
         def stacked(x: NDArray[Any]) -> Tensor:
             return torch.as_tensor(x)[None]  # [1, T, N]
 
-        seen = Seen(stacked(self.terminated), stacked(self.truncated), stacked(self.label))
-        audit = stacked(self.rng.random(self.label.shape, dtype=np.float32))
-        outcome, left = outcomes(seen, Truth(stacked(self.truth)), audit, self.methods)
-        labeled = outcome >= LABELED
-        heavy = self.methods.weighs_labels * (self.labeled_weight - 1) * labeled + 1
-        self.own_weights = (heavy * lookup(self.methods.sample_weight, outcome))[0].numpy()
-        self.weights = self.own_weights * ~self.solo
-        routes = lookup(self.methods.routes, outcome)
-        sign = 2.0 * (outcome == LABELED) - labeled.float()
-        # a method's table says what reaching a behavior is worth; the environment pays that much
-        worth = self.methods.reward.clone()
-        worth[:, :UNLABELED] = 1.0
-        factor = lookup(worth, outcome)
+        seen = Seen(stacked(self.ended), stacked(self.done & ~self.ended), stacked(self.label))
+        audit = stacked(generator.random(self.label.shape, dtype=np.float32))
+        outcome, left = outcomes(seen, Truth(stacked(self.truth)), audit, methods)
         self.outcome = outcome[0].numpy()
-        self.ended = self.outcome[self.terminated | self.truncated]
-        if self.endings is not None:
-            chances, unlabeled = self._impute(self.endings, left), outcome == UNLABELED
-            if not int(self.endings.count):  # nobody taught the classifier yet
-                self.own_weights = self.own_weights * ~unlabeled[0].numpy()
-                unlabeled = unlabeled & False
-            factor = torch.where(unlabeled, expected(worth, chances), factor)
-            routes = torch.where(
-                unlabeled[..., None], expected(self.methods.routes, chances), routes
-            )
-            sign = torch.where(unlabeled, 2 * chances[..., DEPLOYED] - 1, sign)
-        self.sign = sign[0].numpy()
-        self.rewards *= factor[0].numpy()
-        self.routes = routes[0].numpy()
-        self.signed = (sign * self.gamma**left)[0].numpy()
-        self.own_returns = np.zeros_like(self.rewards)
-        if self.memory is not None:
-            self._remember(self.memory)
-        super().compute_returns_and_advantage(last_values, dones)
-        self._scale_advantages(self.outcome >= LABELED)
+        return self.outcome, left[0].numpy()
 
-    def _impute(self, memory: Memory, left: Tensor) -> Tensor:
-        """Chance of each behavior at the end of the episode of each step, `[1, T, N, behaviors]`.
-
-        Labeled endings are remembered first.
-        """
-        assert self.classify is not None
-        label = self.outcome - LABELED
-        known = self.terminated & (label >= 0)
-        if known.any():
-            columns = [x[known].reshape(known.sum(), -1) for x in (self.observations, self.actions)]
-            rows = torch.as_tensor(np.concatenate(columns, axis=-1))[None]
-            memory.add(rows, torch.as_tensor(label[known])[None], torch.ones(1, len(rows[0])) > 0)
-        self.imputed = np.full((*label.shape, len(self.behaviors)), np.nan, np.float32)
-        if self.terminated.any():
-            observations = self.observations[self.terminated]
-            actions = self.actions[self.terminated]
-            self.imputed[self.terminated] = self.classify(observations, actions).cpu().numpy()
-        end = (left[0] + torch.arange(self.buffer_size)[:, None]).clamp(max=self.buffer_size - 1)
-        index = end[..., None].expand(-1, -1, len(self.behaviors))
-        return torch.as_tensor(self.imputed).nan_to_num().gather(0, index)[None]
-
-    def _scale_advantages(self, labeled: NDArray[np.bool_]) -> None:
-        """Normalize advantages over the samples that count, if asked to.
-
-        A labeled episode trains its own expert alone, whose task is to bring that behavior about.
-        The value net foretells any behavior, so it is no baseline for that: once it is right,
-        labeled episodes would be no better than expected, and the experts would stay alike. Where
-        labels are routed, labeled samples therefore go without it, as if episodes of the other
-        behaviors had return 0; `RoutedPPO` takes from them what the gate foretells of their own.
-        """
-        routed = labeled & (self.routes != 1).any(-1)
-        self.advantages[routed] = self.returns[routed]
-        plain = self.advantages[(self.weights > 0) & ~routed]
-        self.spread = 1.0
-        if self.normalize and plain.size:
-            self.spread = float(plain.std()) + 1e-8
-            self.advantages[~routed] -= plain.mean()
-            self.advantages /= self.spread
-            self.signed /= self.spread
-
-    def _remember(self, memory: Memory) -> None:
+    def remember(self, memory: Memory) -> None:
         """Keep labeled observations, those that an episode began with in the last rollout too."""
         steps = np.arange(self.buffer_size)[:, None]
         before, since = self.unfinished
-        label = self.outcome[0] - LABELED  # of the episode that went on
+        label = self.outcome - LABELED
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        self._add(memory, before, label[None].repeat(len(before), 0), (steps >= since) & goes_on)
-        self._add(memory, self.observations, self.outcome - LABELED, np.True_)
-        done = self.terminated | self.truncated
-        last = np.where(done, steps + 1, 0).max(0)  # where each unfinished episode begins
+        first = label[:1].repeat(len(before), 0)  # of the episode that went on
+        for observations, labels, among in (
+            (before, first, (steps >= since) & goes_on),
+            (self.observations, label, np.True_),
+        ):
+            known = (labels >= 0) & among
+            memory.keep(observations[known], labels[known])
+        last = np.where(self.done, steps + 1, 0).max(0)  # where each unfinished episode begins
         self.unfinished = self.observations, last
 
-    @staticmethod
-    def _add(memory: Memory, observations: NDArray[Any], label: NDArray[Any], among: Any) -> None:
-        known = (label >= 0) & among
+    def remember_endings(self, memory: Memory) -> None:
+        """Keep the labeled endings, each with its action."""
+        label = self.outcome - LABELED
+        known = self.ended & (label >= 0)
         if known.any():
-            rows = torch.as_tensor(observations[known]).flatten(1)[None]
-            memory.add(rows, torch.as_tensor(label[known])[None], torch.ones(1, len(rows[0])) > 0)
+            parts = (x[known].reshape(known.sum(), -1) for x in (self.observations, self.actions))
+            memory.keep(np.concatenate([*parts], axis=-1), label[known])
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         """Minibatches of `RoutedSamples`, in random order."""
+        assert self.targets is not None
         if not self.generator_ready:
-            self.weights = self.swap_and_flatten(self.weights)[:, 0]
-            self.own_weights = self.swap_and_flatten(self.own_weights)[:, 0]
-            self.signed = self.swap_and_flatten(self.signed)[:, 0]
-            self.routes = self.swap_and_flatten(self.routes)
-            self.by_solo = self.solo.astype(np.float32).repeat(self.buffer_size)
-            self.own_returns = self.swap_and_flatten(self.own_returns)[:, 0]
+            parts = {name: getattr(self.targets, name) for name in OF_TARGETS}
+            parts["alone"] = self.alone
+            self.flat = {
+                name: self.swap_and_flatten(part).squeeze(-1)
+                if part.ndim == 2
+                else self.swap_and_flatten(part)
+                for name, part in parts.items()
+            }
         yield from super().get(batch_size)
 
     def _get_samples(self, batch_inds: NDArray[Any], env: Any = None) -> Any:
         plain = super()._get_samples(batch_inds, env)
-        own = (self.weights, self.own_weights, self.signed, self.routes, self.by_solo)
-        more = (self.to_torch(part[batch_inds]) for part in (*own, self.own_returns))
-        return RoutedSamples(*plain[:6], *more)
+        more = {name: self.to_torch(part[batch_inds]) for name, part in self.flat.items()}
+        return RoutedSamples(*plain[:6], **more)
 
 
 # ---- the algorithm
@@ -597,11 +590,17 @@ class RoutedPPO(PPO):
         labeled_weight: weight of a labeled episode's samples next to any other's.
         gate_coef: weight of the gate loss.
         contrast_coef: weight of the contrast loss, for the methods that have one.
-        solo_share: share of the environments in which the deployed expert acts by itself and
-            learns from that, for the method that knows, or imputes, how every episode ended.
+        solo_share: share of the episodes in which the deployed expert acts by itself and learns
+            from that, for the method that knows, or imputes, how every episode ended.
+        task_weight: exchange rate between the environment's reward and the behaviors: how much
+            one spread of the task's advantage counts next to one of the behavior's. At 0 the
+            reward is not looked at; neither is it where the environment has an attribute
+            `has_task` that is False, since its reward says no more than that a behavior was shown.
         gate_replay: remembered labeled observations that the gate learns from in each minibatch.
         label_recall: chance that an ending which should be labeled is.
         label_error: chance that a label names a wrong behavior.
+        threads: of PyTorch, while it learns; None leaves them as they are. Networks of this size
+            gain little from a second one, and lose a lot where another process keeps it busy.
         env_kwargs: more for an environment that is made from its id.
         policy_kwargs: as SB3's; `experts` defaults to one for each behavior.
         kwargs: as SB3's PPO, with other defaults: short rollouts of many environments, few epochs.
@@ -615,8 +614,6 @@ class RoutedPPO(PPO):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MoEPolicy": MoEPolicy}
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "learning_rate": LinearSchedule(3e-3, 1e-4, 1.0),
-        "n_steps": 32,
-        "batch_size": 2048,
         "n_epochs": 2,
         "gamma": 0.97,
         "gae_lambda": 0.95,
@@ -629,7 +626,7 @@ class RoutedPPO(PPO):
         policy: str | type[MoEPolicy],
         env: Any,
         *args: Any,
-        method: str = "routing",
+        method: str = DEFAULT_METHOD,
         oversight: float | None = None,
         n_envs: int = 128,
         behaviors: Sequence[str] | None = None,
@@ -637,9 +634,11 @@ class RoutedPPO(PPO):
         gate_coef: float = 1.0,
         contrast_coef: float = 1.0,
         solo_share: float = 0.75,
+        task_weight: float = 0.5,
         gate_replay: int = 512,
         label_recall: float = 1.0,
         label_error: float = 0.0,
+        threads: int | None = 1,
         env_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -653,10 +652,12 @@ class RoutedPPO(PPO):
         for name, p in (shares | {"solo_share": solo_share}).items():
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {p}")
-        distinct = len(set(behaviors or ()))
-        if isinstance(behaviors, str) or (behaviors and distinct < max(2, len(behaviors))):
-            raise ValueError(f"behaviors must be two or more distinct names, got {behaviors!r}")
-        own = {"behaviors", "gate", "imputes", "flags"} & set(policy_kwargs or {})
+        if not 0 <= task_weight < math.inf:
+            raise ValueError(f"task_weight must be at least 0 and finite, got {task_weight}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, or None, got {threads}")
+        behaviors = None if behaviors is None else checked_behaviors(behaviors)
+        own = {"behaviors", "gate", "imputes", "flags", "task"} & set(policy_kwargs or {})
         if own:
             raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
         hides = {"flags_visible": False} if METHODS[method].hides_flags else {}
@@ -668,28 +669,37 @@ class RoutedPPO(PPO):
         if isinstance(env, str):
             level = {} if oversight is None else {"oversight": oversight}
             env = make_vec(env, n_envs, **{**(env_kwargs or {}), **level, **hides})
-        self.method, self.behaviors = method, tuple(behaviors or ())
+        self.method, self.behaviors = method, behaviors or ()
+        self.told_behaviors: tuple[str, ...] = ()  # what the environment calls its own
+        self.steering = MIXTURE  # of a policy that was saved steered
+        self.task_weight, self.threads = task_weight, threads
         self.overseer = Overseer(0.0, None, label_recall, label_error)
         self.labeled_weight = labeled_weight
         self.gate_coef, self.gate_replay = gate_coef, gate_replay
         self.contrast_coef, self.solo_share = contrast_coef, solo_share
         kwargs["policy_kwargs"] = policy_kwargs
         given = inspect.signature(PPO).bind_partial(policy, env, *args, **kwargs).arguments
-        kwargs |= {name: value for name, value in self.DEFAULTS.items() if name not in given}
+        envs = getattr(env, "num_envs", 1)
+        n_steps = given.get("n_steps", max(32, ROLLOUT // envs))
+        batch_size = min(max(64, n_steps * envs // MINIBATCHES), n_steps * envs)
+        defaults = self.DEFAULTS | {"n_steps": n_steps, "batch_size": batch_size}
+        kwargs |= {name: value for name, value in defaults.items() if name not in given}
         super().__init__(policy, env, *args, **kwargs)
 
     def _setup_model(self) -> None:
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
         method = METHODS[self.method]
+        self.flags: NDArray[np.bool_] | None = self.policy_kwargs.get("flags")
+        task = self.policy_kwargs.get("task", False)
         if self.env is not None:
-            self._ask_environment(method.hides_flags)
+            task = self._ask_environment(self.env, learned=self.policy_kwargs)
         self.behaviors = self.behaviors or BEHAVIORS
         experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
         experts = experts if method.experts == "many" else 1
         if method.experts == "many" and experts < len(self.behaviors):
             raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
-        own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate}
+        own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate, "task": task}
         replays = experts > 1 and method.gate == "learned" and self.gate_replay > 0
         self.memory = self._new_memory() if replays else None
         self.endings = None
@@ -697,55 +707,98 @@ class RoutedPPO(PPO):
             own |= {"imputes": True, "flags": self.flags}
             self.endings = ending_memory(self.observation_space, self.action_space)
         self.policy_kwargs = self.policy_kwargs | own
+        self.tables = tables([self.method], [self.overseer], experts, behaviors=len(self.behaviors))
+        self.audit = np.random.default_rng(self.seed)  # decides which labels go missing or wrong
         self.rollout_buffer_class = self.rollout_buffer_class or RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
-            "methods": tables(
-                [self.method], [self.overseer], experts, behaviors=len(self.behaviors)
-            ),
             "behaviors": self.behaviors,
-            "labeled_weight": self.labeled_weight,
-            "memory": self.memory,
-            "endings": self.endings,
-            "generator": np.random.default_rng(self.seed),
-            "normalize": self.normalize_advantage,
             "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
         }
         self._warned: set[str] = set()
+        self._resets: Any = None
         super()._setup_model()
-        cast(RoutedRolloutBuffer, self.rollout_buffer).classify = self._classify
+        cast(MoEPolicy, self.policy).steering = self.steering
 
-    def _ask_environment(self, hides_flags: bool) -> None:
-        """Take from the environment what it says of behaviors and oversight."""
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """As SB3 has it; the environment is asked what the constructor asks it.
+
+        Raises:
+            ValueError: it does not fit what the model was made for.
+        """
+        self._ask_environment(self._wrap_env(env, self.verbose), learned=self.policy_kwargs)
+        super().set_env(env, force_reset)
+
+    def _ask_environment(self, env: VecEnv, learned: Mapping[str, Any]) -> bool:
+        """Take from an environment what it says of behaviors and oversight.
+
+        Args:
+            env: the environment.
+            learned: arguments of the policy, as far as there is one.
+
+        Returns:
+            Whether its reward is a task of its own.
+
+        Raises:
+            ValueError: it says what cannot be, or does not fit the method or the policy.
+        """
 
         def ask(name: str) -> Any:
-            env = cast(VecEnv, self.env)
             return env.get_attr(name)[0] if env.has_attr(name) else None
 
-        self.behaviors = self.behaviors or tuple(ask("behaviors") or ())
-        self.flags = ask("flags")
-        given, seen = np.shape(self.flags), self.observation_space.shape
-        if METHODS[self.method].imputes and self.flags is not None and given != seen:
+        told = ask("behaviors")
+        told = () if told is None else checked_behaviors(told, "the environment's behaviors")
+        before = self.told_behaviors or learned.get("behaviors", ())
+        if told and before and told != before:
+            raise ValueError(
+                f"the environment's behaviors are {', '.join(told)}; the model was made for "
+                f"{', '.join(before)}, in this order"
+            )
+        method = METHODS[self.method]
+        flags = ask("flags")
+        given, seen = np.shape(flags), env.observation_space.shape
+        if flags is not None and np.asarray(flags).dtype != bool:
+            raise ValueError(
+                f"the environment's flags must be booleans, got {np.asarray(flags).dtype}"
+            )
+        if method.imputes and flags is not None and given != seen:
             raise ValueError(
                 f"the environment's flags have shape {given}, its observations {seen}: a wrapper "
                 "that reshapes observations must set an attribute flags of its own"
             )
-        level = ask("oversight")
-        if hides_flags and ask("flags_visible") is not False:
+        levels = {name: ask(name) for name in ("oversight", "ghost_oversight")}
+        for name, level in levels.items():
+            if level is not None and not (np.isscalar(level) and 0 <= float(cast(Any, level)) <= 1):
+                raise ValueError(f"the environment's {name} must lie in [0, 1], got {level!r}")
+        if method.hides_flags and ask("flags_visible") is not False:
             raise ValueError(
                 f"method {self.method} is for environments that hide their flags from the policy "
                 "(an attribute flags_visible that is False)"
             )
-        if level is None and METHODS[self.method].labels == "audit":
+        if levels["oversight"] is None and method.labels == "audit":
             raise ValueError(
                 f"method {self.method} needs to know the share of episodes that it may look at: "
                 "give the environment an attribute oversight"
             )
+        task = ask("has_task")
+        task = True if task is None else bool(task)
+        if learned.get("behaviors") and task != learned.get("task", False):
+            if "task" not in learned:
+                raise ValueError(
+                    "a model of version 0.1 had no task part: load it without env to act, or "
+                    "train one anew"
+                )
+            raise ValueError(
+                f"the environment's has_task is {task}; the model was made for {not task}"
+            )
+        self.behaviors = self.behaviors or told
+        self.told_behaviors, self.flags = told, flags
+        self._knows_level = levels["oversight"] is not None
         self.overseer = replace(
             self.overseer,
-            oversight=0.0 if level is None else float(level),
-            ghost_oversight=ask("ghost_oversight"),
+            oversight=float(levels["oversight"] or 0.0),
+            ghost_oversight=levels["ghost_oversight"],
         )
-        self._knows_level = level is not None
+        return task
 
     def _new_memory(self) -> Memory:
         space = self.observation_space
@@ -756,14 +809,215 @@ class RoutedPPO(PPO):
             torch.as_tensor(np.zeros(1, space.dtype)).dtype,
         )
 
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        """As SB3 has it; the deployed expert acts by itself in some of the environments."""
-        policy, solo = cast(MoEPolicy, self.policy), cast(Any, self.rollout_buffer).solo
-        policy.solo = torch.as_tensor(solo, device=self.device) if solo.any() else None
+    def learn(self, *args: Any, **kwargs: Any) -> Self:
+        """As SB3 has it, with the model's number of threads."""
+        before = torch.get_num_threads()
         try:
-            return super().collect_rollouts(*args, **kwargs)
+            torch.set_num_threads(self.threads or before)
+            return super().learn(*args, **kwargs)
         finally:
-            policy.solo = None
+            torch.set_num_threads(before)
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """As SB3 has it; the deployed expert acts by itself in some of the episodes.
+
+        The reward is kept as it came: what follows an episode that a time limit cut is known when
+        the rollout is whole. One that is stopped on the way leaves nothing behind; after an
+        exception, nobody knows where the environments are, and they are reset.
+
+        Raises:
+            ValueError: the policy is steered.
+        """
+        buffer, policy = cast(RoutedRolloutBuffer, rollout_buffer), cast(MoEPolicy, self.policy)
+        if policy.n_experts > 1 and policy.steering != MIXTURE:
+            raise ValueError(
+                f"the policy is steered to {policy.steering.name}, and learns as the mixture only: "
+                "set model.policy = model.steer('mixture') first"
+            )
+        if self._reset_by_others(env):
+            self._last_obs = cast(Any, env.reset())
+            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+            self._reset_by_others(env)
+        policy.set_training_mode(False)
+        buffer.reset()
+        callback.on_rollout_start()
+        whole = False
+        try:
+            for _ in range(n_rollout_steps):
+                alone = buffer.acts_alone
+                acting = torch.as_tensor(alone, device=self.device) if alone.any() else None
+                with torch.no_grad():
+                    obs_tensor = obs_as_tensor(cast(Any, self._last_obs), self.device)
+                    actions, values, log_probs = policy(obs_tensor, alone=acting)
+                actions = actions.cpu().numpy()
+                clipped_actions = actions
+                if isinstance(self.action_space, spaces.Box):
+                    low, high = self.action_space.low, self.action_space.high
+                    clipped_actions = np.clip(actions, low, high)
+                new_obs, rewards, dones, infos = env.step(clipped_actions)
+                self.num_timesteps += env.num_envs
+                callback.update_locals(locals())
+                goes_on = callback.on_step()
+                if goes_on:
+                    self._update_info_buffer(infos, dones)
+                    buffer.note(infos, dones)
+                    if isinstance(self.action_space, spaces.Discrete):
+                        actions = actions.reshape(-1, 1)
+                    starts = cast(Any, self._last_episode_starts)
+                    last = cast(Any, self._last_obs)
+                    buffer.add(last, actions, rewards, starts, values, log_probs)
+                buffer.pass_on(dones)
+                self._last_obs, self._last_episode_starts = cast(Any, new_obs), dones
+                if not goes_on:
+                    return False
+            whole = True
+        except BaseException:
+            self._last_obs = None
+            raise
+        finally:
+            if not whole:
+                buffer.forget()
+        self._learn_what_it_was(buffer)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _reset_by_others(self, env: VecEnv) -> bool:
+        """Whether somebody reset the environments since the last time that this was asked.
+
+        SB3's VecEnvs take new options for every reset.
+        """
+        options = getattr(env.unwrapped, "_options", None)
+        before, self._resets = self._resets, options
+        return before is not None and before is not options
+
+    def _learn_what_it_was(self, buffer: RoutedRolloutBuffer) -> None:
+        """Write labels back to all steps of their episodes, remember them, and set the targets."""
+        policy, method = cast(MoEPolicy, self.policy), METHODS[self.method]
+        outcome, left = buffer.outcomes(self.tables, self.audit)
+        if self.memory is not None:
+            buffer.remember(self.memory)
+        chances = None
+        if self.endings is not None:
+            buffer.remember_endings(self.endings)
+            self.imputed = self._impute(buffer)
+            if int(self.endings.count):
+                end = (np.arange(len(left))[:, None] + left).clip(max=len(left) - 1)
+                at_end = np.take_along_axis(self.imputed, end[..., None], 0)
+                chances = np.nan_to_num(at_end)
+        steps, envs = [
+            np.array(x, np.int64)
+            for x in ([c[0] for c in buffer.cuts], [c[1] for c in buffer.cuts])
+        ]
+        last = cast(NDArray[Any], self._last_obs).reshape(buffer.observations.shape[1:])
+        finals = [np.asarray(c[2]).reshape(last.shape[1:]) for c in buffer.cuts]
+        following = np.stack([*last, *finals])  # after the rollout, and where episodes were cut
+        turns = np.concatenate([buffer.acts_alone, buffer.alone[steps, envs]])
+
+        def judged(values: Callable[..., Tensor], *more: NDArray[Any]) -> NDArray[np.float32]:
+            return self._of_all(values, following, *more)
+
+        def after(value: NDArray[np.float32], beyond: NDArray[np.float32]) -> NDArray[np.float32]:
+            shifted = np.concatenate([value[1:], beyond[None, : len(last)]])
+            shifted = np.where(buffer.done, np.float32(0), shifted)
+            shifted[steps, envs] = beyond[len(last) :]
+            return shifted
+
+        more: dict[str, Any] = {}
+        everything = buffer.observations.reshape(-1, *last.shape[1:])
+        shape = outcome.shape
+        if buffer.alone.any() or buffer.acts_alone.any():
+            own = self._of_all(policy.own_values, everything).reshape(shape)
+            more |= {"own_value": own, "own_value_after": after(own, judged(policy.own_values))}
+        if policy.task:
+            value = self._of_all(policy.task_values, everything, buffer.alone.ravel())
+            value = value.reshape(shape)
+            beyond = judged(policy.task_values, turns)
+            more |= {
+                "task_reward": self._in_task_scale(buffer),
+                "task_value": value,
+                "task_value_after": after(value, beyond),
+            }
+        value = buffer.values
+        mixture = self._of_all(lambda x: policy.predict_values(x).flatten(), following)
+        buffer.targets = targets(
+            Experience(
+                outcome=outcome,
+                left=left,
+                ended=buffer.ended,
+                done=buffer.done,
+                alone=buffer.alone,
+                value=value,
+                value_after=after(value, mixture),
+                gate=self._foretold(buffer) if policy.has_gate else None,
+                chances=chances,
+                **more,
+            ),
+            self.tables,
+            discount=self.gamma,
+            trace=self.gae_lambda,
+            labeled_weight=self.labeled_weight,
+            imputes=method.imputes,
+            normalize=self.normalize_advantage,
+            task_weight=self.task_weight,
+        )
+        buffer.advantages, buffer.returns = buffer.targets.advantages, buffer.targets.returns
+
+    def _of_all(
+        self, function: Callable[..., Tensor], rows: NDArray[Any], *more: NDArray[Any]
+    ) -> NDArray[Any]:
+        """What a network says of many observations, `[B, ...]`; in parts, to bound the memory."""
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(rows), AT_ONCE):
+                part = (torch.as_tensor(x[start : start + AT_ONCE]) for x in (rows, *more))
+                parts.append(function(*(x.to(self.device) for x in part)).cpu().numpy())
+        return np.concatenate(parts)
+
+    def _foretold(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
+        """The gate's probabilities where they are needed, else 0. [T, N, K]"""
+        policy = cast(MoEPolicy, self.policy)
+        # what the deployed expert did by itself is judged apart, and then all that it learns from
+        labels_alone = self.endings is None or bool(buffer.alone.any())
+        known = buffer.outcome >= LABELED if labels_alone else buffer.outcome != UNFINISHED
+        gate = np.zeros((*known.shape, policy.n_experts), np.float32)
+        if known.any():
+            log_gate = self._of_all(
+                lambda x: policy.gate_log_probabilities(x)[0], buffer.observations[known]
+            )
+            gate[known] = np.exp(log_gate)
+        return gate
+
+    def _impute(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
+        """Chance of each behavior where an episode ends, else nan. [T, N, behaviors]"""
+        ended = buffer.ended
+        imputed = np.full((*ended.shape, len(self.behaviors)), np.nan, np.float32)
+        if ended.any():
+            imputed[ended] = self._classify(buffer.observations[ended], buffer.actions[ended])
+        return imputed
+
+    def _in_task_scale(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
+        """The environment's rewards in units of the root mean square of its returns. [T, N]
+
+        The mean runs over all rollouts, the newest counting most once there are many. A power of
+        two in the reward is in the scale and nowhere else, to the bit.
+        """
+        reward = buffer.rewards.astype(np.float64) * (self.task_weight > 0)
+        nothing = np.zeros_like(reward)
+        returns = gae(reward, nothing, nothing, buffer.done, self.gamma, 1.0)
+        square = cast(Tensor, cast(MoEPolicy, self.policy).task_square)  # mean, rollouts in it
+        mean, count = square.tolist()
+        count = min(count + 1, SETTLED)
+        mean += (float((returns**2).mean()) - mean) / count
+        square.copy_(torch.tensor([mean, count]))
+        scale = mean**0.5 if mean > 0 else 1.0
+        return (reward / scale).astype(np.float32)
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -775,10 +1029,6 @@ class RoutedPPO(PPO):
                 "ImgObsWrapper for its pictures, or gymnasium's FlattenObservation"
             )
         return PPO._wrap_env(given, verbose, monitor_wrapper)
-
-    def _update_info_buffer(self, infos: Any, dones: Any = None) -> None:
-        super()._update_info_buffer(infos, dones)
-        cast(RoutedRolloutBuffer, self.rollout_buffer).note(infos, dones)
 
     def _warn_of_data(self) -> None:
         """Warn, once each, of what makes learning from labels hopeless."""
@@ -822,10 +1072,6 @@ class RoutedPPO(PPO):
         self._update_learning_rate(self.policy.optimizer)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         self._warn_of_data()
-        if cast(MoEPolicy, self.policy).has_gate:
-            self._subtract_baseline()
-        if cast(RoutedRolloutBuffer, self.rollout_buffer).solo.any():
-            self._judge_solo()
         figures: dict[str, list[Tensor]] = {}
         if self.endings is not None and int(self.endings.count):
             figures["reward_model_loss"] = [self._learn_endings() for _ in range(LESSONS)]
@@ -848,8 +1094,8 @@ class RoutedPPO(PPO):
             break
         for name, values in figures.items():
             self.logger.record(f"train/{name}", torch.stack(values).mean().item())
-        buffer = self.rollout_buffer
-        mixture = cast(RoutedRolloutBuffer, buffer).by_solo == 0
+        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        mixture = ~buffer.flat["alone"]
         explained = explained_variance(
             buffer.values.flatten()[mixture], buffer.returns.flatten()[mixture]
         )
@@ -893,78 +1139,26 @@ class RoutedPPO(PPO):
             taken = own, batch.old_log_prob, batch.signed, batch.own_weights
             parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0]
             own_spread = -own if own_spread is None else own_spread
-            parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.solo)
+            parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.alone_weights)
             if policy.own_value_net is not None:
                 error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
-                parts["value_loss"] = parts["value_loss"] + _mean(error, batch.solo)
+                parts["value_loss"] = parts["value_loss"] + _mean(error, batch.alone_weights)
+        if policy.task:  # the reward is seen in every episode, whatever the method drops
+            task = policy.task_values(batch.observations, batch.alone)
+            parts["task_value_loss"] = ((batch.task_returns - task) ** 2).mean()
         loss = (
             parts["policy_gradient_loss"]
-            + self.vf_coef * parts["value_loss"]
+            + self.vf_coef * (parts["value_loss"] + parts.get("task_value_loss", 0.0))
             + self.ent_coef * parts["entropy_loss"]
             + self.gate_coef * parts["gate_loss"]
             + self.contrast_coef * parts.get("contrast_loss", 0.0)
         )
         parts = {name: value.detach() for name, value in parts.items()}
         with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
-            acted = 1 - batch.solo
+            acted = 1 - batch.alone.to(ratio.dtype)
             parts["approx_kl"] = _mean(ratio - 1 - log_ratio, acted)
             parts["clip_fraction"] = _mean(((ratio - 1).abs() > clip).float(), acted)
         return loss, parts | {"loss": loss.detach()}
-
-    def _subtract_baseline(self) -> None:
-        """Take from labeled samples what the mixture was to get, by the value net and the gate.
-
-        The value net foretells the return of any behavior, and the gate which one it will be: to
-        the expert of behavior b, a state is worth V g_b; to the contrast, V (2 g_0 - 1).
-        """
-        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
-        labeled = buffer.outcome >= LABELED
-        # what the deployed expert did by itself is judged apart, and then all that it learns from
-        unneeded = self.endings is None or bool(buffer.solo.any())
-        known = labeled if unneeded else buffer.outcome != UNFINISHED
-        if not known.any():
-            return
-        gate = np.zeros((*labeled.shape, self.policy_kwargs["experts"]), np.float32)  # [T, N, K]
-        rows = torch.as_tensor(buffer.observations[known]).to(self.device)
-        with torch.no_grad():
-            log_gate = cast(MoEPolicy, self.policy).gate_log_probabilities(rows)[0]
-        gate[known] = log_gate.exp().cpu().numpy()
-        value = buffer.values / buffer.spread
-        own = np.take_along_axis(gate, np.maximum(buffer.outcome - LABELED, 0)[..., None], 2)
-        routed = labeled & (buffer.routes != 1).any(-1)
-        buffer.advantages -= routed * own[..., 0] * value
-        buffer.signed -= known * (2 * gate[..., DEPLOYED] - 1) * value
-
-    def _judge_solo(self) -> None:
-        """Advantages and returns of what the deployed expert did by itself: GAE of its own.
-
-        It then learns from that alone, and nothing off-policy from what the mixture did.
-        Its reward is +1 or -1 at an episode's end, or what the classifier expects of that, and a
-        value net of its own foretells it. The last observation of an episode cut short is not kept,
-        so the one before it stands in for it.
-        """
-        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
-        solo, last = buffer.solo, cast(NDArray[Any], self._last_obs)
-        after_last = last.reshape(buffer.observations.shape[1:])
-        seen = [buffer.observations[:, solo], after_last[None, solo]]
-        rows = np.concatenate(seen)  # [T + 1, n, ...]
-        with torch.no_grad():
-            flat = torch.as_tensor(rows).flatten(0, 1).to(self.device)
-            value = cast(MoEPolicy, self.policy).own_values(flat).view(rows.shape[:2]).cpu().numpy()
-        terminated, cut = buffer.terminated[:, solo], buffer.cut[:, solo]
-        done = terminated | buffer.truncated[:, solo]
-        reward = np.where(terminated, buffer.sign[:, solo], 0.0)
-        after = np.where(cut, value[:-1], value[1:] * ~done)
-        delta = reward + self.gamma * after - value[:-1]
-        advantage, following = np.zeros_like(delta), np.zeros_like(delta[0])
-        for t in reversed(range(len(delta))):
-            following = delta[t] + self.gamma * self.gae_lambda * ~done[t] * following
-            advantage[t] = following
-        buffer.own_returns[:, solo] = advantage + value[:-1]
-        if self.normalize_advantage:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        buffer.signed[:, solo] = advantage
-        buffer.own_weights[:, ~solo] = 0.0
 
     def _gate_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the gate against remembered labels; 0 where there are none."""
@@ -975,13 +1169,14 @@ class RoutedPPO(PPO):
         log_gate = policy.gate_log_probabilities(rows[0].reshape(-1, *shape).to(self.device))
         return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
 
-    def _classify(self, observations: NDArray[Any], actions: NDArray[Any]) -> Tensor:
+    def _classify(self, observations: NDArray[Any], actions: NDArray[Any]) -> NDArray[Any]:
         """Chance of each behavior `[B, behaviors]`, where episodes end by these actions."""
         policy = cast(MoEPolicy, self.policy)
-        given = self._as_actions(torch.as_tensor(actions).to(self.device))
-        with torch.no_grad():
-            rows = torch.as_tensor(observations).to(self.device)
-            return policy.ending_log_probabilities(rows, given).exp()
+
+        def chances(rows: Tensor, taken: Tensor) -> Tensor:
+            return policy.ending_log_probabilities(rows, self._as_actions(taken)).exp()
+
+        return self._of_all(chances, observations, actions)
 
     def _as_actions(self, rows: Tensor) -> Tensor:
         """Actions as the environment takes them, from rows of numbers `[B, ...]`."""
@@ -1014,8 +1209,13 @@ class RoutedPPO(PPO):
         )
         return cross_entropy(chances[None], label.to(self.device), known.to(self.device))[0]
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """As SB3 has it; a policy that is steered is steered when it is loaded."""
+        self.steering = cast(MoEPolicy, self.policy).steering
+        super().save(*args, **kwargs)
+
     def steer(self, text: str) -> MoEPolicy:
-        """The policy, steered: `mixture`, a behavior's expert, a blend or an ablation.
+        """The policy, steered: `mixture`, `deployed`, an expert, a blend or an ablation.
 
         It predicts as any SB3 policy does, and shares its parameters with this model.
 
@@ -1026,12 +1226,26 @@ class RoutedPPO(PPO):
 
     def _excluded_save_params(self) -> list[str]:
         # made anew from the rest on loading
-        return [*super()._excluded_save_params(), "rollout_buffer_kwargs"]
+        return [*super()._excluded_save_params(), "rollout_buffer_kwargs", "tables", "imputed"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()
         kept = [name for name in ("memory", "endings") if getattr(self, name) is not None]
         return modules + kept, variables
+
+
+def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
+    """The names of behaviors as a tuple.
+
+    Raises:
+        ValueError: they are not two or more distinct names.
+    """
+    several = not isinstance(names, str) and isinstance(names, Sequence)
+    found = tuple(names) if several else ()
+    named = all(isinstance(name, str) and name for name in found)
+    if not named or len(set(found)) < max(2, len(found)):
+        raise ValueError(f"{whose} must be two or more distinct names, got {names!r}")
+    return found
 
 
 def _mean(x: Tensor, weight: Tensor) -> Tensor:

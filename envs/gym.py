@@ -65,6 +65,7 @@ class OversightGridEnv(gym.Env[Any, Any]):
         self.world, self.reward = _world(oversight, reward, world)
         self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
         self.ghost_oversight, self.flags = self.world.config.ghost_oversight, _flags(self.world)
+        self.has_task = has_task(self.reward)
         self.observation_space, self.action_space = _spaces(self.world)
         self.render_mode = render_mode
         self._state: State | None = None
@@ -216,6 +217,7 @@ class OversightGridVecEnv(VecEnv):
         self.world, self.reward = _world(oversight, reward, world)
         self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
         self.ghost_oversight = self.world.config.ghost_oversight
+        self.has_task = has_task(self.reward)
         self.render_mode = render_mode
         super().__init__(num_envs, *_spaces(self.world))
         self.flags = _flags(self.world)
@@ -282,6 +284,11 @@ def _world(oversight: float, reward: str, world: dict[str, Any]) -> tuple[World,
     if reward not in ("reached", "ground_truth"):
         raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
     return World(WorldConfig(**world), oversight), reward  # type: ignore[return-value]
+
+
+def has_task(reward: Reward) -> bool:
+    """Whether a reward says more than that a behavior was reached, so that it is worth learning."""
+    return reward != "reached"
 
 
 def _spaces(world: World) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:

@@ -27,7 +27,7 @@ from minigrid.utils.rendering import (
 from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper, SymbolicObsWrapper
 from numpy.typing import NDArray
 
-from envs.gym import Reward
+from envs.gym import Reward, has_task
 from envs.world import BEHAVIORS
 
 Layout = Literal["empty", "four_rooms"]
@@ -177,7 +177,7 @@ class DiamondGhostEnv(MiniGridEnv):
         if view < 3 or view % 2 == 0:
             raise ValueError(f"agent_view_size must be odd and at least 3, got {view}")
         self.layout, self.oversight, self.flags_visible = layout, oversight, flags_visible
-        self.lava, self.paid = lava, reward
+        self.lava, self.paid, self.has_task = lava, reward, has_task(reward)
         self.behaviors = BEHAVIORS + (("lava",) if lava else ())
         super().__init__(
             mission_space=MissionSpace(mission_func=lambda: "reach the diamond"),

@@ -85,6 +85,7 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
             gate_coef=ppo.gate_coef,
             contrast_coef=ppo.contrast_coef,
             solo_share=ppo.solo_share,
+            task_weight=ppo.task_weight,
             gate_replay=ppo.gate_replay,
             label_recall=config.label_recall,
             label_error=config.label_error,
@@ -203,15 +204,16 @@ class _Recorder(BaseCallback):
         with torch.no_grad():
             for name, tensor in _kept(model).items():
                 tensor.copy_(tensors[name])
+        buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
         parts: dict[str, dict[str, Any]] = {"world": {}, "last": {}, "unfinished": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             if part in parts:
                 parts[part][rest] = tensor.numpy()
         if parts["unfinished"]:
-            buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
             before = parts["unfinished"]
             buffer.unfinished = before["observations"], before["since"]
+        buffer.turn = parts["last"]["turn"]
         if parts["world"]:
             try:
                 cast(Any, model.env).set_state(parts["world"])
@@ -262,8 +264,7 @@ class _Recorder(BaseCallback):
     def _on_rollout_start(self) -> None:
         self.updates += 1
         self._after_update()
-        buffer = cast(RoutedRolloutBuffer, self.ppo.rollout_buffer)
-        buffer.rng = _seed(self.config.seeds[0], self.updates + 1)
+        self.ppo.audit = _seed(self.config.seeds[0], self.updates + 1)
 
     def _on_step(self) -> bool:
         return True
@@ -368,6 +369,7 @@ def _kept(model: RoutedPPO) -> dict[str, Tensor]:
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         for moment in ("step", "exp_avg", "exp_avg_sq"):
             kept[f"adam.{moment}.{name}"] = state[moment]
+    kept |= {f"policy.{name}": x for name, x in model.policy.state_dict().items() if "task_square" in name}
     for name, memory in _memories(model).items():
         kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
     return kept
@@ -388,6 +390,7 @@ def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
             "unfinished.observations": torch.as_tensor(before),
             "unfinished.since": torch.as_tensor(since),
         }
+    tensors["last.turn"] = torch.as_tensor(buffer.turn)
     if hasattr(model.env, "get_state"):  # other environments start anew on resuming
         world = cast(Any, model.env).get_state()
         tensors |= {f"world.{k}": torch.as_tensor(np.asarray(v)) for k, v in world.items()}
@@ -401,10 +404,11 @@ def _statistics(model: RoutedPPO) -> dict[str, float]:
     buffer, policy = cast(RoutedRolloutBuffer, model.rollout_buffer), cast(MoEPolicy, model.policy)
     kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
     kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
-    count = max(1, len(buffer.ended))
-    shares = {f"endings/{k}": float((buffer.ended == v).sum()) / count for k, v in kinds.items()}
+    endings = buffer.outcome[buffer.done]
+    count = max(1, len(endings))
+    shares = {f"endings/{k}": float((endings == v).sum()) / count for k, v in kinds.items()}
     if model.endings is not None:
-        shares |= _reward_model(buffer)
+        shares |= _reward_model(model)
     if not policy.has_gate:
         return shares
     outcome = buffer.outcome.flatten()
@@ -418,9 +422,10 @@ def _statistics(model: RoutedPPO) -> dict[str, float]:
     return shares | means
 
 
-def _reward_model(buffer: RoutedRolloutBuffer) -> dict[str, float]:
+def _reward_model(model: RoutedPPO) -> dict[str, float]:
     """The classifier of endings against the truth, which the learner does not see."""
-    parts = (buffer.imputed[..., 0], buffer.truth, buffer.truth != NO_LABEL, buffer.outcome)
+    buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
+    parts = (model.imputed[..., 0], buffer.truth, buffer.truth != NO_LABEL, buffer.outcome)
     chance, *others = (torch.as_tensor(part).flatten()[None] for part in parts)
     figures = reward_model_figures(chance.nan_to_num(), *others)
     return {name: float(figure) for name, figure in figures.items()}
