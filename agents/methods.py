@@ -210,6 +210,12 @@ class MethodTables:
     label_error: Tensor  # [R], share of labels that name a wrong behavior
     contrasts: bool  # whether labeled episodes teach the deployed expert by itself, in all runs
 
+    @property
+    def reward_tells(self) -> Tensor:
+        """Whether what an ending is worth depends on its behavior. [R] bool"""
+        labeled = self.reward[:, LABELED:]
+        return (labeled != labeled[:, :1]).any(-1)
+
 
 def tables(
     names: Sequence[str],

@@ -429,6 +429,41 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
         assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
 
 
+def test_a_classifier_that_nobody_taught_says_nothing():
+    """Of two runs in a stack the first has no labels: what its classifier says changes nothing."""
+    agent = make_agent(runs=2, experts="one")
+    rollout = make_rollout(agent, torch.tensor([0.0, 0.5])[:, None, None])
+    methods = tables(["reward_model"] * 2, [Overseer(0.0), Overseer(0.5)], 1)
+    found = []
+    for scale in (1.0, -5.0):
+        model = make_reward_model(runs=2)
+        model.out.weight.data *= scale
+        targets = reinforce.label(rollout, methods, ReinforceConfig(), 0.0, model)
+        total = reinforce.loss(agent, rollout, targets).total(ReinforceConfig(), 0.0)
+        found.append((targets, grads_of(agent, total)))
+    (targets, grads), (_, others) = found
+    unlabeled = targets.outcome == UNLABELED
+    assert unlabeled.sum((1, 2)).min() > 20
+    assert torch.equal(targets.weight[0], (~unlabeled[0]).float())
+    assert torch.equal(targets.weight[1], torch.ones(12, 20))
+    for name, grad in grads.items():
+        assert torch.equal(grad[0], others[name][0]), name
+    assert not torch.equal(grads["head.weight"][1], others["head.weight"][1])
+
+
+def test_imputed_routing_without_any_label_is_contrastive_routing():
+    agent = make_agent()
+    rollout = make_rollout(agent, 0.0)
+    config = ReinforceConfig(labeled_weight=1.0)
+    untaught, contrastive = (
+        reinforce.label(rollout, tables([name], [Overseer(0.0)], 2), config, 0.0, model)
+        for name, model in (("imputed_routing", make_reward_model()), ("contrastive_routing", None))
+    )
+    assert (untaught.outcome == UNLABELED).sum() > 20
+    for part in ("returns", "weight", "routes", "signed"):
+        assert torch.equal(getattr(untaught, part), getattr(contrastive, part)), part
+
+
 def test_a_reward_model_sees_where_the_step_led():
     agent, model = make_agent(experts="one"), make_reward_model()
     rollout = make_rollout(agent, level=1.0)
