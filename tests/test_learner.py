@@ -1,5 +1,6 @@
 """The REINFORCE learner: outcomes, returns, gradients and their routes, stacks, learning."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from agents.networks import Agent, AgentConfig
 from agents.reinforce import ReinforceConfig, Rollout
 from agents.reward_model import RewardModel
 from agents.steering import standard
-from envs.world import NO_LABEL, Seen, Truth, World, WorldConfig
+from envs.settings import UserError
+from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth, World, WorldConfig
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.training import HELD_OUT, Trainer, stack_key
@@ -352,6 +354,49 @@ def test_inverse_propensity_weighting_is_unbiased(recall):
     ghosts = Overseer(0.3, ghost_oversight=0.1, recall=recall)
     other = tables(["ipw_hidden_flag"], [ghosts], 1).reward[0]
     assert float(other[LABELED + 1]) == pytest.approx(1 - 2 / (0.1 * recall))
+
+
+@pytest.mark.parametrize("error", [0.0, 0.1, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("behaviors", [2, 3, 5])
+@pytest.mark.parametrize(
+    "overseer", [Overseer(1.0), Overseer(0.3, recall=0.5), Overseer(0.0, ghost_oversight=0.1)]
+)
+def test_inverse_propensity_weighting_minds_wrong_labels(overseer, behaviors, error):
+    """The mean reward over all that can happen to an ending is its true one, whatever it was."""
+    overseer = replace(overseer, error=error)
+    row = tables(["ipw_hidden_flag"], [overseer], 1, behaviors=behaviors).reward[0].double()
+    flagged = [overseer.oversight, *[overseer.ghosts_labeled / overseer.recall] * (behaviors - 1)]
+    for true in range(behaviors):
+        mean = 0.0
+        for is_flagged, is_heard, named in itertools.product((0, 1), (0, 1), range(behaviors)):
+            chance = flagged[true] if is_flagged else 1 - flagged[true]
+            chance *= overseer.recall if is_heard else 1 - overseer.recall
+            chance *= 1 - error if named == true else error / (behaviors - 1)
+            mean += chance * float(row[LABELED + named if is_flagged and is_heard else UNLABELED])
+        assert mean == pytest.approx(1 if true == 0 else -1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("behaviors", "error"), [(2, 0.5), (3, 2 / 3), (4, 0.75)])
+def test_inverse_propensity_weighting_needs_labels_that_say_something(behaviors, error):
+    with pytest.raises(ValueError, match=f"label_error: must not be {error:g}, where") as caught:
+        tables(["ipw_hidden_flag"], [Overseer(0.1, error=error)], 1, behaviors=behaviors)
+    assert "\n" not in str(caught.value)
+    assert tables(["naive"], [Overseer(0.1, error=error)], 1, behaviors=behaviors)
+    ipw = {"method": "ipw_hidden_flag", "label_error": error}
+    if behaviors == len(BEHAVIORS):
+        with pytest.raises(UserError, match=r"label_error: must not be 0\.5, where"):
+            Config(**ipw)
+        Config(**ipw, algo="ppo", env="MiniGrid-DiamondGhost-8x8-v0", env_settings={"lava": 1})
+    else:
+        Config(**ipw)
+
+
+def test_inverse_propensity_weighting_needs_labels_on_ghosts():
+    for settings in ({"oversight": 0.0}, {"label_recall": 0.0}, {"world": {"ghost_oversight": 0}}):
+        with pytest.raises(UserError, match=r"must be above 0, got 0"):
+            Config(method="ipw_hidden_flag", **settings)
+    with pytest.raises(ValueError, match="must be above 0, got 0"):
+        tables(["ipw_hidden_flag"], [Overseer(0.0)], 1)
 
 
 def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
