@@ -74,7 +74,8 @@ class Method:
     """Whether the policy does not see the flags."""
     deploys: Literal["last", "best_labeled", "best_true"] = "last"
     """Which agent of the run is deployed: the last; the one with the best labeled episodes of a
-    held-out stream; the one with the best true return."""
+    held-out stream, whose steps count as training's do; the one with the best true return, which
+    takes no steps where evaluation is exact."""
 
     def rewards(self, overseer: Overseer, behaviors: int) -> Rewards:
         """The rewards under an overseer who tells so many behaviors apart.
@@ -178,7 +179,7 @@ METHODS: dict[str, Method] = {
         reward=NAIVE,
     ),
     "naive_early_stop": Method(
-        summary="naive, deployed as it was when labeled held-out episodes went best",
+        summary="naive, deployed as it was when labeled held-out episodes (counted too) went best",
         reward=NAIVE,
         deploys="best_labeled",
     ),

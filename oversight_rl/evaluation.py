@@ -63,7 +63,7 @@ class Row:
     evaluator: str
     """`exact` (dynamic programming) or `rollout` (sampled episodes)."""
     env_steps: int
-    """Training steps taken, over all worlds of the run."""
+    """Steps taken in training, over all worlds of the run, looks that select an agent included."""
     wall_seconds: float
     """Training time of the stack, evaluation left out, over its number of runs."""
 

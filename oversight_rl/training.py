@@ -183,8 +183,16 @@ class Trainer:
 
     @property
     def env_steps(self) -> int:
-        """Steps taken by each run."""
-        return self.updates * self.config.steps * self.config.worlds
+        """Steps taken by each run, those of its looks at held-out episodes too.
+
+        Such looks come with evaluations: of the untrained agent, now and then, and of the last.
+        """
+        trained = self.updates * self.config.steps * self.config.worlds
+        if self.deploys != "best_labeled":
+            return trained
+        last, every = self.config.updates, self.configs[0].evaluation.every
+        looks = 1 + self.updates // every + (self.updates == last and last % every > 0)
+        return trained + looks * HELD_OUT * self.world.config.max_steps
 
     def update(self) -> None:
         """One update of every run."""
