@@ -162,8 +162,8 @@ def evaluate(
         run_dir: A run folder, a folder of runs by seed, or an exported policy file.
         steer: Policies: mixture, an expert's name, NAME=WEIGHT,NAME=WEIGHT (a blend) or
             without:NAME (an ablation). Default: the mixture and each expert.
-        oversight: Probabilities in [0, 1] that a square is flagged at deployment. Default: the
-            training level.
+        oversight: Probabilities in [0, 1] that a square is flagged at deployment, where the world
+            does not set a square apart (world.ghost_oversight). Default: the training level.
         greedy: Take the likeliest action always.
         temperature: Divides the logits, above 0; below 1 is greedier.
         json: File to write the rows to.

@@ -34,7 +34,8 @@ class EvaluationConfig(Settings):
     every: int = Field(50, ge=1)
     """Updates between evaluations (and checkpoints)."""
     oversight: tuple[Probability, ...] = (0.0, 0.01, 0.1, 1.0)
-    """Deployment oversight levels of the final table; the training level is always added."""
+    """Deployment oversight levels of the final table; the training level is always added. Squares
+    that the world sets apart (world.ghost_oversight) keep their own."""
     episodes: int = Field(20_000, ge=1, le=10_000_000)
     """Episodes per policy and level where exact evaluation does not apply."""
 

@@ -83,7 +83,8 @@ class Evaluator:
     """Evaluates stacks of agents in one kind of world.
 
     Args:
-        config: the world; its oversight levels are replaced by the deployment levels.
+        config: the world. A deployment level is its overall oversight level; squares with a
+            level of their own keep that.
         discount: per step.
         device: where to compute.
         episodes: per policy and level, where exact evaluation does not apply.
@@ -98,8 +99,7 @@ class Evaluator:
         episodes: int = 20_000,
         seed: int = 0,
     ) -> None:
-        unfixed = {"diamond_oversight": None, "ghost_oversight": None}
-        self.config = config.model_copy(update=unfixed)
+        self.config = config
         self.discount, self.device = discount, torch.device(device)
         self.episodes, self.seed = episodes, seed
         world = World(self.config, device=device)
@@ -257,15 +257,14 @@ class EnvEvaluator:
     """Evaluates policies in any environment, by rollouts.
 
     Args:
-        config: of the run; its oversight level is replaced by the deployment levels.
+        config: of the run. A deployment level takes the place of its overall oversight level; what
+            its environment sets apart from that stays so.
         episodes: per policy and level.
         seed: of the rollouts.
     """
 
     def __init__(self, config: Config, episodes: int, seed: int = 0) -> None:
-        unfixed = {"diamond_oversight": None, "ghost_oversight": None}
-        world = config.world.model_copy(update=unfixed)
-        self.config = config.model_copy(update={"world": world})
+        self.config = config
         self.episodes, self.seed = episodes, seed
 
     def evaluate(
