@@ -61,6 +61,16 @@ def run(tmp_path_factory):
     return path
 
 
+def test_no_number_is_shown_that_is_none(tmp_path, capsys):
+    """One episode has no standard error, and rollouts no optimum."""
+    one = ["--world.spurious-oversight", "0.1", "--evaluation.episodes", "1"]
+    train([*SMOKE, *one, "--training.updates", "1", "--run-dir", str(tmp_path / "run")])
+    main(["evaluate", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "timeout" in out
+    assert "nan" not in out
+
+
 @pytest.mark.parametrize("method", ["naive", "naive_early_stop", "naive_oracle_stop"])
 @pytest.mark.parametrize("updates", [4, 5])
 def test_every_step_that_a_run_takes_is_counted(tmp_path, monkeypatch, method, updates):
@@ -560,7 +570,9 @@ def test_a_folder_in_use_is_refused(run, tmp_path, capsys):
     [
         (["--steer", "diamnd"], "did you mean 'diamond'"),
         (["--oversight", "2"], "[0, 1]"),
-        (["--temperature", "0"], "above 0"),
+        (["--temperature", "0"], "must lie in [0.001, 1000], got 0"),
+        (["--temperature", "1e-320"], "must lie in [0.001, 1000]"),
+        (["--steer", "diamond=1e38,ghost=-1e38"], "must lie in [-1000, 1000], got 1e+38"),
         (["--json", "/nonexistent/rows.json"], "cannot write"),
         (["--export", "/nonexistent/policy", "--steer", "ghost"], "cannot write"),
         (["--export", "policy"], "one --steer"),

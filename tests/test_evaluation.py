@@ -8,6 +8,7 @@ import pytest
 from agents.networks import AgentConfig
 from agents.reinforce import ReinforceConfig
 from agents.steering import standard
+from envs.settings import UserError
 from envs.world import WorldConfig
 from oversight_rl import checkpoint
 from oversight_rl.config import Config
@@ -68,6 +69,34 @@ def test_exact_agrees_with_rollouts_on_every_row(updates, method):
         assert 0 < row.p_ghost_on_path < row.p_ghost
     (unasked,) = exact.evaluate(trainer.agent, subject, policies[:1], [levels])[0]
     assert math.isnan(unasked.p_ghost_on_path)
+
+
+@pytest.mark.parametrize("face", ["exact", "rollout", "environments"])
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_policy_without_probabilities_is_refused(face, greedy, value):
+    world = WorldConfig(rows=3, cols=3, max_steps=8)
+    if face == "environments":
+        config = Config(algo="ppo", world=world, device="cpu")
+        evaluator, agent = EnvEvaluator(config, 500), checkpoint.new_policy(config)
+    else:
+        evaluator, agent = Evaluator(world, 0.97, episodes=500), trained(0).agent
+    if face == "rollout":
+        evaluator.mdp = None
+    policies = [policy.with_options(greedy) for policy in standard(2)]
+    head = next(p for name, p in agent.named_parameters() if name.endswith("head.bias"))
+    head.data.view(-1)[1] = value
+    with pytest.raises(UserError, match=r"routing, seed 7: mixture: .* not finite") as refused:
+        evaluator.evaluate(agent, [Subject("routing", 7, 0.5)], policies, [[0.5]])
+    assert "\n" not in str(refused.value)
+
+
+def test_one_episode_has_no_standard_error():
+    evaluator = Evaluator(WorldConfig(rows=3, cols=3, max_steps=8), 0.97, episodes=1)
+    evaluator.mdp = None
+    subject = [Subject("naive", 0, 0.5)]
+    (row,) = evaluator.evaluate(trained(0, "naive").agent, subject, standard(1), [[0.5]])[0]
+    assert math.isnan(row.return_se)
 
 
 def test_spurious_flags_fall_back_to_rollouts():

@@ -344,6 +344,40 @@ def test_odd_names_are_no_checkpoints(run, name):
     assert checkpoint.updates(run / "checkpoints") == [0, 2]
 
 
+def forge(run, value):
+    """Give the newest checkpoint a head of `value`s, and right checksums."""
+    facts = json.loads((run / "checkpoints/update_00000002.json").read_text())
+    tensors = safetensors.torch.load_file(run / "checkpoints/update_00000002.safetensors")
+    tensors["agent.head.bias"][:] = value
+    shutil.rmtree(run / "checkpoints")
+    checkpoint.save(
+        run / "checkpoints", 2, tensors, {k: facts[k] for k in ("env_steps", "wall_seconds")}
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("flags", [[], ["--greedy"]])
+def test_a_forged_policy_that_is_none_is_not_evaluated(run, tmp_path, capsys, value, flags):
+    forge(run, value)
+    written = ["--json", tmp_path / "rows.json", "--export", tmp_path / "policy", "--pictures"]
+    args = ["evaluate", run, "--steer", "diamond=9,ghost=900", *flags, *written, tmp_path / "drawn"]
+    if value == 3e38:  # large, but a policy: all actions alike
+        main([str(arg) for arg in args])
+        return
+    assert "routing, seed 0: diamond=9,ghost=900: its action" in refused(capsys, main, *args)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_result_without_a_number_is_no_result(run, capsys):
+    rows = json.loads((run / "result.json").read_text())
+    for row in rows:
+        row["ground_truth_return"] = None
+    (run / "result.json").write_text(json.dumps(rows))
+    line = refused(capsys, main, "report", run)
+    assert "no finished run below it" in line
+    assert "ground_truth_return cannot be nan" in line
+
+
 @pytest.mark.parametrize(
     "steering",
     [
@@ -352,6 +386,9 @@ def test_odd_names_are_no_checkpoints(run, name):
         {"ablated": [7]},
         {"ablated": [-1]},
         {"temperature": 0.0},
+        {"temperature": 1e-320},
+        {"temperature": 1e308},
+        {"weights": [1e38, -1e38]},
         {"name": ["x"]},
     ],
 )
