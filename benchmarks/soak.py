@@ -182,6 +182,7 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
         [*SMALL, "--method", "naive_oracle_stop"],
         [*SMALL, "--method", "reward_model"],
         [*SMALL_PPO, "--method", "imputed_routing"],
+        [*SMALL_PPO, "--env", "OversightGrid-v0"],
     ]
     moments: Counter[str] = Counter()
     begun, runs, done = time.perf_counter(), 0, 0
