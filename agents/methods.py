@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,28 @@ from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 # Outcomes of an episode as a learner sees them; LABELED + b is one labeled as behavior b
 UNFINISHED, TIMEOUT, UNLABELED, LABELED = range(4)
+Rewards: TypeAlias = tuple[float, float, float]
+LEAST_SAID = 1e-6  # of a label, for its errors to be weighted away
+
+
+@dataclass(frozen=True)
+class Overseer:
+    """What the overseer of one run catches and gets right."""
+
+    oversight: float
+    """Chance that a square is flagged, and the share of endings that `audit` labels."""
+    ghost_oversight: float | None = None
+    """Chance that the ghost is flagged, where the world sets it apart."""
+    recall: float = 1.0
+    """Chance that an ending which should be labeled is."""
+    error: float = 0.0
+    """Chance that a label names a wrong behavior."""
+
+    @property
+    def ghosts_labeled(self) -> float:
+        """Chance that an ending on the ghost is labeled."""
+        flagged = self.ghost_oversight
+        return self.recall * (self.oversight if flagged is None else flagged)
 
 
 @dataclass(frozen=True)
@@ -32,9 +54,9 @@ class Method:
     labels: Literal["flags", "shuffled", "truth", "audit"] = "flags"
     """Where labels come from: flagged endings; the same, but naming a random behavior; every
     ending; a random share of endings, as large as the oversight level and independent of flags."""
-    reward: tuple[float, float, float | Callable[[float], float]] = (1, 1, 1)
-    """Reward on reaching a square; a timeout earns 0. That of a labeled ghost may depend on the
-    chance that a ghost is labeled."""
+    reward: Rewards | Callable[[Overseer, int], Rewards] = (1, 1, 1)
+    """Reward on reaching a square; a timeout earns 0. May depend on the overseer and the number of
+    behaviors."""
     keep_unlabeled: bool = True
     """Whether episodes that reached a square unlabeled count; the others always do."""
     weighs_labels: bool = True
@@ -52,7 +74,16 @@ class Method:
     """Whether the policy does not see the flags."""
     deploys: Literal["last", "best_labeled", "best_true"] = "last"
     """Which agent of the run is deployed: the last; the one with the best labeled episodes of a
-    held-out stream; the one with the best true return."""
+    held-out stream, whose steps count as training's do; the one with the best true return, which
+    takes no steps where evaluation is exact."""
+
+    def rewards(self, overseer: Overseer, behaviors: int) -> Rewards:
+        """The rewards under an overseer who tells so many behaviors apart.
+
+        Raises:
+            ValueError: they depend on labels that such an overseer does not give.
+        """
+        return self.reward(overseer, behaviors) if callable(self.reward) else self.reward
 
     @property
     def deployed(self) -> str:
@@ -79,6 +110,33 @@ class Method:
 
 SIGNED = (0, 1, -1)
 NAIVE = (1, 1, -1)
+
+
+def inverse_propensity(overseer: Overseer, behaviors: int) -> Rewards:
+    """Rewards whose mean over labels, missing and wrong ones too, is the true reward of an ending.
+
+    An unlabeled ending is worth 1. With chance p a ghost is labeled, with chance e a label names
+    one of the B - 1 wrong behaviors, so the rewards w of a labeled diamond and u of a labeled ghost
+    solve  (1 - e) w + e u = 1  and  (1 - p) + p (a w + (1 - a) u) = -1  with  a = e / (B - 1).
+
+    Raises:
+        ValueError: ghosts are never labeled, or their labels say nothing.
+    """
+    p, e = overseer.ghosts_labeled, overseer.error
+    if not p > 0:
+        raise ValueError(
+            "oversight: the chance that a ghost is labeled (times label_recall) must be above 0, "
+            f"got {p:g}"
+        )
+    a, ghosts = e / (behaviors - 1), 1 - 2 / p
+    said = 1 - e - a  # by a label of what was; 0 where every behavior is named as often
+    if abs(said) < LEAST_SAID:
+        raise ValueError(
+            f"label_error: must not be {1 - 1 / behaviors:g}, where labels of {behaviors} "
+            f"behaviors say nothing, got {e:g}"
+        )
+    return 1, ((1 - a) - e * ghosts) / said, ((1 - e) * ghosts - a) / said
+
 
 METHODS: dict[str, Method] = {
     "routing": Method(
@@ -121,7 +179,7 @@ METHODS: dict[str, Method] = {
         reward=NAIVE,
     ),
     "naive_early_stop": Method(
-        summary="naive, deployed as it was when labeled held-out episodes went best",
+        summary="naive, deployed as it was when labeled held-out episodes (counted too) went best",
         reward=NAIVE,
         deploys="best_labeled",
     ),
@@ -148,8 +206,7 @@ METHODS: dict[str, Method] = {
     "ipw_hidden_flag": Method(
         summary="naive without sight of the flags, penalty weighted by inverse propensity",
         assumes="hidden flags",
-        # the mean over labeled and unlabeled ghosts is -1: (1 - p) + p (1 - 2 / p)
-        reward=(1, 1, lambda p: 1 - 2 / p),
+        reward=inverse_propensity,
         weighs_labels=False,
         hides_flags=True,
     ),
@@ -178,26 +235,6 @@ METHODS: dict[str, Method] = {
 
 
 @dataclass(frozen=True)
-class Overseer:
-    """What the overseer of one run catches and gets right."""
-
-    oversight: float
-    """Chance that a square is flagged, and the share of endings that `audit` labels."""
-    ghost_oversight: float | None = None
-    """Chance that the ghost is flagged, where the world sets it apart."""
-    recall: float = 1.0
-    """Chance that an ending which should be labeled is."""
-    error: float = 0.0
-    """Chance that a label names a wrong behavior."""
-
-    @property
-    def ghosts_labeled(self) -> float:
-        """Chance that an ending on the ghost is labeled."""
-        flagged = self.ghost_oversight
-        return self.recall * (self.oversight if flagged is None else flagged)
-
-
-@dataclass(frozen=True)
 class MethodTables:
     """The methods of R runs as tensors; O outcomes, K experts."""
 
@@ -209,6 +246,12 @@ class MethodTables:
     label_share: Tensor  # [R], share of flagged (or true) endings that are labeled
     label_error: Tensor  # [R], share of labels that name a wrong behavior
     contrasts: bool  # whether labeled episodes teach the deployed expert by itself, in all runs
+
+    @property
+    def reward_tells(self) -> Tensor:
+        """Whether what an ending is worth depends on its behavior. [R] bool"""
+        labeled = self.reward[:, LABELED:]
+        return (labeled != labeled[:, :1]).any(-1)
 
 
 def tables(
@@ -228,7 +271,7 @@ def tables(
         behaviors: that labels tell apart; the first is wanted, all others are as ghosts.
 
     Raises:
-        ValueError: a reward is weighted by inverse propensity, and ghosts are never labeled.
+        ValueError: a method's rewards depend on labels that its overseer does not give.
     """
     methods = [METHODS[name] for name in names]
     plain = [1.0] * (experts + 1)
@@ -237,11 +280,7 @@ def tables(
         return torch.tensor(rows, dtype=torch.float32, device=device)
 
     def reward(method: Method, overseer: Overseer) -> list[float]:
-        unlabeled, diamond, ghost = method.reward
-        if callable(ghost):
-            if overseer.ghosts_labeled == 0:
-                raise ValueError("weighting by inverse propensity needs labels on some ghosts")
-            ghost = ghost(overseer.ghosts_labeled)
+        unlabeled, diamond, ghost = method.rewards(overseer, behaviors)
         return [0.0, 0.0, unlabeled, diamond, *[ghost] * (behaviors - 1)]
 
     def share(method: Method, overseer: Overseer) -> float:

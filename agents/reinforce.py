@@ -242,7 +242,8 @@ def label(
     A method pays only at an episode's end, so the return of a sample is its outcome's reward
     discounted over the steps left (REINFORCE, arXiv 2410.04332, RL appendix). A reward model
     remembers the labeled endings and tells the chance that each other one was a diamond; such
-    episodes count as the mean of both. A memory keeps all labeled samples for the gate.
+    episodes count as the mean of both. As long as nobody taught it, it says nothing: an episode
+    whose worth it should tell does not count. A memory keeps all labeled samples for the gate.
     """
     outcome, left = outcomes(rollout.seen, rollout.truth, rollout.audit, methods)
     labeled = outcome >= LABELED
@@ -253,6 +254,7 @@ def label(
     sign = 2.0 * (outcome == LABELED) - labeled.to(reward.dtype)
     if config.bootstrap:
         reward = torch.where(outcome == UNFINISHED, rollout.value_after[:, None], reward)
+    counts = lookup(methods.sample_weight, outcome)
     imputed = None
     if reward_model is not None:
         final = reward_model.world.after(rollout.observation, rollout.action).flatten(1, 2)
@@ -262,15 +264,19 @@ def label(
         time = torch.arange(imputed.shape[1], device=imputed.device)[:, None]  # [T, 1]
         at_end = imputed.gather(1, (time + left).clamp(max=imputed.shape[1] - 1))
         chances, unlabeled = torch.stack([at_end, 1 - at_end], dim=-1), outcome == UNLABELED
-        reward = torch.where(unlabeled, expected(methods.reward, chances), reward)
-        routes = torch.where(unlabeled[..., None], expected(methods.routes, chances), routes)
-        sign = torch.where(unlabeled, 2 * at_end - 1, sign)
+        taught = (reward_model.memory.count > 0)[:, None, None]
+        unknown = unlabeled & ~taught & methods.reward_tells[:, None, None]
+        counts = torch.where(unknown, 0.0, counts)
+        told = unlabeled & taught
+        reward = torch.where(told, expected(methods.reward, chances), reward)
+        routes = torch.where(told[..., None], expected(methods.routes, chances), routes)
+        sign = torch.where(told, 2 * at_end - 1, sign)
     discount = config.discount**left
     heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)
     return Targets(
         outcome=outcome,
         returns=reward * discount,
-        weight=(1 + heavy * labeled) * lookup(methods.sample_weight, outcome),
+        weight=(1 + heavy * labeled) * counts,
         routes=routes,
         signed=discount * sign if methods.contrasts else None,
         imputed=imputed,

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from agents.networks import Output
 from envs.settings import UserError, nearest
 from envs.world import BEHAVIORS
+
+TEMPERATURES = 1e-3, 1e3
+"""Least and greatest that a policy can be steered at."""
+MOST_WEIGHT = 1e3
+"""Of an expert in a blend, positive or negative."""
 
 
 def expert_names(experts: int, behaviors: Sequence[str] = BEHAVIORS) -> tuple[str, ...]:
@@ -38,6 +42,25 @@ class Steering:
     greedy: bool = False
     """Whether the likeliest action is taken always."""
 
+    def __post_init__(self) -> None:
+        """Check the numbers, wherever they come from.
+
+        Raises:
+            UserError: the temperature or a weight is so extreme that probabilities may overflow.
+        """
+        low, high = TEMPERATURES
+        if not low <= self.temperature <= high:
+            raise UserError(
+                f"temperature: must lie in [{low:g}, {high:g}], got {self.temperature:g} "
+                "(or steer greedily)"
+            )
+        for weight in self.weights or ():
+            if not abs(weight) <= MOST_WEIGHT:
+                raise UserError(
+                    f"steer: weights must lie in [-{MOST_WEIGHT:g}, {MOST_WEIGHT:g}], "
+                    f"got {weight:g}"
+                )
+
     def mix(self, output: Output) -> Tensor:
         """What the steered policy's head puts out, before the temperature: `[R, B, A]`."""
         weights = output.gate
@@ -50,20 +73,23 @@ class Steering:
         return output.mix(weights)
 
     def probabilities(self, output: Output) -> Tensor:
-        """Action probabilities of the steered policy, with A actions: `[R, B, A]`."""
+        """Action probabilities of the steered policy, with A actions: `[R, B, A]`.
+
+        They are nan where the agent's numbers are not finite, greedily taken too.
+        """
         logits = self.mix(output)
+        chances = (logits / self.temperature).softmax(-1)
         if self.greedy:
-            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-        return (logits / self.temperature).softmax(-1)
+            best = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1])
+            return best + 0 * chances
+        return chances
 
     def with_options(self, greedy: bool = False, temperature: float = 1.0) -> Steering:
         """The same steering, taken greedily or at another temperature.
 
         Raises:
-            UserError: the temperature is not above 0.
+            UserError: the temperature is out of range.
         """
-        if not temperature > 0:
-            raise UserError(f"temperature: must be above 0, got {temperature} (or steer greedily)")
         return replace(self, greedy=greedy, temperature=temperature)
 
 
@@ -84,8 +110,6 @@ def blend(
     vector = [0.0] * experts
     for name, weight in weights.items():
         vector[_index(name, experts, behaviors)] = float(weight)
-    if not np.isfinite(vector).all():
-        raise UserError(f"steer: weights must be finite, got {dict(weights)}")
     return Steering(",".join(f"{n}={w:g}" for n, w in weights.items()), tuple(vector))
 
 
@@ -103,7 +127,7 @@ def parse(text: str, experts: int, behaviors: Sequence[str] = BEHAVIORS) -> Stee
         behaviors: that its first experts are meant for.
 
     Raises:
-        UserError: the text names no expert or no number.
+        UserError: the text names no expert or no number, or one out of range.
     """
     if text == MIXTURE.name and experts > 1:
         return MIXTURE

@@ -31,7 +31,7 @@ from agents.networks import Agent
 from agents.steering import MIXTURE
 from envs.settings import UserError
 from oversight_rl import checkpoint, cli, reference, report, training
-from oversight_rl.config import load_yaml
+from oversight_rl.config import Config, load_yaml
 from oversight_rl.sweep import load_sweep, plan
 from oversight_rl.tracking import EVENTS, RunFolder, find_runs
 from oversight_rl.training import Trainer
@@ -182,6 +182,7 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
         [*SMALL, "--method", "naive_oracle_stop"],
         [*SMALL, "--method", "reward_model"],
         [*SMALL_PPO, "--method", "imputed_routing"],
+        [*SMALL_PPO, "--env", "OversightGrid-v0"],
     ]
     moments: Counter[str] = Counter()
     begun, runs, done = time.perf_counter(), 0, 0
@@ -234,6 +235,9 @@ POISON = [  # what has made readers of YAML, JSON and numbers stumble
     (2**60).to_bytes(8, "little"), (2**64 - 1).to_bytes(8, "little"), bytes(8), b"\x80\x02c",
 ]  # fmt: skip
 NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 2**62, -(2**62), 200, -3, 0]
+
+
+FORGED = ("imputed_routing", "naive_early_stop")  # between them they save all there is to save
 
 
 def damaged(draw: random.Random, content: bytes) -> bytes:
@@ -350,10 +354,13 @@ def fuzz_kind(kind: str, files: int, seed: int, folder: Path) -> tuple[Counter[s
     return counts, slowest, memory() - before
 
 
-def fuzz_forged(files: int, seed: int, folder: Path) -> Counter[str]:
+def fuzz_forged(files: int, seed: int, folder: Path, method: str) -> Counter[str]:
     """Go on from checkpoints whose numbers were changed and whose checksums were set right."""
-    readers(folder)
-    trainer = Trainer([RunFolder.open(folder / "run").config()])
+    learner = {"updates": 2, "worlds": 16, "steps": 4, "gate_replay": 8}
+    settings = {"agent": {"hidden": 4}, "world": {"rows": 2, "cols": 2}, "training": learner}
+    settings |= {"method": method, "oversight": 1.0, "device": "cpu"}
+    trainer = Trainer([Config.model_validate(settings)])
+    trainer.update()
     good = {name: tensor.clone() for name, tensor in trainer.tensors(0).items()}
     draw, counts = random.Random(seed), Counter[str]()
     facts = {"env_steps": 0, "wall_seconds": 0.0}
@@ -371,9 +378,9 @@ def fuzz_forged(files: int, seed: int, folder: Path) -> Counter[str]:
                 flat[draw.randrange(len(flat))] = value
         target = folder / "forged"
         shutil.rmtree(target, ignore_errors=True)
-        checkpoint.save(target, 0, forged, facts)
+        checkpoint.save(target, 1, forged, facts)
         try:
-            trainer.restore([checkpoint.load(target, 0, good)[0]], 0, 0.0)
+            trainer.restore([checkpoint.load(target, 1, good)[0]], 1, 0.0)
             trainer.update()
             counts["gone on with"] += 1
         except UserError:
@@ -404,8 +411,10 @@ def fuzz(files: int = 20_000, seed: int = 0) -> None:
         print(
             f"{kind}: {dict(counts)}, slowest {slowest:.2f} s, memory {grown:+.0f} MB", flush=True
         )
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"forged checkpoints: {dict(fuzz_forged(files // 10, seed, Path(folder)))}")
+    for method in FORGED:
+        with tempfile.TemporaryDirectory() as folder:
+            counts = fuzz_forged(files // 10, seed, Path(folder), method)
+        print(f"forged checkpoints of {method}: {dict(counts)}", flush=True)
 
 
 # ---- long runs, and many

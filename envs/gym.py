@@ -5,7 +5,7 @@ All three are thin views on `envs.world`; the specification is the docstring of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -255,6 +255,53 @@ class OversightGridVecEnv(VecEnv):
         observation = self.world.observe(self._state).numpy()
         return observation, _rewards(step, self.reward).numpy(), done.numpy(), infos
 
+    def get_state(self) -> dict[str, NDArray[Any]]:
+        """All that decides the future, as arrays.
+
+        `random` is the state of a PCG64: its 128-bit state and increment as two int64 each, the
+        low one first, then `has_uint32` and `uinteger`.
+        """
+        if self._state is None:
+            raise gym.error.ResetNeeded("call reset() first")
+        random = self._rng.bit_generator.state
+        large = [random["state"][name].to_bytes(16, "little") for name in ("state", "inc")]
+        words = np.frombuffer(b"".join(large), "<i8").tolist()
+        words += [random["has_uint32"], random["uinteger"]]
+        state = {name: value.numpy().copy() for name, value in vars(self._state).items()}
+        return state | {"random": np.array(words, np.int64)}
+
+    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a state of `get_state`, of as many worlds with the same settings.
+
+        Raises:
+            ValueError: an array is missing, unknown or not of this batch's shape and type, or
+                holds what no world can be in.
+        """
+        like = _start(self.world, np.random.default_rng(0), self.num_envs)
+        wanted = {name: _kind(value.numpy()) for name, value in vars(like).items()}
+        wanted |= {"random": "int64[6]"}
+        found = {name: _kind(value) for name, value in state.items()}
+        if found != wanted:
+            raise ValueError(f"expected a state of {wanted}, got {found}")
+        random = state["random"].tolist()
+        if not _possible(self.world, state) or not (
+            random[2] % 2 and random[4] in (0, 1) and 0 <= random[5] < 2**32
+        ):
+            raise ValueError("no world can be in such a state")
+        self._state = State(**{name: torch.from_numpy(state[name].copy()) for name in vars(like)})
+        large = state["random"][:4].astype("<i8").tobytes()
+        generator = np.random.PCG64()
+        generator.state = {
+            "bit_generator": "PCG64",
+            "state": {
+                "state": int.from_bytes(large[:16], "little"),
+                "inc": int.from_bytes(large[16:], "little"),
+            },
+            "has_uint32": random[4],
+            "uinteger": random[5],
+        }
+        self._rng = np.random.Generator(generator)
+
     def close(self) -> None:
         self._state = None
 
@@ -305,6 +352,24 @@ def _flags(world: World) -> NDArray[np.bool_]:
 
 def _start(world: World, rng: np.random.Generator, n: int) -> State:
     return world.reset(torch.from_numpy(rng.random((n, world.noise_channels), dtype=np.float32)))
+
+
+def _kind(array: NDArray[Any]) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _possible(world: World, state: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether worlds can be in such states within an episode."""
+    agent, diamond, ghost = (state[name] for name in ("agent", "diamond", "ghost"))
+    flags = [state[name] for name in ("diamond_flag", "ghost_flag", "spurious")]
+    spurious, each = flags[2], np.arange(len(agent))
+    return bool(
+        all(((x >= 0) & (x < world.config.cells)).all() for x in (agent, diamond, ghost))
+        and ((agent != diamond) & (agent != ghost) & (diamond != ghost)).all()
+        and ((state["time"] >= 0) & (state["time"] < world.config.max_steps)).all()
+        and all((x.view(np.uint8) <= 1).all() for x in flags)  # bytes of a file may be others
+        and not (spurious.size and (spurious[each, diamond] | spurious[each, ghost]).any())
+    )
 
 
 def check_actions(actions: Any, n: int, choices: int) -> NDArray[np.int64]:

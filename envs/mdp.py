@@ -38,7 +38,8 @@ class WorldMDP:
     """Exact evaluation of one world size.
 
     Args:
-        world: the world; its own oversight level does not matter here.
+        world: the world; its overall oversight level does not matter here, but squares that its
+            config sets apart are flagged as it says, at any level.
 
     Raises:
         ValueError: the world has spurious flags or too many states; see `why_not`.
@@ -98,7 +99,7 @@ class WorldMDP:
 
         Args:
             table: `[Q, n_states, A]` action probabilities (rows sum to 1).
-            levels: `[L]` probability that each square is flagged at deployment.
+            levels: `[L]` overall oversight level at deployment.
             discount: per step, in (0, 1].
             window: steps.
 
@@ -163,7 +164,7 @@ class WorldMDP:
 
         Args:
             table: `[Q, n_states, A]` action probabilities.
-            levels: `[L]` probability that each square is flagged at deployment.
+            levels: `[L]` overall oversight level at deployment.
 
         Returns:
             `[Q, L]` float64.
@@ -187,9 +188,15 @@ class WorldMDP:
 
     def _flag_weight(self, levels: Tensor) -> Tensor:
         """Chance of each setting of the two flags at levels `[L]`. [F, L] float64"""
-        on = levels.to(self.world.device, torch.float64)
-        off = 1 - on
-        return torch.stack([off * off, off * on, on * off, on * on])
+        level, config = levels.to(self.world.device, torch.float64), self.world.config
+        diamond, ghost = (
+            level if own is None else torch.full_like(level, own)
+            for own in (config.diamond_oversight, config.ghost_oversight)
+        )
+        no_diamond, no_ghost = 1 - diamond, 1 - ghost
+        return torch.stack(
+            [no_diamond * no_ghost, no_diamond * ghost, diamond * no_ghost, diamond * ghost]
+        )
 
     def _dense(self, policy: Tensor) -> Tensor:
         """A policy `[n_states, A]` by action, agent cell, flags, diamond cell, ghost cell."""

@@ -119,6 +119,10 @@ class Pit(Square):
         fill_coords(img, point_in_line(0.05, 0.95, 0.95, 0.95, r=0.02), (120, 40, 0))
 
 
+def _mission() -> str:
+    return "reach the diamond"
+
+
 class DiamondGhostEnv(MiniGridEnv):
     """Diamond (wanted) and ghost (unwanted) in a MiniGrid world.
 
@@ -180,7 +184,7 @@ class DiamondGhostEnv(MiniGridEnv):
         self.lava, self.paid, self.has_task = lava, reward, has_task(reward)
         self.behaviors = BEHAVIORS + (("lava",) if lava else ())
         super().__init__(
-            mission_space=MissionSpace(mission_func=lambda: "reach the diamond"),
+            mission_space=MissionSpace(mission_func=_mission),
             grid_size=size,
             max_steps=8 * size if max_steps is None else max_steps,
             **kwargs,
@@ -197,7 +201,7 @@ class DiamondGhostEnv(MiniGridEnv):
         for kind in (Diamond, Ghost, *[Pit] * self.lava):
             flagged = bool(self.np_random.random() < self.oversight)
             self.place_obj(kind(flagged, self.flags_visible))
-        self.mission = "reach the diamond"
+        self.mission = _mission()
 
     def _wall_off_rooms(self, width: int, height: int) -> None:
         middle_x, middle_y = width // 2, height // 2

@@ -313,17 +313,15 @@ def read_policy(path: Path) -> Saved:
         steering = _STEERING.validate_python(fields)
         facts = int(about["env_steps"]), float(about["wall_seconds"])
         wanted = dict(about["checksums"])
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+    except (
+        *(ValueError, TypeError, KeyError, RecursionError, OverflowError),
+        UserError,  # of its settings or its steering
+    ) as error:
         raise UserError(f"{path}: not a readable policy ({error})") from None
     tensors, _ = read_tensors(path, agent_like(config))
     _check(tensors, wanted, path)
     agent = agent_from(tensors, config, path)
     weights = (0.0,) * agent.n_experts if steering.weights is None else steering.weights
-    if (
-        len(weights) != agent.n_experts
-        or not all(map(math.isfinite, weights))
-        or not set(steering.ablated) <= set(range(agent.n_experts))
-        or not (0 < steering.temperature < math.inf)
-    ):
+    if len(weights) != agent.n_experts or not set(steering.ablated) <= set(range(agent.n_experts)):
         raise UserError(f"{path}: its steering does not fit its {agent.n_experts} experts")
     return Saved(agent, config, *facts, steering)

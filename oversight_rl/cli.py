@@ -162,10 +162,10 @@ def evaluate(
         run_dir: A run folder, a folder of runs by seed, or an exported policy file.
         steer: Policies: mixture, an expert's name, NAME=WEIGHT,NAME=WEIGHT (a blend) or
             without:NAME (an ablation). Default: the mixture and each expert.
-        oversight: Probabilities in [0, 1] that a square is flagged at deployment. Default: the
-            training level.
+        oversight: Probabilities in [0, 1] that a square is flagged at deployment, where the world
+            does not set a square apart (world.ghost_oversight). Default: the training level.
         greedy: Take the likeliest action always.
-        temperature: Divides the logits, above 0; below 1 is greedier.
+        temperature: Divides the logits, from 0.001 to 1000; below 1 is greedier.
         json: File to write the rows to.
         export: File to write the steered policy to (one run, one --steer), for later evaluation.
         pictures: Folder to draw the policies (policies.png) and rollouts (rollouts.gif) of one run
@@ -190,14 +190,10 @@ def evaluate(
             names = experts, saved.behaviors
             chosen = [parse(text, *names) for text in steer] or standard(*names)
             policies = [policy.with_options(greedy, temperature) for policy in chosen]
-        if export is not None:
-            if len(loaded) > 1 or len(policies) > 1:
-                raise UserError("--export: takes one run and one --steer")
-            checkpoint.write_policy(export, policies[0], saved)
-        if pictures is not None:
-            if len(loaded) > 1:
-                raise UserError("--pictures: takes one run")
-            _draw(pictures, saved, policies)
+        if export is not None and (len(loaded) > 1 or len(policies) > 1):
+            raise UserError("--export: takes one run and one --steer")
+        if pictures is not None and len(loaded) > 1:
+            raise UserError("--pictures: takes one run")
         config = saved.config
         evaluator = evaluator_of(config)
         subject = Subject(
@@ -205,6 +201,10 @@ def evaluate(
         )
         levels = [list(oversight) or [config.oversight]]
         rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
+        if export is not None:
+            checkpoint.write_policy(export, policies[0], saved)
+        if pictures is not None:
+            _draw(pictures, saved, policies)
     _print_rows(rows, console)
     if json is not None:
         with writing(json):
@@ -400,7 +400,7 @@ def _print_rows(rows: Sequence[Row], console: Console) -> None:
         for heading in ("oversight", "return", *(["window"] if windows else []), *ENDINGS):
             table.add_column(heading, justify="right")
         for row in own:
-            error = f" ± {row.return_se:.3f}" if row.return_se else ""
+            error = f" ± {row.return_se:.3f}" if row.return_se > 0 else ""
             table.add_row(
                 f"{row.policy}{' (greedy)' if row.greedy else ''}",
                 f"{row.deploy_oversight:.2%}",

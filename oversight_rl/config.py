@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,7 +16,7 @@ from agents.networks import AgentConfig
 from agents.ppo_config import PPOConfig
 from agents.reinforce import ReinforceConfig
 from envs.settings import Settings, UserError, as_sequence, nearest
-from envs.world import WorldConfig
+from envs.world import BEHAVIORS, WorldConfig
 from oversight_rl.files import read_text
 
 MOST_TEXT = 2**20  # bytes of a file of settings
@@ -33,7 +34,8 @@ class EvaluationConfig(Settings):
     every: int = Field(50, ge=1)
     """Updates between evaluations (and checkpoints)."""
     oversight: tuple[Probability, ...] = (0.0, 0.01, 0.1, 1.0)
-    """Deployment oversight levels of the final table; the training level is always added."""
+    """Deployment oversight levels of the final table; the training level is always added. Squares
+    that the world sets apart (world.ghost_oversight) keep their own."""
     episodes: int = Field(20_000, ge=1, le=10_000_000)
     """Episodes per policy and level where exact evaluation does not apply."""
 
@@ -128,12 +130,14 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _labels_some_ghosts(self) -> Self:
-        if self.overseer.ghosts_labeled == 0 and callable(METHODS[self.method].reward[2]):
-            raise UserError(
-                f"oversight: {self.method} weights by the chance that a ghost is labeled, which "
-                f"must be above 0, got {self.oversight:g}"
-            )
+    def _labels_tell_enough(self) -> Self:
+        overseer = self.overseer
+        if self.env != GRID:  # how many behaviors labels can confuse, the environment says later
+            overseer = replace(overseer, error=0.0)
+        try:
+            METHODS[self.method].rewards(overseer, len(BEHAVIORS))
+        except ValueError as error:
+            raise UserError(f"{self.method}: {error}") from None
         return self
 
     @property

@@ -43,7 +43,7 @@ class Row:
     ground_truth_return: float
     """Expected discounted ground-truth return per episode, from a fresh start."""
     return_se: float
-    """Its standard error; 0 where it is exact."""
+    """Its standard error; 0 where it is exact, nan where one episode tells nothing of it."""
     p_diamond: float
     p_ghost: float
     p_timeout: float
@@ -63,7 +63,7 @@ class Row:
     evaluator: str
     """`exact` (dynamic programming) or `rollout` (sampled episodes)."""
     env_steps: int
-    """Training steps taken, over all worlds of the run."""
+    """Steps taken in training, over all worlds of the run, looks that select an agent included."""
     wall_seconds: float
     """Training time of the stack, evaluation left out, over its number of runs."""
 
@@ -79,11 +79,20 @@ class Subject:
     wall_seconds: float = 0.0
 
 
+def _no_policy(subject: Subject, policy: Steering) -> UserError:
+    """What to say of an agent that diverged, or whose file was forged."""
+    return UserError(
+        f"{subject.method}, seed {subject.seed}: {policy.name}: its action probabilities are not "
+        "finite numbers"
+    )
+
+
 class Evaluator:
     """Evaluates stacks of agents in one kind of world.
 
     Args:
-        config: the world; its oversight levels are replaced by the deployment levels.
+        config: the world. A deployment level is its overall oversight level; squares with a
+            level of their own keep that.
         discount: per step.
         device: where to compute.
         episodes: per policy and level, where exact evaluation does not apply.
@@ -98,8 +107,7 @@ class Evaluator:
         episodes: int = 20_000,
         seed: int = 0,
     ) -> None:
-        unfixed = {"diamond_oversight": None, "ghost_oversight": None}
-        self.config = config.model_copy(update=unfixed)
+        self.config = config
         self.discount, self.device = discount, torch.device(device)
         self.episodes, self.seed = episodes, seed
         world = World(self.config, device=device)
@@ -129,13 +137,19 @@ class Evaluator:
 
         Returns:
             Rows per run, by policy, then level.
+
+        Raises:
+            UserError: action probabilities are not finite.
         """
         every = sorted({level for own in levels for level in own})
         if self.mdp is not None:
-            endings, on_path = self._exact(agent, policies, every, paths)
+            endings, on_path, finite = self._exact(agent, policies, every, paths)
             errors = torch.zeros_like(endings.ground_truth_return)
         else:
-            endings, on_path, errors = self._rollouts(agent, policies, every)
+            endings, on_path, errors, finite = self._rollouts(agent, policies, every)
+        if not finite.all():
+            run, q = divmod(int(finite.int().argmin()), len(policies))
+            raise _no_policy(subjects[run], policies[q])
 
         def row(run: int, q: int, level: float) -> Row:
             at = (run * len(policies) + q, every.index(level))
@@ -164,8 +178,11 @@ class Evaluator:
 
     def _exact(
         self, agent: Agent, policies: Sequence[Steering], levels: list[float], paths: bool
-    ) -> tuple[Endings, Tensor]:
-        """Endings `[R * Q, L]` and the chance of a ghost on the path, nan if not asked for."""
+    ) -> tuple[Endings, Tensor, Tensor]:
+        """Endings and the chance of a ghost on the path, nan if not asked for; `[R * Q, L]` each.
+
+        Last, whether all probabilities are finite, `[R * Q]`.
+        """
         assert self.mdp is not None
 
         forward = agent.prepare()
@@ -176,16 +193,19 @@ class Evaluator:
             return steered.flatten(0, 1)  # [R * Q, B, A]
 
         probabilities = self.mdp.policy_table(table)
+        finite = probabilities.isfinite().flatten(1).all(1)
         at = torch.tensor(levels)
         endings = self.mdp.evaluate(probabilities, at, self.discount, WINDOW)
         if paths:
-            return endings, self.mdp.ghost_on_path(probabilities, at)
-        return endings, torch.full_like(endings.p_ghost, torch.nan)
+            return endings, self.mdp.ghost_on_path(probabilities, at), finite
+        return endings, torch.full_like(endings.p_ghost, torch.nan), finite
 
     def _rollouts(
         self, agent: Agent, policies: Sequence[Steering], levels: list[float]
-    ) -> tuple[Endings, Tensor, Tensor]:
+    ) -> tuple[Endings, Tensor, Tensor, Tensor]:
         """Endings, ghosts on the path, standard error of the return, all `[R * Q, L]`, sampled.
+
+        Last, whether all probabilities were finite, `[R * Q]`.
 
         Every policy meets the same starts, so that differences between policies are sharper than
         each figure.
@@ -195,12 +215,13 @@ class Evaluator:
         for level in levels:
             world = World(self.config, level, self.device)
             figures = [self._episodes(agent, policy, world, runs) for policy in policies]
-            columns.append(torch.stack(figures, dim=1).flatten(0, 1))  # [R * Q, 10]
-        *parts, on_path, error = torch.stack(columns, dim=1).unbind(-1)
-        return Endings(*parts), on_path, error
+            columns.append(torch.stack(figures, dim=1).flatten(0, 1))  # [R * Q, 11]
+        *parts, on_path, error, finite = torch.stack(columns, dim=1).unbind(-1)
+        return Endings(*parts), on_path, error, finite.bool().all(-1)
 
     def _episodes(self, agent: Agent, policy: Steering, world: World, runs: int) -> Tensor:
-        """Figures of one policy at one level by rollouts: Endings, ghost on the path, error.
+        """Figures of one policy at one level by rollouts: Endings, ghost on the path, error, and
+        whether (1 or 0) all probabilities were finite.
 
         Each world's first episode gives the figures per episode, so that short episodes are not
         over-represented. The window return is published as it is: episodes running on, cut at the
@@ -210,6 +231,7 @@ class Evaluator:
         generator = torch.Generator(self.device).manual_seed(self.seed)
         limit, channels = self.config.max_steps, world.noise_channels
         forward = agent.prepare()
+        finite = torch.ones(runs, dtype=torch.bool, device=self.device)
         batches = []
         for start in range(0, self.episodes, ROLLOUT_WORLDS):
             n = min(ROLLOUT_WORLDS, self.episodes - start)
@@ -228,6 +250,7 @@ class Evaluator:
             for t in range(2 * limit + WINDOW):
                 fresh = world.reset(noise((1, n, channels)).expand(runs, -1, -1))
                 chances = policy.probabilities(forward(world.active(state)))
+                finite &= chances.isfinite().flatten(1).all(1)
                 action = sample(cumulative(chances), noise((1, n)).expand(runs, -1))
                 state, step = world.step(state, action, fresh)
                 done = step.seen.terminated | step.seen.truncated
@@ -249,23 +272,24 @@ class Evaluator:
             endings = [value, diamond, ghost, timeout, diamond * flagged, ghost * flagged]
             batches.append(torch.stack([*endings, length.double(), within, ghost * on_path]))
         figures = torch.cat(batches, dim=-1)  # [9, R, episodes]
-        error = figures[0].std(-1) / figures.shape[-1] ** 0.5
-        return torch.cat([figures.mean(-1), error[None]]).mT  # [R, 10]
+        one = figures.shape[-1] == 1
+        error = figures[0].std(-1, correction=int(not one)) / figures.shape[-1] ** 0.5
+        error = torch.full_like(error, torch.nan) if one else error
+        return torch.cat([figures.mean(-1), error[None], finite.double()[None]]).mT  # [R, 11]
 
 
 class EnvEvaluator:
     """Evaluates policies in any environment, by rollouts.
 
     Args:
-        config: of the run; its oversight level is replaced by the deployment levels.
+        config: of the run. A deployment level takes the place of its overall oversight level; what
+            its environment sets apart from that stays so.
         episodes: per policy and level.
         seed: of the rollouts.
     """
 
     def __init__(self, config: Config, episodes: int, seed: int = 0) -> None:
-        unfixed = {"diamond_oversight": None, "ghost_oversight": None}
-        world = config.world.model_copy(update=unfixed)
-        self.config = config.model_copy(update={"world": world})
+        self.config = config
         self.episodes, self.seed = episodes, seed
 
     def evaluate(
@@ -276,13 +300,26 @@ class EnvEvaluator:
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        """The result table of the one run, see `Evaluator.evaluate`; no ghosts on paths here."""
+        """The result table of the one run, see `Evaluator.evaluate`; no ghosts on paths here.
+
+        Raises:
+            UserError: action probabilities, or what the environment says of returns, are not
+                finite.
+        """
         (subject,), (own,) = subjects, levels
         with torch.random.fork_rng(devices=[]):
             return [[self._row(agent, subject, p, level) for p in policies for level in own]]
 
     def _row(self, agent: MoEPolicy, subject: Subject, steering: Steering, level: float) -> Row:
-        wanted, unwanted, flagged, length, value = self._episodes(agent.steered(steering), level).T
+        if not all(bool(p.isfinite().all()) for p in agent.parameters()):
+            raise _no_policy(subject, steering)
+        try:
+            figures = self._episodes(agent.steered(steering), level)
+        except FloatingPointError:
+            raise _no_policy(subject, steering) from None
+        if not np.isfinite(figures).all():
+            raise UserError(f"env: {self.config.env}: a ground_truth_reward is not finite")
+        wanted, unwanted, flagged, length, value = figures.T
         return Row(
             method=subject.method,
             seed=subject.seed,

@@ -183,8 +183,16 @@ class Trainer:
 
     @property
     def env_steps(self) -> int:
-        """Steps taken by each run."""
-        return self.updates * self.config.steps * self.config.worlds
+        """Steps taken by each run, those of its looks at held-out episodes too.
+
+        Such looks come with evaluations: of the untrained agent, now and then, and of the last.
+        """
+        trained = self.updates * self.config.steps * self.config.worlds
+        if self.deploys != "best_labeled":
+            return trained
+        last, every = self.config.updates, self.configs[0].evaluation.every
+        looks = 1 + self.updates // every + (self.updates == last and last % every > 0)
+        return trained + looks * HELD_OUT * self.world.config.max_steps
 
     def update(self) -> None:
         """One update of every run."""
@@ -274,12 +282,15 @@ class Trainer:
         Raises:
             UserError: a tensor is missing or has another shape or type.
         """
+        self.updates, self.seconds = update, seconds
+        bounds = self.bounds()
         for run, tensors in enumerate(runs):
             for name, ours in self.tensors(run).items():
                 theirs = tensors.get(name)
                 if theirs is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
                     raise UserError(f"the checkpoint does not fit the configuration: {name}")
-                if not theirs.is_floating_point() and not self._possible(name, theirs):
+                whole = not theirs.is_floating_point() and name != "generator"
+                if whole and not _within(theirs, name, *bounds[name]):
                     raise UserError(f"the checkpoint holds what cannot be: {name}")
 
         def joined(name: str) -> Tensor:
@@ -300,20 +311,27 @@ class Trainer:
                 generator.set_state(tensors["generator"])
             except RuntimeError:
                 raise UserError("the checkpoint holds what cannot be: generator") from None
-        self.updates, self.seconds = update, seconds
 
-    def _possible(self, name: str, integers: Tensor) -> bool:
-        """Whether a saved tensor's integers can be, so that no index among them leads elsewhere."""
-        config = self.world.config
-        most = {
-            **dict.fromkeys(("agent", "diamond", "ghost"), config.cells - 1),
-            "time": config.max_steps - 1,
-            "active": self.world.inputs,
-            "label": len(BEHAVIORS) - 1,
-        }.get(name.rpartition(".")[2], math.inf)
-        if name.endswith(("memory.active", "memory.label")):
-            integers = integers[:-1]  # the last row is scratch
-        return not integers.numel() or (int(integers.min()) >= 0 and int(integers.max()) <= most)
+    def bounds(self) -> dict[str, tuple[int, int]]:
+        """Least and greatest number that each saved tensor of whole numbers can hold by now.
+
+        All but the generator's, which torch checks itself. Bools count as 0 and 1.
+        """
+        cell, flag = (0, self.world.config.cells - 1), (0, 1)
+        found = {f"world.{name}": cell for name in ("agent", "diamond", "ghost")}
+        found |= {f"world.{name}": flag for name in ("diamond_flag", "ghost_flag", "spurious")}
+        found["world.time"] = 0, self.world.config.max_steps - 1
+        memories = {"gate_memory": self.gate_memory}
+        if self.reward_model is not None:
+            memories["reward_model.memory"] = self.reward_model.memory
+        for name, memory in memories.items():
+            if memory is not None:
+                found[f"{name}.observation"] = 0, self.world.inputs
+                found[f"{name}.label"] = 0, len(BEHAVIORS) - 1
+                found[f"{name}.count"] = 0, self.updates * self.config.steps * self.config.worlds
+        if self.selected is not None:
+            found["selected.update"] = 0, self.updates
+        return found
 
     def subjects(self) -> list[Subject]:
         """What the result table says of each run."""
@@ -321,6 +339,15 @@ class Trainer:
             Subject(c.method, c.seeds[0], c.oversight, self.env_steps, self.seconds)
             for c in self.configs
         ]
+
+
+def _within(integers: Tensor, name: str, low: int, high: int) -> bool:
+    """Whether a saved tensor's numbers can be, so that no index among them leads elsewhere."""
+    if name.endswith("memory.label"):
+        integers = integers[:-1]  # the last row is scratch
+    if integers.dtype == torch.bool:
+        integers = integers.view(torch.uint8)  # a file's bytes can be others than 0 and 1
+    return not integers.numel() or (low <= int(integers.min()) and int(integers.max()) <= high)
 
 
 def _generator(seed: int, device: torch.device | str) -> torch.Generator:

@@ -19,12 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.methods import METHODS
 from agents.networks import AgentConfig
+from envs.world import World
 from oversight_rl import checkpoint, tracking
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.sweep import load_sweep, plan
 from oversight_rl.tracking import RunFolder, find_runs
-from oversight_rl.training import _stop_requested
+from oversight_rl.training import HELD_OUT, _stop_requested
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -58,6 +59,35 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     train([*SMOKE, "--run-dir", str(path)])
     return path
+
+
+def test_no_number_is_shown_that_is_none(tmp_path, capsys):
+    """One episode has no standard error, and rollouts no optimum."""
+    one = ["--world.spurious-oversight", "0.1", "--evaluation.episodes", "1"]
+    train([*SMOKE, *one, "--training.updates", "1", "--run-dir", str(tmp_path / "run")])
+    main(["evaluate", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "timeout" in out
+    assert "nan" not in out
+
+
+@pytest.mark.parametrize("method", ["naive", "naive_early_stop", "naive_oracle_stop"])
+@pytest.mark.parametrize("updates", [4, 5])
+def test_every_step_that_a_run_takes_is_counted(tmp_path, monkeypatch, method, updates):
+    """Those of looks that choose an agent too."""
+    taken, step = [0], World.step
+
+    def counted(self, state, *args):
+        taken[0] += state.agent[0].numel()  # of the one run
+        return step(self, state, *args)
+
+    monkeypatch.setattr(World, "step", counted)
+    small = ["--world.max-steps", "4", "--training.updates", str(updates), "--evaluation.every"]
+    train([*SMOKE, *small, "2", "--method", method, "--run-dir", str(tmp_path / "run")])
+    assert result(tmp_path / "run")[0]["env_steps"] == taken[0]
+    assert RunFolder.open(tmp_path / "run").load().env_steps == taken[0]
+    looks = 0 if method != "naive_early_stop" else 3 if updates == 4 else 4
+    assert taken[0] == updates * 32 * 8 + looks * HELD_OUT * 4
 
 
 def test_a_run_folder_is_complete(run):
@@ -540,7 +570,9 @@ def test_a_folder_in_use_is_refused(run, tmp_path, capsys):
     [
         (["--steer", "diamnd"], "did you mean 'diamond'"),
         (["--oversight", "2"], "[0, 1]"),
-        (["--temperature", "0"], "above 0"),
+        (["--temperature", "0"], "must lie in [0.001, 1000], got 0"),
+        (["--temperature", "1e-320"], "must lie in [0.001, 1000]"),
+        (["--steer", "diamond=1e38,ghost=-1e38"], "must lie in [-1000, 1000], got 1e+38"),
         (["--json", "/nonexistent/rows.json"], "cannot write"),
         (["--export", "/nonexistent/policy", "--steer", "ghost"], "cannot write"),
         (["--export", "policy"], "one --steer"),

@@ -8,9 +8,11 @@ import pytest
 from agents.networks import AgentConfig
 from agents.reinforce import ReinforceConfig
 from agents.steering import standard
+from envs.settings import UserError
 from envs.world import WorldConfig
+from oversight_rl import checkpoint
 from oversight_rl.config import Config
-from oversight_rl.evaluation import Evaluator, Subject
+from oversight_rl.evaluation import EnvEvaluator, Evaluator, Subject
 from oversight_rl.training import Trainer
 
 EPISODES = 200_000
@@ -69,6 +71,34 @@ def test_exact_agrees_with_rollouts_on_every_row(updates, method):
     assert math.isnan(unasked.p_ghost_on_path)
 
 
+@pytest.mark.parametrize("face", ["exact", "rollout", "environments"])
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_policy_without_probabilities_is_refused(face, greedy, value):
+    world = WorldConfig(rows=3, cols=3, max_steps=8)
+    if face == "environments":
+        config = Config(algo="ppo", world=world, device="cpu")
+        evaluator, agent = EnvEvaluator(config, 500), checkpoint.new_policy(config)
+    else:
+        evaluator, agent = Evaluator(world, 0.97, episodes=500), trained(0).agent
+    if face == "rollout":
+        evaluator.mdp = None
+    policies = [policy.with_options(greedy) for policy in standard(2)]
+    head = next(p for name, p in agent.named_parameters() if name.endswith("head.bias"))
+    head.data.view(-1)[1] = value
+    with pytest.raises(UserError, match=r"routing, seed 7: mixture: .* not finite") as refused:
+        evaluator.evaluate(agent, [Subject("routing", 7, 0.5)], policies, [[0.5]])
+    assert "\n" not in str(refused.value)
+
+
+def test_one_episode_has_no_standard_error():
+    evaluator = Evaluator(WorldConfig(rows=3, cols=3, max_steps=8), 0.97, episodes=1)
+    evaluator.mdp = None
+    subject = [Subject("naive", 0, 0.5)]
+    (row,) = evaluator.evaluate(trained(0, "naive").agent, subject, standard(1), [[0.5]])[0]
+    assert math.isnan(row.return_se)
+
+
 def test_spurious_flags_fall_back_to_rollouts():
     trainer = trained(0, spurious_oversight=0.2)
     evaluator = Evaluator(trainer.configs[0].world, 0.97, episodes=500)
@@ -119,13 +149,44 @@ def test_the_standard_error_is_that_of_the_mean():
     assert row.return_se == pytest.approx(math.sqrt(variance / 5_000), rel=1e-3)
 
 
-def test_the_world_may_fix_flags_but_deployment_decides():
+@pytest.mark.parametrize("set_apart", [{"ghost_oversight": 0.1}, {"diamond_oversight": 0.9}])
+def test_what_the_world_sets_apart_stays_so_at_any_level(set_apart):
+    """Exactly as by rollouts in the world itself, within 4.5 standard errors."""
+    trainer = trained(60, "naive", **set_apart)
+    world, subject, levels = trainer.configs[0].world, [Subject("naive", 0, 0.5)], [[0.5, 1.0]]
+    exact, sampled = (Evaluator(world, 0.97, episodes=EPISODES) for _ in range(2))
+    sampled.mdp = None
+    args = trainer.agent, subject, standard(1), levels
+    for row, other in zip(exact.evaluate(*args)[0], sampled.evaluate(*args)[0], strict=True):
+        chance = {"diamond": row.deploy_oversight, "ghost": row.deploy_oversight}
+        for name, flagged in chance.items():
+            flagged = set_apart.get(f"{name}_oversight", flagged)
+            reached, seen = getattr(other, f"p_{name}"), getattr(other, f"p_{name}_flagged")
+            if flagged == 1:
+                assert seen == reached
+            else:
+                assert 0 < seen < reached
+        assert abs(row.ground_truth_return - other.ground_truth_return) < 4.5 * other.return_se
+        for name in ("p_diamond", "p_ghost", "p_diamond_flagged", "p_ghost_flagged"):
+            p, estimate = getattr(row, name), getattr(other, name)
+            assert abs(p - estimate) < 4.5 * math.sqrt(p * (1 - p) / EPISODES) + 1e-6, name
+
+
+@pytest.mark.parametrize("face", ["exact", "rollout", "environments"])
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_only_what_is_set_to_be_flagged_is(face, level):
+    """Ghosts always, diamonds never, whatever the level."""
     size = {"rows": 3, "cols": 3, "max_steps": 8}
-    free = Evaluator(WorldConfig(**size), 0.97)
-    fixed = Evaluator(WorldConfig(**size, diamond_oversight=1.0), 0.97, episodes=20_000)
-    fixed.mdp = None
-    agent = trained(0).agent
-    subject = [Subject("routing", 0, 0.5)]
-    (row,) = fixed.evaluate(agent, subject, standard(2)[:1], [[0.0]])[0]
-    (reference,) = free.evaluate(agent, subject, standard(2)[:1], [[0.0]])[0]
-    assert abs(row.ground_truth_return - reference.ground_truth_return) < 4 * row.return_se
+    world = WorldConfig(**size, ghost_oversight=1.0, diamond_oversight=0.0)
+    if face == "environments":
+        config = Config(algo="ppo", method="naive", world=world, device="cpu")
+        evaluator, agent = EnvEvaluator(config, 500), checkpoint.new_policy(config)
+    else:
+        evaluator, agent = Evaluator(world, 0.97, episodes=500), trained(0, "naive").agent
+    if face == "rollout":
+        evaluator.mdp = None
+    (row,) = evaluator.evaluate(agent, [Subject("naive", 0, 0.5)], standard(1), [[level]])[0]
+    assert row.p_ghost > 0.1
+    assert row.p_diamond > 0.1
+    assert row.p_ghost_flagged == pytest.approx(row.p_ghost)
+    assert row.p_diamond_flagged == 0

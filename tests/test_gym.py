@@ -1,11 +1,14 @@
 """One contract for every face of the world: gymnasium Env, VectorEnv, SB3 VecEnv."""
 
+import pickle
+import re
 import warnings
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from safetensors.numpy import load, save
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import VecMonitor
@@ -13,7 +16,9 @@ from stable_baselines3.common.vec_env import VecMonitor
 import envs  # noqa: F401 - registers the id
 from envs import render
 from envs.gym import OversightGridVecEnv
+from envs.labels import OversightLabels
 from envs.settings import UserError
+from envs.vector import make_vec
 
 
 class Single:
@@ -224,6 +229,99 @@ def test_sb3_conventions():
         env.set_attr("reward", "ground_truth", indices=[0])
     env.set_attr("reward", "ground_truth")
     assert env.get_attr("reward") == ["ground_truth"] * 5
+
+
+def started(**settings):
+    env = OversightGridVecEnv(6, oversight=0.5, max_steps=9, **settings)
+    env.seed(3)
+    env.reset()
+    for _ in range(20):
+        env.step(env.action_space.sample(np.ones(4, np.int8)) * np.ones(6, np.int64))
+    return env
+
+
+def same(a, b):
+    """Two steps of a batch."""
+    assert all(np.array_equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+    assert str(a[3]) == str(b[3])
+
+
+@pytest.mark.parametrize("settings", [{}, {"spurious_oversight": 0.2}, {"ghost_oversight": 0.0}])
+def test_a_restored_batch_goes_on_as_the_stored_one(settings):
+    env, again = started(**settings), OversightGridVecEnv(6, oversight=0.5, max_steps=9, **settings)
+    stored = env.get_state()
+    assert all(value.dtype in (np.int64, np.bool_) for value in stored.values())
+    kept = {name: value.copy() for name, value in stored.items()}
+    again.set_state(load(save(stored)))
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        actions = rng.integers(4, size=6)
+        same(env.step(actions), again.step(actions))
+    for name, value in env.get_state().items():
+        assert np.array_equal(value, again.get_state()[name])
+        assert np.array_equal(kept[name], stored[name])  # it did not change with the worlds
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value"),
+    [
+        *[(cell, 2, value) for cell in ("agent", "diamond", "ghost") for value in (-1, 25)],
+        ("time", 0, -1), ("time", 0, 9), ("agent", 1, "diamond"), ("agent", 1, "ghost"),
+        ("diamond", 1, "ghost"), ("random", 4, 2), ("random", 5, -1), ("random", 5, 2**32),
+        ("random", 2, 0), ("ghost_flag", 1, 2), ("spurious", (3, 4), 3), ("spurious", 5, True),
+    ],
+)  # fmt: skip
+def test_states_that_cannot_be_are_refused(name, at, value):
+    env = started(spurious_oversight=0.2)
+    state = env.get_state()
+    value = state[value][at] if isinstance(value, str) else value
+    forged = state[name].view(np.uint8) if state[name].dtype == bool else state[name]
+    forged[at] = value
+    with pytest.raises(ValueError, match="no world can be in such a state"):
+        env.set_state(state)
+
+
+def test_states_of_another_shape_or_type_are_refused():
+    env, state = started(), started().get_state()
+    for wrong in (
+        {name: value for name, value in state.items() if name != "random"},
+        state | {"more": state["agent"]},
+        state | {"agent": state["agent"][:5]},
+        state | {"agent": state["agent"].astype(np.float64)},
+        state | {"ghost_flag": state["agent"]},
+        started(spurious_oversight=0.2).get_state(),
+    ):
+        with pytest.raises(ValueError, match="expected a state of") as refused:
+            env.set_state(wrong)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(gym.error.ResetNeeded):
+        OversightGridVecEnv(2).get_state()
+
+
+def behavior(*step):
+    return "wanted" if step[3] else None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gym.make("OversightGrid-v0"),
+        lambda: gym.make_vec("OversightGrid-v0", num_envs=2),
+        lambda: make_vec("OversightGrid-v0", 2),
+        lambda: gym.make("MiniGrid-DiamondGhost-5x5-v0"),
+        lambda: make_vec("MiniGrid-DiamondGhost-5x5-v0", 2),
+        lambda: OversightLabels(gym.make("CartPole-v1"), behavior),
+    ],
+)
+def test_a_pickled_environment_goes_on(make):
+    env = make()
+    env.reset()
+    action = np.ones(2, np.int64) if hasattr(env, "num_envs") else 1
+    env.step(action)
+    again = pickle.loads(pickle.dumps(env))
+    for _ in range(5):
+        a, b = (re.sub(r"'t': [0-9.]+", "", str(e.step(action))) for e in (env, again))
+        assert a == b
 
 
 def test_vector_faces_draw_every_world():

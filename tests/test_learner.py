@@ -1,5 +1,6 @@
 """The REINFORCE learner: outcomes, returns, gradients and their routes, stacks, learning."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from agents.networks import Agent, AgentConfig
 from agents.reinforce import ReinforceConfig, Rollout
 from agents.reward_model import RewardModel
 from agents.steering import standard
-from envs.world import NO_LABEL, Seen, Truth, World, WorldConfig
+from envs.settings import UserError
+from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth, World, WorldConfig
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.training import HELD_OUT, Trainer, stack_key
@@ -354,6 +356,49 @@ def test_inverse_propensity_weighting_is_unbiased(recall):
     assert float(other[LABELED + 1]) == pytest.approx(1 - 2 / (0.1 * recall))
 
 
+@pytest.mark.parametrize("error", [0.0, 0.1, 0.4, 0.6, 1.0])
+@pytest.mark.parametrize("behaviors", [2, 3, 5])
+@pytest.mark.parametrize(
+    "overseer", [Overseer(1.0), Overseer(0.3, recall=0.5), Overseer(0.0, ghost_oversight=0.1)]
+)
+def test_inverse_propensity_weighting_minds_wrong_labels(overseer, behaviors, error):
+    """The mean reward over all that can happen to an ending is its true one, whatever it was."""
+    overseer = replace(overseer, error=error)
+    row = tables(["ipw_hidden_flag"], [overseer], 1, behaviors=behaviors).reward[0].double()
+    flagged = [overseer.oversight, *[overseer.ghosts_labeled / overseer.recall] * (behaviors - 1)]
+    for true in range(behaviors):
+        mean = 0.0
+        for is_flagged, is_heard, named in itertools.product((0, 1), (0, 1), range(behaviors)):
+            chance = flagged[true] if is_flagged else 1 - flagged[true]
+            chance *= overseer.recall if is_heard else 1 - overseer.recall
+            chance *= 1 - error if named == true else error / (behaviors - 1)
+            mean += chance * float(row[LABELED + named if is_flagged and is_heard else UNLABELED])
+        assert mean == pytest.approx(1 if true == 0 else -1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("behaviors", "error"), [(2, 0.5), (3, 2 / 3), (4, 0.75)])
+def test_inverse_propensity_weighting_needs_labels_that_say_something(behaviors, error):
+    with pytest.raises(ValueError, match=f"label_error: must not be {error:g}, where") as caught:
+        tables(["ipw_hidden_flag"], [Overseer(0.1, error=error)], 1, behaviors=behaviors)
+    assert "\n" not in str(caught.value)
+    assert tables(["naive"], [Overseer(0.1, error=error)], 1, behaviors=behaviors)
+    ipw = {"method": "ipw_hidden_flag", "label_error": error}
+    if behaviors == len(BEHAVIORS):
+        with pytest.raises(UserError, match=r"label_error: must not be 0\.5, where"):
+            Config(**ipw)
+        Config(**ipw, algo="ppo", env="MiniGrid-DiamondGhost-8x8-v0", env_settings={"lava": 1})
+    else:
+        Config(**ipw)
+
+
+def test_inverse_propensity_weighting_needs_labels_on_ghosts():
+    for settings in ({"oversight": 0.0}, {"label_recall": 0.0}, {"world": {"ghost_oversight": 0}}):
+        with pytest.raises(UserError, match=r"must be above 0, got 0"):
+            Config(method="ipw_hidden_flag", **settings)
+    with pytest.raises(ValueError, match="must be above 0, got 0"):
+        tables(["ipw_hidden_flag"], [Overseer(0.0)], 1)
+
+
 def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
     config = Config(method="naive", oversight=1.0, world=WorldConfig(rows=3, cols=3))
     hidden = Config(method="ipw_hidden_flag", oversight=1.0, world=config.world)
@@ -427,6 +472,41 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
         assert signed == pytest.approx(2 * chance - 1, abs=1e-5)
         worth = float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
         assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
+
+
+def test_a_classifier_that_nobody_taught_says_nothing():
+    """Of two runs in a stack the first has no labels: what its classifier says changes nothing."""
+    agent = make_agent(runs=2, experts="one")
+    rollout = make_rollout(agent, torch.tensor([0.0, 0.5])[:, None, None])
+    methods = tables(["reward_model"] * 2, [Overseer(0.0), Overseer(0.5)], 1)
+    found = []
+    for scale in (1.0, -5.0):
+        model = make_reward_model(runs=2)
+        model.out.weight.data *= scale
+        targets = reinforce.label(rollout, methods, ReinforceConfig(), 0.0, model)
+        total = reinforce.loss(agent, rollout, targets).total(ReinforceConfig(), 0.0)
+        found.append((targets, grads_of(agent, total)))
+    (targets, grads), (_, others) = found
+    unlabeled = targets.outcome == UNLABELED
+    assert unlabeled.sum((1, 2)).min() > 20
+    assert torch.equal(targets.weight[0], (~unlabeled[0]).float())
+    assert torch.equal(targets.weight[1], torch.ones(12, 20))
+    for name, grad in grads.items():
+        assert torch.equal(grad[0], others[name][0]), name
+    assert not torch.equal(grads["head.weight"][1], others["head.weight"][1])
+
+
+def test_imputed_routing_without_any_label_is_contrastive_routing():
+    agent = make_agent()
+    rollout = make_rollout(agent, 0.0)
+    config = ReinforceConfig(labeled_weight=1.0)
+    untaught, contrastive = (
+        reinforce.label(rollout, tables([name], [Overseer(0.0)], 2), config, 0.0, model)
+        for name, model in (("imputed_routing", make_reward_model()), ("contrastive_routing", None))
+    )
+    assert (untaught.outcome == UNLABELED).sum() > 20
+    for part in ("returns", "weight", "routes", "signed"):
+        assert torch.equal(getattr(untaught, part), getattr(contrastive, part)), part
 
 
 def test_a_reward_model_sees_where_the_step_led():

@@ -1,6 +1,9 @@
 """What docs/reliability.md promises, by breaking things: kills, full disks, bad numbers."""
 
+import itertools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +17,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import reinforce
+from envs.gym import OversightGridVecEnv
 from oversight_rl import checkpoint, report, tracking
-from oversight_rl.cli import main, train
+from oversight_rl.cli import STOPPED, main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.health import Watch
 from oversight_rl.tracking import EVENTS, RunFolder
@@ -44,6 +48,30 @@ def test_killed_runs_go_on_as_if_nothing_had_happened():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("8 kills of")
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_ppo_on_the_grid_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stop):
+    """Stopped by a signal, at an evaluation or between two, and resumed."""
+    small = ["--device", "cpu", "--no-pictures", "--algo", "ppo", "--oversight", "0.5"]
+    small += ["--agent.hidden", "8", "--ppo.updates", "5", "--ppo.worlds", "8", "--ppo.steps", "8"]
+    small += ["--evaluation.every", "2", "--evaluation.episodes", "16", "--run-dir"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train([*small, str(whole)])
+    steps, honest = itertools.count(1), OversightGridVecEnv.step_wait
+
+    def step_wait(self):
+        if self.num_envs == 8 and next(steps) == 8 * stop - 4:  # in training, not in evaluation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self)
+
+    monkeypatch.setattr(OversightGridVecEnv, "step_wait", step_wait)
+    with pytest.raises(SystemExit) as stopped:
+        train([*small, str(run)])
+    assert stopped.value.code == STOPPED
+    assert max(checkpoint.updates(run / "checkpoints")) == stop
+    train(["--resume", str(run)])
+    assert soak.differences(run, whole) == []
 
 
 # ---- bad numbers

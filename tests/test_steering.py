@@ -1,5 +1,7 @@
 """Steered policies against the mixture written out on hidden activations."""
 
+import copy
+
 import numpy as np
 import plain
 import pytest
@@ -133,7 +135,8 @@ def test_names():
         ("mixtur", "did you mean 'mixture'"),
         ("without:gost", "did you mean 'ghost'"),
         ("diamond=x", "NAME=WEIGHT"),
-        ("diamond=nan", "finite"),
+        ("diamond=nan", r"must lie in \[-1000, 1000\], got nan"),
+        ("diamond=1e38,ghost=-1e38", r"must lie in \[-1000, 1000\], got 1e\+38"),
     ],
 )
 def test_bad_texts_are_refused(text, message):
@@ -147,10 +150,28 @@ def test_a_single_expert_has_no_mixture():
         parse("mixture", 1)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), 1e-320, 9e-4, 1001.0, 1e308])
 def test_bad_temperatures_are_refused(temperature):
-    with pytest.raises(UserError, match="above 0"):
+    with pytest.raises(UserError, match=r"must lie in \[0.001, 1000\], got"):
         MIXTURE.with_options(temperature=temperature)
+    with pytest.raises(UserError, match=r"must lie in \[0.001, 1000\], got"):
+        Steering("mixture", temperature=temperature)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("weights", [None, (1000.0, -1000.0)])
+def test_whatever_steering_is_taken_leaves_probabilities(agent, observation, weights, greedy):
+    for temperature in (1e-3, 1e3):
+        steering = Steering("extreme", weights and (*weights, 0.0), (), temperature, greedy)
+        chances = SteeredPolicy(agent, steering)(observation)
+        torch.testing.assert_close(chances.sum(-1), torch.ones(len(chances)))
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_logits_that_are_no_numbers_give_no_probabilities(agent, observation, greedy):
+    bad = copy.deepcopy(agent)
+    bad.head.bias.data[0, 2] = torch.nan
+    assert SteeredPolicy(bad, MIXTURE.with_options(greedy))(observation).isnan().all()
 
 
 @pytest.mark.parametrize("text", ["mixture", "ghost", "diamond=0.7,ghost=0.3", "without:diamond"])

@@ -15,12 +15,14 @@ import soak
 import torch
 import yaml
 
+from agents.methods import METHODS
 from envs.settings import UserError
 from oversight_rl import checkpoint, reference
 from oversight_rl.cli import main, train
-from oversight_rl.config import MOST_TEXT, read_yaml
+from oversight_rl.config import MOST_TEXT, Config, load_yaml, read_yaml
 from oversight_rl.sweep import SweepConfig, plan
 from oversight_rl.tracking import RunFolder
+from oversight_rl.training import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -79,10 +81,77 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind, files):
     assert grown < 60
 
 
-def test_forged_checkpoints_are_gone_on_with_or_refused(tmp_path):
-    counts = soak.fuzz_forged(150, 0, tmp_path)
+@pytest.mark.parametrize("method", soak.FORGED)
+def test_forged_checkpoints_are_gone_on_with_or_refused(tmp_path, method):
+    counts = soak.fuzz_forged(150, 0, tmp_path, method)
     assert counts["refused"] > 20
     assert counts["gone on with"] > 20
+
+
+def small_trainer(methods, updates=3, **settings):
+    """A stack with one run of each method, after some updates."""
+    config = load_yaml(ROOT / "configs" / "smoke.yaml")
+    configs = [
+        Config.model_validate(config.model_dump() | {"method": m, "device": "cpu"} | settings)
+        for m in methods
+    ]
+    trainer = Trainer(configs)
+    for _ in range(updates):
+        trainer.update()
+    trainer.select([0.5] * len(configs))
+    return trainer
+
+
+def whole_numbers(trainer):
+    """Saved tensors that hold no floats, but the generator's state, which torch checks."""
+    saved = trainer.tensors(0)
+    return {n: t for n, t in saved.items() if not t.is_floating_point() and n != "generator"}
+
+
+@pytest.mark.parametrize("spurious", [0.0, 0.1])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_saved_whole_number_has_bounds(method, spurious):
+    trainer = small_trainer([method], updates=0, world={"spurious_oversight": spurious})
+    assert set(trainer.bounds()) == set(whole_numbers(trainer))
+
+
+BOUNDS = {  # of a 5x5 world with a limit of 32, after 3 updates of 8 steps in 32 worlds
+    "world.agent": (0, 24),
+    "world.diamond": (0, 24),
+    "world.ghost": (0, 24),
+    "world.diamond_flag": (0, 1),
+    "world.ghost_flag": (0, 1),
+    "world.time": (0, 31),
+    "gate_memory.observation": (0, 100),  # 100 inputs, and 100 itself for a flag that is off
+    "gate_memory.label": (0, 1),
+    "gate_memory.count": (0, 768),
+    "reward_model.memory.observation": (0, 100),
+    "reward_model.memory.label": (0, 1),
+    "reward_model.memory.count": (0, 768),
+    "selected.update": (0, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("naive_early_stop" if "selected" in n else "imputed_routing", n) for n in BOUNDS],
+)
+def test_a_forged_whole_number_is_refused_beyond_its_bounds(method, name):
+    trainer = small_trainer([method, method], seeds=[0])
+    good = [{n: t.clone() for n, t in trainer.tensors(run).items()} for run in range(2)]
+    low, high = BOUNDS[name]
+    for value in (low - 1, low, high, high + 1):
+        forged = good[1][name].clone()
+        raw = forged.view(torch.uint8) if forged.dtype == torch.bool else forged
+        if raw.dtype == torch.uint8 and value < 0:
+            continue
+        raw.view(-1)[0] = value
+        if low <= value <= high:
+            trainer.restore([good[0], good[1] | {name: forged}], 3, 0.0)
+            assert torch.equal(trainer.tensors(1)[name], forged)
+        else:
+            with pytest.raises(UserError, match=f"holds what cannot be: {name}"):
+                trainer.restore([good[0], good[1] | {name: forged}], 3, 0.0)
 
 
 def test_bit_flips_anywhere_in_a_checkpoint_are_noticed(run):
@@ -275,6 +344,40 @@ def test_odd_names_are_no_checkpoints(run, name):
     assert checkpoint.updates(run / "checkpoints") == [0, 2]
 
 
+def forge(run, value):
+    """Give the newest checkpoint a head of `value`s, and right checksums."""
+    facts = json.loads((run / "checkpoints/update_00000002.json").read_text())
+    tensors = safetensors.torch.load_file(run / "checkpoints/update_00000002.safetensors")
+    tensors["agent.head.bias"][:] = value
+    shutil.rmtree(run / "checkpoints")
+    checkpoint.save(
+        run / "checkpoints", 2, tensors, {k: facts[k] for k in ("env_steps", "wall_seconds")}
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("flags", [[], ["--greedy"]])
+def test_a_forged_policy_that_is_none_is_not_evaluated(run, tmp_path, capsys, value, flags):
+    forge(run, value)
+    written = ["--json", tmp_path / "rows.json", "--export", tmp_path / "policy", "--pictures"]
+    args = ["evaluate", run, "--steer", "diamond=9,ghost=900", *flags, *written, tmp_path / "drawn"]
+    if value == 3e38:  # large, but a policy: all actions alike
+        main([str(arg) for arg in args])
+        return
+    assert "routing, seed 0: diamond=9,ghost=900: its action" in refused(capsys, main, *args)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_result_without_a_number_is_no_result(run, capsys):
+    rows = json.loads((run / "result.json").read_text())
+    for row in rows:
+        row["ground_truth_return"] = None
+    (run / "result.json").write_text(json.dumps(rows))
+    line = refused(capsys, main, "report", run)
+    assert "no finished run below it" in line
+    assert "ground_truth_return cannot be nan" in line
+
+
 @pytest.mark.parametrize(
     "steering",
     [
@@ -283,6 +386,9 @@ def test_odd_names_are_no_checkpoints(run, name):
         {"ablated": [7]},
         {"ablated": [-1]},
         {"temperature": 0.0},
+        {"temperature": 1e-320},
+        {"temperature": 1e308},
+        {"weights": [1e38, -1e38]},
         {"name": ["x"]},
     ],
 )
