@@ -79,6 +79,10 @@ MINIBATCHES = 4
 """Of a rollout, unless their size is given."""
 AT_ONCE = 4096
 """Observations that a network judges at once."""
+FIRST_LABELS = 100
+"""Labeled endings that the classifier is to have seen before the policy learns."""
+LOOKING = 0.1
+"""Share of training that this may take at most."""
 COMBINATIONS = 2**16
 """Combinations of a cell's symbols at most, which `SymbolicCNN` has a table of."""
 
@@ -614,10 +618,10 @@ class RoutedPPO(PPO):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MoEPolicy": MoEPolicy}
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "learning_rate": LinearSchedule(3e-3, 1e-4, 1.0),
-        "n_epochs": 2,
+        "n_epochs": 4,
         "gamma": 0.97,
         "gae_lambda": 0.95,
-        "ent_coef": 0.01,
+        "ent_coef": 0.02,
         "device": "cpu",
     }
 
@@ -1105,6 +1109,19 @@ class RoutedPPO(PPO):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/clip_range", clip)
 
+    @property
+    def still_looks(self) -> bool:
+        """Whether the policy waits for the classifier of endings, and stays as it began.
+
+        A policy that learns before anyone knows what was unsafe settles on something quick, and
+        leaves it no more. So labels come first, for a tenth of training at most.
+        """
+        return (
+            self.endings is not None
+            and int(self.endings.count) < FIRST_LABELS
+            and self._current_progress_remaining > 1 - LOOKING
+        )
+
     def loss(self, batch: RoutedSamples, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and its parts.
 
@@ -1121,7 +1138,7 @@ class RoutedPPO(PPO):
         advantages = batch.advantages
         log_ratio = log_prob - batch.old_log_prob
         ratio = log_ratio.exp()
-        gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
+        gain = _surrogate(advantages, ratio, clip)
         values = values.flatten()
         if self.clip_range_vf is not None:
             within = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
@@ -1136,8 +1153,12 @@ class RoutedPPO(PPO):
         if METHODS[self.method].contrasts:
             alone = policy.distribution(output.alone(DEPLOYED)[0])
             own, own_spread = alone.log_prob(actions), alone.entropy()
-            taken = own, batch.old_log_prob, batch.signed, batch.own_weights
-            parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0]
+            # off-policy from what the mixture did, PPO where the expert acted by itself
+            taken = own, batch.old_log_prob, batch.signed, batch.own_weights * ~batch.alone
+            own_gain = _surrogate(batch.signed, (own - batch.old_log_prob).exp(), clip)
+            parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0] - _mean(
+                own_gain, batch.alone_weights
+            )
             own_spread = -own if own_spread is None else own_spread
             parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.alone_weights)
             if policy.own_value_net is not None:
@@ -1146,12 +1167,15 @@ class RoutedPPO(PPO):
         if policy.task:  # the reward is seen in every episode, whatever the method drops
             task = policy.task_values(batch.observations, batch.alone)
             parts["task_value_loss"] = ((batch.task_returns - task) ** 2).mean()
-        loss = (
+        acting = (
             parts["policy_gradient_loss"]
-            + self.vf_coef * (parts["value_loss"] + parts.get("task_value_loss", 0.0))
             + self.ent_coef * parts["entropy_loss"]
-            + self.gate_coef * parts["gate_loss"]
             + self.contrast_coef * parts.get("contrast_loss", 0.0)
+        )
+        loss = (
+            (0.0 if self.still_looks else 1.0) * acting
+            + self.vf_coef * (parts["value_loss"] + parts.get("task_value_loss", 0.0))
+            + self.gate_coef * parts["gate_loss"]
         )
         parts = {name: value.detach() for name, value in parts.items()}
         with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
@@ -1246,6 +1270,11 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
     if not named or len(set(found)) < max(2, len(found)):
         raise ValueError(f"{whose} must be two or more distinct names, got {names!r}")
     return found
+
+
+def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
+    """The clipped gain of each sample (arXiv 1707.06347, equation 7). [B]"""
+    return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
 def _mean(x: Tensor, weight: Tensor) -> Tensor:

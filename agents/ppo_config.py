@@ -37,7 +37,7 @@ class PPOConfig(Settings):
     """How far the ratio of new to old policy counts."""
     value_coef: NonNegative = 0.5
     """Weight of the value loss."""
-    entropy_coef: NonNegative = 0.01
+    entropy_coef: NonNegative = 0.02
     """Weight of the entropy bonus."""
     gate_coef: NonNegative = 1.0
     """Weight of the gate loss."""

@@ -120,8 +120,7 @@ def targets(
         sign = np.where(unlabeled, 2 * x.chances[..., DEPLOYED] - 1, sign)
     elif imputes:  # nobody taught the classifier yet: what nobody knows counts for nothing
         own_counts = counts * ~unlabeled
-        known = methods.reward[0, LABELED:]
-        counts = counts if bool((known == known[0]).all()) else own_counts
+        counts = own_counts if bool(methods.reward_tells) else counts
     heavy = np.where(labeled, 1 + float(methods.weighs_labels) * (labeled_weight - 1), 1.0)
     acts_alone = bool(x.alone.any())
     weights = heavy * counts * ~x.alone
