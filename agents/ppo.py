@@ -49,6 +49,7 @@ from agents.methods import (
     tables,
 )
 from agents.networks import Agent, AgentConfig, Output
+from agents.ppo_config import DEFAULT_METHOD
 from agents.ppo_targets import Experience, Targets, gae, targets
 from agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
 from agents.steering import MIXTURE, Steering, parse
@@ -70,9 +71,6 @@ SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
 LESSONS = 12
 """Steps of the classifier of endings in an update; it must be right before the experts are set."""
-DEFAULT_METHOD = "imputed_routing"
-"""The one that works in the most environments; plain routing, the paper's method, needs a gate that
-tells behaviors apart before the experts have learned them."""
 ROLLOUT = 2048
 """Samples of a rollout at least, unless its steps are given: few environments need long ones."""
 MINIBATCHES = 4

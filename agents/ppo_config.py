@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from agents.reinforce import NonNegative, Schedule
 from envs.settings import Settings, UserError
 
+DEFAULT_METHOD = "imputed_routing"
+"""The one that works in the most environments. Plain routing, the paper's method, needs a gate that
+tells the behaviors apart before the experts have learned them."""
 MOST_SAMPLES = 2**24  # of a rollout, which is kept in memory
 
 

@@ -16,6 +16,8 @@ from agents.networks import Output
 from envs.settings import UserError, nearest
 from envs.world import BEHAVIORS
 
+KEPT = "deployed"
+"""What a method keeps at deployment: the wanted behavior's expert, or its only policy."""
 TEMPERATURES = 1e-3, 1e3
 """Least and greatest that a policy can be steered at."""
 MOST_WEIGHT = 1e3
@@ -122,7 +124,8 @@ def parse(text: str, experts: int, behaviors: Sequence[str] = BEHAVIORS) -> Stee
     """Read a steering from the command line.
 
     Args:
-        text: `mixture`, an expert's name, `NAME=WEIGHT,NAME=WEIGHT` or `without:NAME`.
+        text: `mixture`, `deployed` (what the method keeps), an expert's name,
+            `NAME=WEIGHT,NAME=WEIGHT` or `without:NAME`. A single policy is the wanted behavior's.
         experts: number of experts of the agent.
         behaviors: that its first experts are meant for.
 
@@ -131,6 +134,8 @@ def parse(text: str, experts: int, behaviors: Sequence[str] = BEHAVIORS) -> Stee
     """
     if text == MIXTURE.name and experts > 1:
         return MIXTURE
+    if text == KEPT or (experts == 1 and text == behaviors[0]):
+        text = expert_names(experts, behaviors)[0]
     if text.startswith("without:"):
         return ablate(text.removeprefix("without:"), experts, behaviors)
     if "=" not in text:
@@ -162,7 +167,8 @@ def steering_curve(experts: int, behaviors: Sequence[str] = BEHAVIORS) -> list[S
 def _index(expert: str, experts: int, behaviors: Sequence[str]) -> int:
     names = expert_names(experts, behaviors)
     if expert not in names:
-        choices = names if experts == 1 else (MIXTURE.name, *names)
+        more = behaviors[:1] if experts == 1 else (MIXTURE.name,)
+        choices = (KEPT, *more, *names)
         raise UserError(
             f"steer: must be one of {', '.join(choices)}, got {expert!r}{nearest(expert, choices)}"
         )

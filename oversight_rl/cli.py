@@ -72,6 +72,7 @@ class _Sources:
 
     config: Path | None = None
     resume: Path | None = None
+    algo: str | None = None
 
 
 def train(args: Sequence[str] | None = None) -> None:
@@ -86,11 +87,16 @@ def _train(args: list[str]) -> None:
         sources, others = tyro.cli(_Sources, args=args, return_unknown_args=True)
     console = Console()
     if sources.resume is not None:
-        if others or sources.config:
+        if others or sources.config or sources.algo:
             raise UserError("--resume: takes its settings from the run folder; drop other flags")
         _resume(sources.resume, console)
         return
-    default = Train(settings=load_yaml(sources.config)) if sources.config else Train()
+    # the learner first, since other defaults are its own
+    learner = {"algo": sources.algo} if sources.algo in ("reinforce", "ppo") else {}
+    if sources.config:
+        default = Train(settings=load_yaml(sources.config, **learner))
+    else:
+        default = Train(settings=Config.model_validate(learner))
     chosen = tyro.cli(Train, prog="train.py", args=args, default=default)
     config = chosen.settings
     config.refuse_unused()

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from agents.methods import METHODS, Overseer
 from agents.networks import AgentConfig
-from agents.ppo_config import PPOConfig
+from agents.ppo_config import DEFAULT_METHOD, PPOConfig
 from agents.reinforce import ReinforceConfig
 from envs.settings import Settings, UserError, as_sequence, nearest
 from envs.world import BEHAVIORS, WorldConfig
@@ -52,7 +52,8 @@ class Config(Settings):
     """Learner: REINFORCE on the diamond/ghost grid, with settings under `training`, or PPO on any
     environment, with settings under `ppo`."""
     method: str = "routing"
-    """What to train with; see the table of methods in the README."""
+    """What to train with; see the table of methods in the README. With --algo ppo, the default is
+    imputed_routing."""
     oversight: Probability = 0.1
     """Probability that a square is flagged, so that an episode ending on it is labeled."""
     label_recall: Probability = 1.0
@@ -89,6 +90,14 @@ class Config(Settings):
         if len(set(seeds)) < len(seeds):
             raise ValueError("must be distinct")
         return seeds
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_method(cls, data: Any) -> Any:
+        """The default method is the learner's."""
+        if isinstance(data, dict) and data.get("algo") == "ppo" and "method" not in data:
+            return data | {"method": DEFAULT_METHOD}
+        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -228,8 +237,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_yaml(path: Path) -> Config:
-    """Read a configuration file.
+def load_yaml(path: Path, **others: str) -> Config:
+    """Read a configuration file; `others` are settings that stand above it.
 
     Raises:
         UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
@@ -239,7 +248,7 @@ def load_yaml(path: Path) -> Config:
         raise UserError(f"{path}: is a sweep; run it with oversight-rl sweep {path} --out DIR")
     content.pop("provenance", None)  # written into run folders, says how the run came about
     try:
-        return Config.model_validate(content)
+        return Config.model_validate(content | others)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from agents.memory import Memory
 from agents.methods import LABELED, TIMEOUT, UNLABELED
-from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer, is_symbolic
+from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer
 from agents.reinforce import at, reward_model_figures
 from agents.steering import standard
 from envs.labels import LabelError
@@ -46,7 +47,6 @@ from oversight_rl.training import (
 )
 
 MOST_PARAMETERS = 2**27
-SYMBOLS_IN = ("memory.observation", "unfinished.observations", "last.observation")
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
 
 
@@ -200,7 +200,7 @@ class _Recorder(BaseCallback):
         Raises:
             UserError: it holds what cannot be.
         """
-        self._check(model, tensors)
+        self._check(model, tensors, facts["env_steps"])
         with torch.no_grad():
             for name, tensor in _kept(model).items():
                 tensor.copy_(tensors[name])
@@ -224,30 +224,21 @@ class _Recorder(BaseCallback):
         model.num_timesteps, self.seconds = facts["env_steps"], facts["wall_seconds"]
         self.updates = self.saved = facts["update"]
 
-    def _check(self, model: RoutedPPO, tensors: dict[str, Tensor]) -> None:
-        """Refuse indices that would lead astray; a checksum does not notice intent."""
-        wrong = []
-        for memory in _memories(model):
-            label, count = tensors[f"{memory}.label"], tensors[f"{memory}.count"]
-            if not bool(((label >= 0) & (label < len(model.behaviors))).all() & (count >= 0).all()):
-                wrong.append(f"{memory}.label")
-        if model.endings is not None and isinstance(model.action_space, spaces.Discrete):
-            last = tensors["endings.observation"][..., -1]
-            if not bool(((last >= 0) & (last < model.action_space.n)).all()):
-                wrong.append("endings.observation")
-        space = model.observation_space
-        if is_symbolic(space):  # a wrong symbol is a wrong index; other numbers do no harm
-            space = cast(spaces.Box, space)
-            low, high = space.low.flatten(), space.high.flatten()
-            seen = {name: tensors[name] for name in SYMBOLS_IN if name in tensors}
-            if model.endings is not None:
-                seen["endings.observation"] = tensors["endings.observation"][..., : low.size]
-            for name, given in seen.items():
-                rows = given.numpy().reshape(-1, low.size)
-                if not ((rows >= low) & (rows <= high)).all():
-                    wrong.append(name)
-        if wrong:
-            raise UserError(f"{self.folder.checkpoints}: {wrong[0]} holds what cannot be")
+    def _check(self, model: RoutedPPO, tensors: dict[str, Tensor], steps: int) -> None:
+        """Refuse numbers that would lead astray; a checksum does not notice intent."""
+        limits = bounds(model, steps)
+        for name, tensor in tensors.items():
+            if name.startswith("world."):  # which looks itself
+                continue
+            if name not in limits and not tensor.is_floating_point():
+                raise KeyError(f"{name} has no bounds")
+            given = tensor.numpy()
+            if given.dtype == bool:  # bytes of a file may be others
+                given = given.view(np.uint8)
+            low, high = limits.get(name, (-math.inf, math.inf))
+            columns = given.reshape(-1, np.size(low))
+            if not ((columns >= low) & (columns <= high) | np.isnan(columns)).all():
+                raise UserError(f"{self.folder.checkpoints}: {name} holds what cannot be")
 
     def _on_training_start(self) -> None:
         config = self.config
@@ -377,6 +368,49 @@ def _kept(model: RoutedPPO) -> dict[str, Tensor]:
     for name, memory in _memories(model).items():
         kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
     return kept
+
+
+def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike]]:
+    """Least and greatest numbers that saved tensors can hold, by name; of rows, by column.
+
+    All integers are among them, and floats that become an index.
+
+    Args:
+        model: whose tensors they are.
+        steps: environment steps taken.
+    """
+    seen, taken = _range(model.observation_space), _range(model.action_space)
+    both = tuple(np.concatenate(pair) for pair in zip(seen, taken, strict=True))
+    found: dict[str, tuple[ArrayLike, ArrayLike]] = {
+        "unfinished.observations": seen,
+        "unfinished.since": (0, model.n_steps),
+        "last.observation": seen,
+        "last.episode_starts": (0, 1),
+        "last.turn": (0, steps + model.n_envs),
+    }
+    for name in _memories(model):
+        found[f"{name}.observation"] = cast(Any, both) if name == "endings" else seen
+        found[f"{name}.label"] = (0, len(model.behaviors) - 1)
+        found[f"{name}.count"] = (0, steps)
+    return found
+
+
+def _range(space: spaces.Space[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Least and greatest number in each place of a flattened element; infinite where they vary."""
+    low, high = np.zeros(1), np.ones(1)
+    if isinstance(space, spaces.Discrete):
+        low, high = low + float(space.start), low + float(space.start + space.n - 1)
+    elif isinstance(space, spaces.MultiDiscrete):
+        low, high = space.start.astype(float), (space.start + space.nvec - 1).astype(float)
+    elif isinstance(space, spaces.MultiBinary):
+        low, high = np.zeros(space.shape), np.ones(space.shape)
+    elif isinstance(space, spaces.Box):
+        whole = np.issubdtype(space.dtype, np.integer)
+        low, high = (
+            x.astype(float) if whole else np.full(space.shape, math.copysign(math.inf, sign))
+            for x, sign in ((space.low, -1), (space.high, 1))
+        )
+    return low.flatten(), high.flatten()
 
 
 def _memories(model: RoutedPPO) -> dict[str, Memory]:

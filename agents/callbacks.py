@@ -1,0 +1,75 @@
+"""SB3 callbacks that look at what will be deployed, and not at the mixture in training."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+from stable_baselines3.common.callbacks import EvalCallback
+
+from agents.ppo import RoutedPPO
+from agents.steering import KEPT
+
+
+class SteeredEvalCallback(EvalCallback):
+    """SB3's EvalCallback for a steered policy: it is judged, logged, and the best of it kept.
+
+    Besides what EvalCallback logs (of the reward), it logs the shares of the behaviors as
+    `eval/p_NAME`, and `eval/score`: the mean over episodes of `info["ground_truth_reward"]` where
+    the environment says it, else +1 for the wanted behavior, -1 for another and 0 for none. The
+    model with the best score is saved as `best_model.zip`, steered: `RoutedPPO.load` gives a policy
+    that acts as it was judged.
+
+    Args:
+        eval_env: as EvalCallback's; it says `behavior` at an episode's end.
+        steer: what to judge, see `RoutedPPO.steer`.
+        best_model_save_path: folder of the best model; None: it is not kept.
+        kwargs: as EvalCallback's.
+    """
+
+    def __init__(
+        self,
+        eval_env: Any,
+        steer: str = KEPT,
+        best_model_save_path: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(eval_env, **kwargs)
+        self.steer, self.folder = steer, best_model_save_path
+        self.best_score = -math.inf
+        self._endings: Counter[str | None] = Counter()
+        self._scores: list[float] = []
+
+    def _on_step(self) -> bool:
+        model = cast(RoutedPPO, self.model)
+        self._endings.clear()
+        self._scores.clear()
+        trained, model.policy = model.policy, model.steer(self.steer)
+        try:
+            goes_on = super()._on_step()
+            score = sum(self._scores) / max(1, len(self._scores))
+            if self._scores and score > self.best_score:
+                self.best_score = score
+                if self.folder is not None:
+                    Path(self.folder).mkdir(parents=True, exist_ok=True)
+                    model.save(Path(self.folder) / "best_model")
+        finally:
+            model.policy = trained
+        return goes_on
+
+    def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        super()._log_success_callback(locals_, globals_)
+        if not locals_["done"]:
+            return
+        info, behaviors = locals_["info"], cast(RoutedPPO, self.model).behaviors
+        behavior = info.get("behavior")
+        self._endings[behavior] += 1
+        sign = 0.0 if behavior is None else 1.0 if behavior == behaviors[0] else -1.0
+        self._scores.append(info.get("ground_truth_reward", sign))
+        # what is recorded last is what EvalCallback dumps
+        count = len(self._scores)
+        self.logger.record("eval/score", sum(self._scores) / count)
+        for name in behaviors:
+            self.logger.record(f"eval/p_{name}", self._endings[name] / count)
