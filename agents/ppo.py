@@ -73,8 +73,8 @@ LESSONS = 12
 """Steps of the classifier of endings in an update; it must be right before the experts are set."""
 ROLLOUT = 2048
 """Samples of a rollout at least, unless its steps are given: few environments need long ones."""
-MINIBATCHES = 4
-"""Of a rollout, unless their size is given."""
+MINIBATCHES, LEAST_MINIBATCH = 4, 64
+"""Of a rollout at most, and samples in each at least, unless their size is given."""
 AT_ONCE = 4096
 """Observations that a network judges at once."""
 FIRST_LABELS = 100
@@ -682,8 +682,13 @@ class RoutedPPO(PPO):
         kwargs["policy_kwargs"] = policy_kwargs
         given = inspect.signature(PPO).bind_partial(policy, env, *args, **kwargs).arguments
         envs = getattr(env, "num_envs", 1)
-        n_steps = given.get("n_steps", max(32, ROLLOUT // envs))
-        batch_size = min(max(64, n_steps * envs // MINIBATCHES), n_steps * envs)
+        n_steps = given.get(
+            "n_steps", max(32, math.ceil(ROLLOUT / MINIBATCHES / envs) * MINIBATCHES)
+        )
+        batch_size = n_steps * envs
+        for parts in range(2, MINIBATCHES + 1):  # as many as are alike and not too small
+            if n_steps * envs % parts == 0 and n_steps * envs >= parts * LEAST_MINIBATCH:
+                batch_size = n_steps * envs // parts
         defaults = self.DEFAULTS | {"n_steps": n_steps, "batch_size": batch_size}
         kwargs |= {name: value for name, value in defaults.items() if name not in given}
         super().__init__(policy, env, *args, **kwargs)
@@ -749,7 +754,7 @@ class RoutedPPO(PPO):
 
         told = ask("behaviors")
         told = () if told is None else checked_behaviors(told, "the environment's behaviors")
-        before = self.told_behaviors or learned.get("behaviors", ())
+        before = tuple(self.told_behaviors or learned.get("behaviors", ()))  # a zip has lists
         if told and before and told != before:
             raise ValueError(
                 f"the environment's behaviors are {', '.join(told)}; the model was made for "

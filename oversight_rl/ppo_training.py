@@ -397,7 +397,8 @@ def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike
 
 def _range(space: spaces.Space[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Least and greatest number in each place of a flattened element; infinite where they vary."""
-    low, high = np.zeros(1), np.ones(1)
+    low: NDArray[Any] = np.zeros(1)
+    high: NDArray[Any] = np.ones(1)
     if isinstance(space, spaces.Discrete):
         low, high = low + float(space.start), low + float(space.start + space.n - 1)
     elif isinstance(space, spaces.MultiDiscrete):
