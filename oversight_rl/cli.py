@@ -94,6 +94,7 @@ def _train(args: list[str]) -> None:
     chosen = tyro.cli(Train, prog="train.py", args=args, default=default)
     config = chosen.settings
     config.refuse_unused()
+    config.refuse_words()
     config.torch_device()  # refuses an absent one before anything is written
     path = chosen.run_dir or _new_run_dir(config)
     check_free(path)
