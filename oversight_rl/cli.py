@@ -42,7 +42,7 @@ from oversight_rl.tracking import (
     planned_seeds,
     write_json,
 )
-from oversight_rl.training import Interrupted, fit, stack_key
+from oversight_rl.training import Interrupted, fit, on_threads, stack_key
 
 DEFAULTS = Config()
 ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings
@@ -198,14 +198,16 @@ def evaluate(
         if pictures is not None:
             if len(loaded) > 1:
                 raise UserError("--pictures: takes one run")
-            _draw(pictures, saved, policies)
+            with on_threads(saved.config.threads):
+                _draw(pictures, saved, policies)
         config = saved.config
         evaluator = evaluator_of(config)
         subject = Subject(
             config.method, config.seeds[0], config.oversight, saved.env_steps, saved.wall_seconds
         )
         levels = [list(oversight) or [config.oversight]]
-        rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
+        with on_threads(config.threads):
+            rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
     _print_rows(rows, console)
     if json is not None:
         with writing(json):
@@ -259,7 +261,8 @@ def run_sweep(
     Args:
         config: YAML file of the sweep, see configs/compare.yaml.
         out: Folder of its run folders: new, or of the same sweep, to go on with or to add values.
-        workers: Processes on this machine, one thread each. Default: one per core; one on a GPU.
+        workers: Processes on this machine, one thread each unless the setting threads says
+            otherwise. Default: one per core; one on a GPU.
         ray: Address of a Ray cluster to run on instead, or "local" to start one here.
     """
     plan = load_sweep(config)

@@ -76,6 +76,9 @@ class Config(Settings):
     """Random seeds; several train side by side, a run folder each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    threads: int = Field(1, ge=1, le=1024)
+    """PyTorch's threads in one process; more pays only for large networks on an idle machine. The
+    same number gives the same results to the bit."""
     pictures: bool = True
     """Whether TensorBoard gets pictures of policies and animated rollouts."""
     on_nan: Literal["stop", "skip"] = "stop"

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import BeforeValidator, Field
 from rich.console import Console, Group
 from rich.live import Live
@@ -177,7 +176,7 @@ def stacks(runs: Sequence[Run], most: int) -> list[list[Run]]:
 
 
 def work(job: str) -> None:
-    """Train one stack to its end, or go on with it, on one thread.
+    """Train one stack to its end, or go on with it.
 
     Args:
         job: JSON list of `[run folder, configuration]`.
@@ -187,7 +186,6 @@ def work(job: str) -> None:
         UserError: the runs cannot be trained.
     """
     runs = [Run(Path(path), Config.model_validate(config)) for path, config in json.loads(job)]
-    torch.set_num_threads(1)
     resume = all(run.update >= 0 for run in runs)
     for run in runs:
         if not resume and run.path.is_dir():  # broken off before its first checkpoint
@@ -236,7 +234,7 @@ Submit = Callable[[str], "Future[None]"]
 
 @contextmanager
 def local_workers(count: int) -> Iterator[Submit]:
-    """Run jobs in processes of this machine, `count` at a time, one thread each."""
+    """Run jobs in processes of this machine, `count` at a time."""
     running: set[subprocess.Popen[str]] = set()
     stopping = False
 

@@ -383,7 +383,7 @@ def fit(
         UserError: there is nothing to resume from, another process is at work on these runs, the
             folders cannot be written, numbers went bad, or there is too little memory.
     """
-    with _stop_requested() as stopping:
+    with _stop_requested() as stopping, on_threads(configs[0].threads):
         if configs[0].algo == "ppo":
             from oversight_rl import ppo_training  # loading SB3 takes a while
 
@@ -623,6 +623,17 @@ def show(progress: Progress, task: TaskID, tables: list[list[Row]]) -> None:
     note = "  ".join(f"{name} {np.mean(values):+.2f}" for name, values in returns.items())
     optimum = tables[0][0].optimal_return
     progress.update(task, note=note if math.isnan(optimum) else f"{note}  optimum {optimum:.2f}")
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use `count` threads in this process, and then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

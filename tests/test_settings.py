@@ -1,18 +1,27 @@
 """What a file of settings says is what it looks like, or it is refused."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agents.ppo import RoutedPPO
 from agents.reinforce import ReinforceConfig
 from envs.settings import UserError
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, dump_yaml, load_yaml, read_yaml
-from oversight_rl.sweep import load_sweep, plan
+from oversight_rl.evaluation import EnvEvaluator, Evaluator
+from oversight_rl.sweep import load_sweep, plan, work
+from oversight_rl.training import Trainer
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]
+SMALL += ["--training.updates", "4", "--evaluation.every", "2", "--evaluation.oversight", "0.1"]
 
 TWICE = [
     ("training:\n  updates: 2\nagent: {hidden: [8]}\ntraining:\n  steps: 8\n", "'training'", 4),
@@ -164,3 +173,73 @@ def test_old_files_read_as_before(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("old") / "config.yaml"
     path.write_text(yaml.safe_dump({"x": value}, sort_keys=False))
     assert repr(read_yaml(path)) == repr(yaml.safe_load(path.read_text()))
+
+
+# ---- threads
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """How many threads torch had at each update and evaluation; fails if they stay so."""
+    seen = []
+
+    def watch(owner, name):
+        honest = getattr(owner, name)
+
+        def watched(*args, **more):
+            seen.append(torch.get_num_threads())
+            return honest(*args, **more)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Trainer, "update")
+    watch(RoutedPPO, "train")
+    watch(Evaluator, "evaluate")
+    watch(EnvEvaluator, "evaluate")
+    before = torch.get_num_threads()
+    yield seen
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("algo", ["reinforce", "ppo"])
+def test_a_run_uses_the_threads_that_its_settings_say(tmp_path, threads, algo):
+    path = tmp_path / "run"
+    args = SMALL if algo == "reinforce" else [*SMALL[2:5], "--algo", "ppo", "--ppo.updates", "1"]
+    train([*args, "--run-dir", str(path), "--threads", "3"])
+    assert set(threads) == {3}
+    threads.clear()
+    assert load_yaml(path / "config.yaml").threads == 3
+    main(["evaluate", str(path)])
+    assert threads == [3]
+    threads.clear()
+    train([*args, "--run-dir", str(tmp_path / "plain")])
+    assert set(threads) == {1}
+
+
+def test_a_stopped_run_goes_on_with_its_threads(tmp_path, threads, monkeypatch):
+    path, update = tmp_path / "run", Trainer.update
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", lambda self: update(self) if self.updates < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train([*SMALL, "--run-dir", str(path), "--threads", "2"])
+    train(["--resume", str(path)])
+    assert (path / "result.json").exists()
+    assert set(threads) == {2}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_of_a_sweep_uses_as_many(tmp_path, threads, count):
+    (tmp_path / "sweep.yaml").write_text(
+        "settings: {pictures: off, training: {updates: 2, worlds: 8, steps: 4}}\n"
+        f"grid: {{threads: {count}}}\n"
+    )
+    (run,) = plan(load_sweep(tmp_path / "sweep.yaml"), tmp_path / "out")
+    run.path.parent.mkdir(parents=True)
+    work(json.dumps([[str(run.path), run.config.model_dump(mode="json")]]))
+    assert set(threads) == {count}
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**6, 10**30, 1.5, True])
+def test_threads_that_cannot_be_are_refused(count):
+    with pytest.raises(UserError, match="threads: "):
+        Config.model_validate({"threads": count})
