@@ -379,7 +379,7 @@ def fit(
         The rows of each run's `result.json`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+        Interrupted: SIGINT (unless it was ignored) or SIGTERM came; a checkpoint is saved.
         UserError: there is nothing to resume from, another process is at work on these runs, the
             folders cannot be written, numbers went bad, or there is too little memory.
     """
@@ -638,7 +638,10 @@ def on_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; a second one acts at once."""
+    """Whether SIGINT or SIGTERM has come; a second one acts at once.
+
+    SIGINT stays ignored where it was, as under nohup or in the background of a script.
+    """
     asked = False
     before: dict[signal.Signals, object] = {}
 
@@ -649,8 +652,9 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(name, handler)  # type: ignore[arg-type]
 
     try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, ask)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, ask)
     except ValueError:  # not the main thread: whoever runs it handles signals
         pass
     try:
