@@ -418,10 +418,10 @@ def _print_rows(rows: Sequence[Row], console: Console) -> None:
         console.print(table)
     optimum = rows[0].optimal_return
     if math.isnan(optimum):
-        console.print("no exact evaluation of this world: figures are from rollouts")
+        _say(console, "no exact evaluation of this world: figures are from rollouts")
     else:
-        console.print(
-            f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"
+        _say(
+            console, f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"
         )
     if windows:
-        console.print("window: the published metric, mean discounted return per visited step")
+        _say(console, "window: the published metric, mean discounted return per visited step")
