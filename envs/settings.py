@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     ModelWrapValidatorHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -52,6 +54,23 @@ class Settings(BaseModel):
         message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
         rule, mark, hint = (message[:1].lower() + message[1:]).partition("; ")
         raise UserError(f"{setting}: {rule}, got {problem['input']!r}{mark}{hint}")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        numbers = _takes(annotation, int) or _takes(annotation, float)
+        if numbers and not _takes(annotation, bool):
+            if isinstance(value, bool):
+                raise ValueError("must be a number")
+            if isinstance(value, list | tuple) and any(isinstance(v, bool) for v in value):
+                raise ValueError("must be numbers")
+        return value
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    """Whether a type, or what it is made of, is `kind`."""
+    return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
 
 
 def as_sequence(value: Any) -> Any:

@@ -42,7 +42,7 @@ from oversight_rl.tracking import (
     planned_seeds,
     write_json,
 )
-from oversight_rl.training import Interrupted, fit, stack_key
+from oversight_rl.training import Interrupted, fit, on_threads, stack_key
 
 DEFAULTS = Config()
 ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings
@@ -100,6 +100,7 @@ def _train(args: list[str]) -> None:
     chosen = tyro.cli(Train, prog="train.py", args=args, default=default)
     config = chosen.settings
     config.refuse_unused()
+    config.refuse_words()
     config.torch_device()  # refuses an absent one before anything is written
     path = chosen.run_dir or _new_run_dir(config)
     check_free(path)
@@ -206,11 +207,12 @@ def evaluate(
             config.method, config.seeds[0], config.oversight, saved.env_steps, saved.wall_seconds
         )
         levels = [list(oversight) or [config.oversight]]
-        rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
+        with on_threads(config.threads):
+            rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
+            if pictures is not None:
+                _draw(pictures, saved, policies)
         if export is not None:
             checkpoint.write_policy(export, policies[0], saved)
-        if pictures is not None:
-            _draw(pictures, saved, policies)
     _print_rows(rows, console)
     if json is not None:
         with writing(json):
@@ -264,7 +266,8 @@ def run_sweep(
     Args:
         config: YAML file of the sweep, see configs/compare.yaml.
         out: Folder of its run folders: new, or of the same sweep, to go on with or to add values.
-        workers: Processes on this machine, one thread each. Default: one per core; one on a GPU.
+        workers: Processes on this machine, one thread each unless the setting threads says
+            otherwise. Default: one per core; one on a GPU.
         ray: Address of a Ray cluster to run on instead, or "local" to start one here.
     """
     plan = load_sweep(config)
@@ -420,10 +423,10 @@ def _print_rows(rows: Sequence[Row], console: Console) -> None:
         console.print(table)
     optimum = rows[0].optimal_return
     if math.isnan(optimum):
-        console.print("no exact evaluation of this world: figures are from rollouts")
+        _say(console, "no exact evaluation of this world: figures are from rollouts")
     else:
-        console.print(
-            f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"
+        _say(
+            console, f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"
         )
     if windows:
-        console.print("window: the published metric, mean discounted return per visited step")
+        _say(console, "window: the published metric, mean discounted return per visited step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,18 @@ from oversight_rl.files import read_text
 
 MOST_TEXT = 2**20  # bytes of a file of settings
 DEEPEST = 16  # levels of nesting in it
+# YAML 1.2's plain words; 1.1 reads 1:30 as 90, 010 as 8 and no as false
+PLAIN = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+RESOLVERS = {
+    None: [(f"tag:yaml.org,2002:{name}", re.compile(f"({p})$")) for name, p in PLAIN.items()]
+}
+BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # in a file where a boolean is wanted
 
 GRID = "OversightGrid-v0"
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -66,6 +79,9 @@ class Config(Settings):
     """Random seeds; several train side by side, a run folder each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    threads: int = Field(1, ge=1, le=1024)
+    """PyTorch's threads in one process; more pays only for large networks on an idle machine. The
+    same number gives the same results to the bit."""
     pictures: bool = True
     """Whether TensorBoard gets pictures of policies and animated rollouts."""
     on_nan: Literal["stop", "skip"] = "stop"
@@ -189,6 +205,18 @@ class Config(Settings):
         if self.env != GRID and shown != WorldConfig():
             raise UserError(f"world: is {GRID}'s; settings of {self.env} are env_settings")
 
+    def refuse_words(self) -> None:
+        """Refuse `off` and its like as arguments of an environment, to which all words are true.
+
+        Raises:
+            UserError: there are some.
+        """
+        for name, value in self.env_settings.items():
+            if isinstance(value, str) and value.lower() in BOOLEANS:
+                raise UserError(
+                    f"env_settings: {name} must be True or False, not a word for it, got {value!r}"
+                )
+
     def torch_device(self) -> torch.device:
         """The device to use.
 
@@ -207,6 +235,29 @@ class Config(Settings):
         return self.model_copy(update={"seeds": (seed,)})
 
 
+# the safe loader in C, where PyYAML was built with it, is ten times as fast
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads plain words as they look, and no key twice."""
+
+    yaml_implicit_resolvers = RESOLVERS
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ValueError(f"{key!r} is set a second time in line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what any reader, of YAML 1.1 or 1.2, would take for more than text."""
+
+    yaml_implicit_resolvers = yaml.SafeDumper.yaml_implicit_resolvers | RESOLVERS
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, unchecked.
 
@@ -216,17 +267,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is not YAML, or holds no settings.
     """
     text = read_text(path, MOST_TEXT)
-    # the safe loader in C, where PyYAML was built with it, is ten times as fast
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         depth = 0
-        for event in yaml.parse(text, Loader=loader):
+        for event in yaml.parse(text, Loader=_Loader):
+            if getattr(event, "tag", None) is not None:  # !!int 010 is 8
+                raise ValueError("tags are not allowed")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
                 what = "aliases" if depth <= DEEPEST else f"more than {DEEPEST} levels"
                 raise UserError(f"{path}: {what} are not allowed")
-        content = yaml.load(text, Loader=loader)
+        content = yaml.load(text, Loader=_Loader)
     # PyYAML lets through whatever the constructors of its types raise
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: not valid YAML ({error})") from None
@@ -256,7 +307,12 @@ def load_yaml(path: Path, **others: str) -> Config:
 def dump_yaml(config: Config, provenance: dict[str, Any]) -> str:
     """A configuration and its provenance as YAML that `load_yaml` reads back."""
     content = config.model_dump(mode="json") | {"provenance": provenance}
-    return yaml.safe_dump(content, sort_keys=False)
+    return as_yaml(content)
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    """Settings as YAML that `read_yaml` reads back."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

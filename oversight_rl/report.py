@@ -136,7 +136,7 @@ def gather(directory: Path) -> Found:
         except (UserError, ValueError, OSError) as error:
             missing.append(f"{where} cannot be read and is left out ({error}).")
             continue
-        hidden = {"method", "oversight", "seeds", "device", "pictures", "evaluation"}
+        hidden = {"method", "oversight", "seeds", "device", "threads", "pictures", "evaluation"}
         hidden.add("training" if config.algo == "ppo" else "ppo")  # the learner not in use
         settings = flat(config.model_dump(mode="json", exclude=hidden))
         key = (config.method, config.oversight, config.seeds[0])

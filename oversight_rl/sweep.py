@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import torch
-import yaml
 from pydantic import BeforeValidator, Field
 from rich.console import Console, Group
 from rich.live import Live
@@ -35,7 +33,7 @@ from rich.table import Table
 from agents.methods import METHODS
 from envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl import checkpoint
-from oversight_rl.config import Config, read_yaml
+from oversight_rl.config import Config, as_yaml, read_yaml
 from oversight_rl.files import write_atomically, writing
 from oversight_rl.tracking import CHECKPOINTS, CONFIG, RESULT, RunFolder, deployed_row, locked
 from oversight_rl.training import Interrupted, fit, stack_key
@@ -111,6 +109,7 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
         if isinstance(method, str):
             _merge(settings, sweep.methods.get(method, {}), under=chosen)
         config = Config.model_validate(settings | {"seeds": list(seeds)})
+        config.refuse_words()
         name = "-".join(
             _text(value) if key in ("method", "oversight") else f"{key}={_text(value)}"
             for key, value in chosen.items()
@@ -177,7 +176,7 @@ def stacks(runs: Sequence[Run], most: int) -> list[list[Run]]:
 
 
 def work(job: str) -> None:
-    """Train one stack to its end, or go on with it, on one thread.
+    """Train one stack to its end, or go on with it.
 
     Args:
         job: JSON list of `[run folder, configuration]`.
@@ -187,7 +186,6 @@ def work(job: str) -> None:
         UserError: the runs cannot be trained.
     """
     runs = [Run(Path(path), Config.model_validate(config)) for path, config in json.loads(job)]
-    torch.set_num_threads(1)
     resume = all(run.update >= 0 for run in runs)
     for run in runs:
         if not resume and run.path.is_dir():  # broken off before its first checkpoint
@@ -236,7 +234,7 @@ Submit = Callable[[str], "Future[None]"]
 
 @contextmanager
 def local_workers(count: int) -> Iterator[Submit]:
-    """Run jobs in processes of this machine, `count` at a time, one thread each."""
+    """Run jobs in processes of this machine, `count` at a time."""
     running: set[subprocess.Popen[str]] = set()
     stopping = False
 
@@ -410,8 +408,7 @@ def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
         raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(path, content.encode())
+        write_atomically(path, as_yaml(config.model_dump(mode="json")).encode())
 
 
 def load_sweep(path: Path) -> SweepConfig:

@@ -406,11 +406,11 @@ def fit(
         The rows of each run's `result.json`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+        Interrupted: SIGINT (unless it was ignored) or SIGTERM came; a checkpoint is saved.
         UserError: there is nothing to resume from, another process is at work on these runs, the
             folders cannot be written, numbers went bad, or there is too little memory.
     """
-    with _stop_requested() as stopping:
+    with _stop_requested() as stopping, on_threads(configs[0].threads):
         if configs[0].algo == "ppo":
             from oversight_rl import ppo_training  # loading SB3 takes a while
 
@@ -653,8 +653,22 @@ def show(progress: Progress, task: TaskID, tables: list[list[Row]]) -> None:
 
 
 @contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use `count` threads in this process, and then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; a second one acts at once."""
+    """Whether SIGINT or SIGTERM has come; a second one acts at once.
+
+    SIGINT stays ignored where it was, as under nohup or in the background of a script.
+    """
     asked = False
     before: dict[signal.Signals, object] = {}
 
@@ -665,8 +679,9 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(name, handler)  # type: ignore[arg-type]
 
     try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, ask)
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, ask)
     except ValueError:  # not the main thread: whoever runs it handles signals
         pass
     try:

@@ -196,9 +196,12 @@ def test_spurious_flags_are_evaluated_by_rollouts(tmp_path):
 # ---- stopping and going on
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, "SIGINT is ignored"])
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
     """In a process of its own: a checkpoint, the line to type, the same end."""
+    if number == "SIGINT is ignored":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
     path = tmp_path / "stopped"
     # no annealing: the two runs below differ in their number of updates
     steady = [*SMOKE, "--training.learning-rate", "1e-3", "--training.entropy-coef", "0.02"]
@@ -208,6 +211,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
     )
     while process.poll() is None and max(checkpoint.updates(path / "checkpoints"), default=0) < 10:
         time.sleep(0.05)
+    if number == "SIGINT is ignored":
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        number = signal.SIGTERM
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -238,6 +246,7 @@ def same_run(path, whole):
     assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_stop_is_saved_at_once_and_not_at_the_next_evaluation(tmp_path):
     path = tmp_path / "stopped"
     rare = ["--evaluation.every", "1000000", "--training.updates", "1000000"]
@@ -367,12 +376,26 @@ def test_a_run_is_taken_out_of_its_stack():
             assert torch.equal(parameter[0], dict(stack.named_parameters())[name][run])
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_at_once():
     with _stop_requested() as stopping:
         signal.raise_signal(signal.SIGINT)
         assert stopping()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_what_was_ignored_from_the_start_stays_so():
+    """As under nohup, or in the background of a script, where only SIGTERM is meant."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _stop_requested() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert not stopping()
+        signal.raise_signal(signal.SIGTERM)
+        assert stopping()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_run_that_is_being_trained_is_not_resumed(run, tmp_path, capsys, monkeypatch):

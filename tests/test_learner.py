@@ -31,6 +31,8 @@ from oversight_rl.config import Config, load_yaml
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.training import HELD_OUT, Trainer, stack_key
 
+ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 SMALL = AgentConfig(hidden=(8, 8))
 SHAPE = (4, 3, 3)
 
@@ -252,7 +254,7 @@ def agree(ours, theirs, tolerance=1e-4):
 
 PRESETS = {
     "small": (SMALL, (4, 3, 3), 12, 20),
-    "paper": (load_yaml(Path("configs/paper.yaml")).agent, (4, 5, 5), 32, 64),
+    "paper": (load_yaml(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
 }
 
 
