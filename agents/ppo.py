@@ -1103,10 +1103,11 @@ class RoutedPPO(PPO):
             self.logger.record(f"train/{name}", torch.stack(values).mean().item())
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         mixture = ~buffer.flat["alone"]
-        explained = explained_variance(
-            buffer.values.flatten()[mixture], buffer.returns.flatten()[mixture]
-        )
-        self.logger.record("train/explained_variance", explained)
+        if mixture.any():
+            explained = explained_variance(
+                buffer.values.flatten()[mixture], buffer.returns.flatten()[mixture]
+            )
+            self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -20,6 +20,7 @@ from minigrid.wrappers import (
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_checker import check_env
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
@@ -124,21 +125,22 @@ def test_an_environment_that_was_reset_has_no_episode_that_goes_on():
 
 def test_rewards_are_paid_as_the_method_says():
     script = [(2, GOOD), (2, {"behavior": "bad"}), (2, BAD), (6, {"behavior": None})]
-    for method, factors in {
-        "routing": (1, 1, 1, 1),
-        "naive": (1, 1, -1, 1),
-        "filtering": (1, 0, -1, 1),
-        "oracle": (1, -1, -1, 1),
+    for method, worth in {
+        "routing": (1, 1, 1, 0),
+        "naive": (1, 1, -1, 0),
+        "filtering": (1, 0, -1, 0),
+        "oracle": (1, -1, -1, 0),
     }.items():
         buffer = collected(script, method).rollout_buffer
-        assert buffer.rewards[[1, 3, 5, 11], 0].tolist() == list(factors)
+        assert buffer.rewards[[1, 3, 5, 11], 0].tolist() == [1] * 4  # as they came
+        assert buffer.returns[[1, 3, 5, 11], 0].tolist() == pytest.approx(worth, abs=1e-6)
 
 
 def test_weights_leave_out_what_the_method_drops():
     script = [(2, GOOD), (2, {"behavior": "bad"}), (8, BAD)]
-    weights = collected(script, "filtering").rollout_buffer.weights[:, 0]
+    weights = collected(script, "filtering").rollout_buffer.targets.weights[:, 0]
     assert weights.tolist() == [1, 1, 0, 0] + [1] * 8
-    weights = collected(script, labeled_weight=7.0).rollout_buffer.weights[:, 0]
+    weights = collected(script, labeled_weight=7.0).rollout_buffer.targets.weights[:, 0]
     assert weights.tolist() == [7, 7, 1, 1] + [7] * 8
 
 
@@ -156,42 +158,23 @@ def test_truth_reaches_oracles_alone():
         assert same == (METHODS[method].assumes != "true labels")
 
 
-def test_advantages_agree_with_a_plain_computation():
-    script = [(3, {"behavior": "bad"}), (3, GOOD), (20, GOOD)]
-    model = collected(script, steps=10, normalize_advantage=False)
-    buffer, gamma, trace = model.rollout_buffer, model.gamma, model.gae_lambda
-    values, rewards = buffer.values[:, 0], buffer.rewards[:, 0]
-    with torch.no_grad():
-        last = float(model.policy.predict_values(torch.as_tensor(model._last_obs))[0])
-    expected, after = np.zeros(10), 0.0
-    for t in reversed(range(10)):
-        ends = t in (2, 5)
-        following = last if t == 9 else values[t + 1]
-        delta = rewards[t] + gamma * following * (not ends) - values[t]
-        after = delta + gamma * trace * (not ends) * after
-        expected[t] = after
-    expected[3:6] += values[3:6]  # labeled and routed: no baseline
-    assert buffer.advantages[:, 0] == pytest.approx(expected, abs=1e-5)
-
-
 # ---- gradients
 
 
 def gradients(model, outcome, part):
     """Norms of a loss part's gradient into each module, from samples of one outcome."""
+    model._current_progress_remaining = 0.5  # it no longer waits for labels
     buffer = model.rollout_buffer
     batch = next(iter(buffer.get(None)))
     order = buffer.swap_and_flatten(buffer.outcome)[:, 0]
-    np.random.seed(0)
     chosen = torch.as_tensor(np.flatnonzero(order == outcome))
     assert len(chosen)
     names = ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns")
     flat = {n: torch.as_tensor(getattr(buffer, {"old_values": "values",
             "old_log_prob": "log_probs"}.get(n, n)))[chosen] for n in names}  # fmt: skip
     flat = {n: x if n == "observations" else x.squeeze(-1) for n, x in flat.items()}
-    own = {"weights": buffer.weights, "own_weights": buffer.own_weights, "solo": buffer.by_solo,
-           "signed": buffer.signed, "routes": buffer.routes}  # fmt: skip
-    batch = batch._replace(**flat, **{n: torch.as_tensor(x)[chosen] for n, x in own.items()})
+    own = {n: torch.as_tensor(x)[chosen] for n, x in buffer.flat.items()}
+    batch = batch._replace(**own | flat)
     honest = model.loss
 
     model.policy.zero_grad()
@@ -429,17 +412,77 @@ class Watched(gym.Env):
         return np.zeros(1, np.float32), 1.0, True, False, info
 
 
-def parted(method):
-    """How much likelier the good expert's good action is than the bad one's."""
-    model = RoutedPPO("MoEPolicy", DummyVecEnv([Watched] * 32), n_steps=8, batch_size=128, seed=0,
-                      learning_rate=3e-3, n_epochs=4, method=method,
-                      policy_kwargs={"net_arch": [16]})  # fmt: skip
-    model.learn(12_000)
-    good, bad = (
-        model.steer(name).get_distribution(torch.zeros(1, 1)).distribution.probs[0, 0].item()
-        for name in ("good", "bad")
-    )
-    return good - bad
+class Fork(gym.Env):
+    """Four steps; the first action decides between "a" and "b", and three in ten are labeled.
+
+    Args:
+        pay: reward of each step, or a function that draws it.
+        final: of the last one.
+        lengths: of episodes.
+        shaped: whether a potential of the time is added, which changes no policy's rank.
+    """
+
+    behaviors, oversight = ("a", "b"), 0.3
+    observation_space, action_space = spaces.Box(0, 1, (5,), np.float32), spaces.Discrete(2)
+
+    def __init__(self, pay=0.0, final=1.0, lengths=(4,), shaped=False):
+        self.pay, self.final, self.lengths, self.shaped = pay, final, lengths, shaped
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length = self.np_random.choice(self.lengths)
+        self.time, self.watched = 0, self.np_random.random() < self.oversight
+        return np.eye(5, dtype=np.float32)[0], {}
+
+    def step(self, action):
+        if self.time == 0:
+            self.way = self.behaviors[int(action)]
+        self.time += 1
+        done = self.time == self.length
+        info = {"behavior": self.way} if done else {}
+        if done and self.watched:
+            info["label"] = self.way
+        pay = self.np_random.normal() if self.pay == "random" else self.pay
+        reward = pay + self.final * done
+        if self.shaped:  # gamma Phi(s') - Phi(s), with Phi = 5 t and 0 at the end
+            reward += 0.97 * 5 * self.time * (not done) - 5 * (self.time - 1)
+        return np.eye(5, dtype=np.float32)[min(self.time, 4)], reward, done, False, info
+
+
+def share_of(name, method, steps=40_960, seed=0, **env):
+    """Chance that a policy steered to a behavior takes the action that brings it about."""
+    worlds = make_vec_env(lambda: Fork(**env), n_envs=16)
+    model = RoutedPPO("MoEPolicy", worlds, n_steps=64, method=method, seed=seed).learn(steps)
+    first = torch.eye(5)[:1]
+    with torch.no_grad():
+        chances = model.steer(name).get_distribution(first).distribution.probs[0]
+    return float(chances["ab".index(name)])
+
+
+REWARDS = {
+    "at the end": {},
+    "a price at the end": {"final": -1.0},
+    "a price per step": {"pay": -1.0, "final": 0.0},
+    "a price per step and a prize": {"pay": -1.0},
+    "a prize per step": {"pay": 1.0, "final": 0.0},
+    "a large prize": {"final": 1000.0},
+    "none": {"final": 0.0},
+    "a tiny one": {"final": 0.001},
+    "random, dense": {"pay": "random", "final": 0.0},
+    "episodes of random length": {"pay": -1.0, "lengths": (2, 3, 4, 5, 6, 7)},
+    "shaped by a potential": {"shaped": True},
+}
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_labels_decide_whatever_the_reward(reward):
+    assert share_of("a", "imputed_routing", **REWARDS[reward]) > 0.9
+
+
+@pytest.mark.parametrize("method", ["routing", "contrastive_routing", "naive", "reward_model"])
+@pytest.mark.parametrize("reward", ["a price per step and a prize", "a price at the end"])
+def test_labels_decide_by_every_method(method, reward):
+    assert share_of("a", method, **REWARDS[reward]) > 0.9
 
 
 def test_a_classifier_of_endings_rewards_what_was_not_labeled():
@@ -452,8 +495,8 @@ def test_a_classifier_of_endings_rewards_what_was_not_labeled():
 
 
 def test_routing_parts_the_experts_and_nothing_else_does():
-    assert parted("routing") > 0.4
-    assert abs(parted("no_routing")) < 0.2
+    assert min(share_of(name, "routing") for name in "ab") > 0.9
+    assert min(share_of(name, "no_routing") for name in "ab") < 0.6
 
 
 # ---- what is refused
@@ -627,7 +670,7 @@ def test_continuous_actions_have_no_temperature():
 def test_inverse_propensity_knows_how_often_ghosts_are_flagged():
     worlds = {"env_kwargs": {"ghost_oversight": 0.5}, "oversight": 0.1}
     model = tiny("OversightGrid-v0", method="ipw_hidden_flag", **worlds)
-    reward = model.rollout_buffer.methods.reward[0, LABELED + 1]
+    reward = model.tables.reward[0, LABELED + 1]
     assert float(reward) == 1 - 2 / 0.5
 
 
@@ -644,24 +687,6 @@ def test_episodes_longer_than_rollouts_are_told_of():
     assert len([w for w in caught if "n_steps" in str(w.message)]) == 1
 
 
-def test_labeled_samples_are_measured_against_what_the_gate_foretells():
-    model = collected([(3, GOOD), (2, {"behavior": "bad"}), (7, BAD)], method="contrastive_routing")
-    buffer = model.rollout_buffer
-    labeled = buffer.outcome[:, 0] >= LABELED
-    assert labeled.tolist() == [True] * 3 + [False] * 2 + [True] * 7
-    before = buffer.advantages.copy(), buffer.signed.copy()
-    model._subtract_baseline()
-    rows = torch.as_tensor(buffer.observations[:, 0])
-    with torch.no_grad():
-        gate = model.policy.output(rows).gate[0].numpy()  # [B, K]
-    value = buffer.values[:, 0] / buffer.spread
-    own = np.where(np.arange(12) < 3, gate[:, 0], gate[:, 1])
-    lowered = np.where(labeled, own * value, 0)
-    turned = np.where(labeled, (gate[:, 0] - gate[:, 1]) * value, 0)
-    assert np.abs(before[0][:, 0] - lowered - buffer.advantages[:, 0]).max() < 1e-5
-    assert np.abs(before[1][:, 0] - turned - buffer.signed[:, 0]).max() < 1e-5
-
-
 # ---- the classifier of endings
 
 
@@ -670,21 +695,22 @@ IMPUTED = [(3, GOOD), (2, {"behavior": "bad"}), (2, BAD), (2, {"behavior": None}
 
 @pytest.mark.parametrize("method", ["reward_model", "imputed_routing"])
 def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method):
-    model = collected(IMPUTED, method)
+    model = collected(IMPUTED, method, solo_share=0.0, normalize_advantage=False, task_weight=0.0)
     buffer, policy = model.rollout_buffer, model.policy
+    found = buffer.targets
     last = torch.as_tensor(buffer.observations[4]), torch.as_tensor(buffer.actions[4]).long()[0]
     good, bad = policy.ending_log_probabilities(*last).exp()[0].tolist()
     for step, left in ((3, 1), (4, 0)):
-        spread = float(buffer.spread)
-        signed = (good - bad) * model.gamma**left / spread
-        assert float(buffer.signed[step, 0]) == pytest.approx(signed, abs=1e-5)
-        routes = buffer.routes[step, 0].tolist()
+        signed = (good - bad) * model.gamma**left
         if method == "imputed_routing":
-            assert routes == pytest.approx([good, bad, 0.0], abs=1e-5)
+            rows = torch.as_tensor(buffer.observations[step])
+            gate = policy.output(rows).gate[0, 0].tolist()
+            signed -= (gate[0] - gate[1]) * buffer.values[step, 0]
+            assert found.routes[step, 0].tolist() == pytest.approx([good, bad, 0.0], abs=1e-5)
+        assert float(found.signed[step, 0]) == pytest.approx(signed, abs=1e-5)
     worth = good - bad if method == "reward_model" else 1.0
     signs = [1, worth, -1] if method == "reward_model" else [1, 1, 1]
-    ends = [2, 4, 6]
-    assert buffer.rewards[ends, 0].tolist() == pytest.approx(signs, abs=1e-5)
+    assert found.returns[[2, 4, 6], 0].tolist() == pytest.approx(signs, abs=1e-5)
 
 
 def test_labeled_endings_alone_are_remembered_with_their_actions():
@@ -746,83 +772,89 @@ def test_endings_of_every_kind_of_action_are_learned(space):
     assert float(untaught._ending_loss(untaught.policy)) > 0.5
 
 
-def test_the_deployed_expert_acts_by_itself_in_its_share_of_environments():
-    model = tiny(method="imputed_routing", solo_share=0.25)  # 2 of 8
+def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
+    model = tiny(method="imputed_routing", solo_share=0.25)
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
     buffer, policy = model.rollout_buffer, model.policy
-    assert policy.solo is None
-    assert buffer.solo.tolist() == [True] * 2 + [False] * 6
+    assert buffer.alone[0].tolist() == [False, False, False, True] * 2
+    for before, now, done in zip(buffer.alone, buffer.alone[1:], buffer.done, strict=False):
+        assert (before == now)[~done].all()  # whole episodes
     rows = torch.as_tensor(buffer.observations).flatten(0, 1)
     actions = torch.as_tensor(buffer.actions).flatten().long()
     with torch.no_grad():
         output = policy.output(rows)
         mixture = policy.distribution(output.mix(output.gate)[0]).log_prob(actions)
         alone = policy.distribution(output.alone(0)[0]).log_prob(actions)
-    taken = np.where(buffer.solo, alone.view(16, 8), mixture.view(16, 8))
+    taken = np.where(buffer.alone, alone.view(16, 8), mixture.view(16, 8))
     assert np.abs(taken - buffer.log_probs).max() < 1e-5
-    assert not buffer.weights[:, :2].any()  # the mixture did not act there
-    assert buffer.own_weights.all()
+    found = buffer.targets
+    assert (found.weights > 0).tolist() == (~buffer.alone).tolist()  # the mixture did not act
+    assert (found.own_weights > 0).tolist() == buffer.alone.tolist()
     assert int(model.memory.count) == (buffer.outcome >= LABELED).sum()
-    assert int(model.endings.count) == (buffer.terminated & (buffer.outcome >= LABELED)).sum()
-    for name in ("weights", "by_solo"):  # as minibatches have them
-        next(iter(buffer.get(None)))
-        wanted = ~buffer.solo if name == "weights" else buffer.solo
-        assert getattr(buffer, name).tolist() == wanted.repeat(16).tolist()
-    assert not tiny(method="contrastive_routing").rollout_buffer.solo.any()
+    assert int(model.endings.count) == (buffer.ended & (buffer.outcome >= LABELED)).sum()
+    assert not tiny(method="contrastive_routing").rollout_buffer.acts_alone.any()
 
 
 def test_what_the_deployed_expert_does_alone_teaches_no_other_module():
     model = tiny(method="imputed_routing", solo_share=0.9, gate_replay=0, vf_coef=0.0)
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
-    model._subtract_baseline()
+    model._current_progress_remaining = 0.5
     batch = next(iter(model.rollout_buffer.get(None)))
-    mine = batch.solo > 0
-    batch = batch._replace(**{n: x[mine] for n, x in batch._asdict().items()})
+    batch = batch._replace(**{n: x[batch.alone] for n, x in batch._asdict().items()})
+    assert len(batch.alone) > 64
     model.loss(batch, 0.2)[0].backward()
     weight = model.policy.agent.trunks[0].weight.grad[0].flatten(1).norm(dim=1)
     assert weight[0] > 0
     assert not weight[1:3].any()  # the ghost's expert and the gate
 
 
-def test_what_the_deployed_expert_does_alone_is_judged_by_its_own_values():
-    script = [(3, GOOD), (2, {"behavior": "bad"}), (2, {"behavior": None}), (9, GOOD)]
-    env = DummyVecEnv([lambda: Told(script, truncates=(2,))] * 2)
-    model = RoutedPPO("MoEPolicy", env, method="imputed_routing", n_steps=12, batch_size=8, seed=0,
-                      solo_share=0.5, normalize_advantage=False)  # fmt: skip
+@pytest.mark.parametrize("n_envs", [1, 2, 8])
+def test_a_single_environment_is_shared_fairly(n_envs):
+    buffer = tiny(method="imputed_routing", n_envs=n_envs).rollout_buffer
+    turns = []
+    for _ in range(8):
+        turns.append(buffer.acts_alone)
+        buffer.pass_on(np.ones(n_envs, bool))
+    assert np.mean(turns, axis=0).tolist() == [0.75] * n_envs
+
+
+def test_the_policy_waits_for_labels_a_while_and_its_values_do_not():
+    model = tiny(DummyVecEnv([Watched] * 32), n_steps=4, batch_size=128)
     _, callback = model._setup_learn(10**6, None)
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, 12)
-    buffer = model.rollout_buffer
-    model._judge_solo()
-    rows = np.concatenate([buffer.observations[:, 0], model._last_obs[:1]])
-    with torch.no_grad():
-        values = model.policy.own_values(torch.as_tensor(rows)).numpy()
-    chance = buffer.imputed[4, 0]
-    rewards = {2: 1.0, 4: chance[0] - chance[1]}
-    following = 0.0
-    for t in reversed(range(12)):
-        after = {2: 0.0, 4: 0.0, 6: values[6]}.get(t, values[t + 1])  # 6: truncated
-        delta = rewards.get(t, 0.0) + model.gamma * after - values[t]
-        goes_on = t not in (2, 4, 6)
-        following = delta + model.gamma * model.gae_lambda * goes_on * following
-        assert buffer.signed[t, 0] == pytest.approx(following, abs=1e-5)
-        assert buffer.own_returns[t, 0] == pytest.approx(following + values[t], abs=1e-5)
-    assert buffer.own_weights[:, 0].all()
-    assert not buffer.own_weights[:, 1].any()
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 4)
+    assert 0 < int(model.endings.count) < 100
+    seen = torch.zeros(1, 1)
 
+    def chances_and_value():
+        with torch.no_grad():
+            chances = [model.steer(n).get_distribution(seen).distribution.probs for n in
+                       ("good", "bad")]  # fmt: skip
+            return torch.cat(chances), model.policy.predict_values(seen)
 
-def test_the_mixture_always_acts_somewhere():
-    for n_envs, solos in ((1, 0), (2, 1), (8, 6)):
-        assert tiny(method="imputed_routing", n_envs=n_envs).rollout_buffer.solo.sum() == solos
+    before = chances_and_value()
+    model._current_progress_remaining = 0.95
+    assert model.still_looks
+    model.train()
+    waited = chances_and_value()
+    assert torch.equal(before[0], waited[0])
+    assert not torch.equal(before[1], waited[1])
+    model._current_progress_remaining = 0.85
+    assert not model.still_looks
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 4)
+    model.train()
+    assert not torch.equal(before[0], chances_and_value()[0])
 
 
 def test_numbered_observations_can_be_imputed():
     env = DummyVecEnv([lambda: gym.make("FrozenLake-v1")] * 4)
     model = tiny(env, method="imputed_routing", behaviors=("good", "bad")).learn(4 * 16 * 2)
     assert not int(model.endings.count)  # nothing was labeled, so nothing is imputed
-    assert set(np.unique(model.rollout_buffer.routes)) == {1.0}
-    assert not model.rollout_buffer.own_weights[model.rollout_buffer.by_solo == 0].any()
+    found, outcome = model.rollout_buffer.targets, model.rollout_buffer.outcome
+    assert set(np.unique(found.routes)) == {1.0}
+    assert not found.own_weights[outcome == UNLABELED].any()
+    assert (outcome == UNLABELED).any()
 
 
 def test_flags_of_another_shape_are_refused():
