@@ -1080,8 +1080,9 @@ class RoutedPPO(PPO):
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         self._warn_of_data()
         figures: dict[str, list[Tensor]] = {}
-        if self.endings is not None and int(self.endings.count):
-            figures["reward_model_loss"] = [self._learn_endings() for _ in range(LESSONS)]
+        if self.endings is not None:
+            lessons = LESSONS if int(self.endings.count) else 0
+            figures["reward_model_loss"] = [self._learn_endings() for _ in range(lessons)]
         for _ in range(self.n_epochs):
             for batch in self.rollout_buffer.get(self.batch_size):
                 loss, parts = self.loss(cast(Any, batch), clip)
@@ -1100,14 +1101,13 @@ class RoutedPPO(PPO):
                 continue
             break
         for name, values in figures.items():
-            self.logger.record(f"train/{name}", torch.stack(values).mean().item())
+            mean = torch.stack(values).mean().item() if values else math.nan
+            self.logger.record(f"train/{name}", mean)
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         mixture = ~buffer.flat["alone"]
-        if mixture.any():
-            explained = explained_variance(
-                buffer.values.flatten()[mixture], buffer.returns.flatten()[mixture]
-            )
-            self.logger.record("train/explained_variance", explained)
+        foretold, was = (x.flatten()[mixture] for x in (buffer.values, buffer.returns))
+        explained = explained_variance(foretold, was) if mixture.any() else math.nan
+        self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

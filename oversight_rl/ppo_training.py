@@ -137,6 +137,11 @@ def _train(
     model._last_obs = cast(Any, env.reset())
     model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
     if newest is not None:
+        if folder.version.startswith("0.1."):
+            raise UserError(
+                f"{folder.path}: begun with version {folder.version}, whose PPO runs cannot be "
+                "gone on with; evaluate it, or train anew"
+            )
         saved = checkpoint.load(folder.checkpoints, newest, _tensors(model))
         recorder.restore(model, *saved)
         checkpoint.drop_after(folder.checkpoints, newest)

@@ -32,7 +32,7 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 from agents.methods import METHODS
 from envs.settings import UserError
 from oversight_rl import checkpoint
-from oversight_rl.config import Config, dump_yaml, flat, load_yaml
+from oversight_rl.config import Config, dump_yaml, flat, load_yaml, read_yaml
 from oversight_rl.evaluation import Row
 from oversight_rl.files import check_plain, read_json, write_atomically, writing
 
@@ -101,6 +101,13 @@ class RunFolder:
     def config(self) -> Config:
         """The configuration of the run."""
         return load_yaml(self.path / CONFIG)
+
+    @property
+    def version(self) -> str:
+        """Version of this program that began the run."""
+        facts = read_yaml(self.path / CONFIG).get("provenance")
+        versions = facts.get("versions") if isinstance(facts, dict) else None
+        return str(versions.get("oversight-rl")) if isinstance(versions, dict) else "unknown"
 
     @property
     def finished(self) -> bool:

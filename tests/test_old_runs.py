@@ -1,0 +1,104 @@
+"""What version 0.1 left behind: read as it was, or refused in one line that names the version."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agents import RoutedPPO
+from envs.vector import make_vec
+from oversight_rl.cli import main, train
+
+ARCHIVE = Path(__file__).parent / "data" / "version_0_1.tar.xz"
+GRID = ("contrastive_routing", "imputed_routing", "ipw_hidden_flag", "naive", "naive_early_stop",
+        "reward_model", "routing")  # fmt: skip
+PPO = ("imputed_routing", "naive", "reward_model", "routing")
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """The folder with everything in it; tests do not write there."""
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "out"
+
+
+def figures(rows):
+    """What a policy was found to do, without what a version may call differently."""
+    names = ("policy", "deploy_oversight", "ground_truth_return", "p_diamond", "p_ghost")
+    return [[row[name] for name in names] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"grid/{m}" for m in GRID] + [f"{k}/{m}" for k in ("ppo_grid", "ppo_minigrid") for m in PPO],
+)
+def test_runs_are_evaluated_as_they_were(old, name, tmp_path):
+    main(["evaluate", str(old / name), "--json", str(tmp_path / "rows.json")])
+    ours = figures(json.loads((tmp_path / "rows.json").read_text()))
+    before = figures(json.loads((old / name / "evaluated.json").read_text()))
+    for row, was in zip(ours, before, strict=True):
+        assert row[0] == was[0]
+        # PPO's are sampled: a rounding of probabilities may turn a few of the actions
+        close = 1e-6 if name.startswith("grid") else 0.2
+        assert row[1:] == pytest.approx(was[1:], abs=close)
+
+
+def test_exported_policies_are_read(old, tmp_path):
+    for name, steering in (("grid", "diamond=0.7,ghost=0.3"), ("ppo", "ghost")):
+        main(["evaluate", str(old / f"{name}.safetensors"), "--json", str(tmp_path / "rows.json")])
+        (row,) = json.loads((tmp_path / "rows.json").read_text())
+        assert row["policy"] == steering
+
+
+def test_runs_are_reported(old, tmp_path):
+    copy = tmp_path / "grid"
+    copy.mkdir()
+    for name in GRID:
+        (copy / name).symlink_to(old / "grid" / name)
+    (copy / "real").mkdir()
+    for file in (old / "grid" / "routing").iterdir():
+        if file.is_file():
+            (copy / "real" / file.name).write_bytes(file.read_bytes())
+    main(["report", str(copy)])
+    assert "routing" in (copy / "summary.csv").read_text()
+
+
+def test_a_run_on_the_grid_goes_on_to_the_same_end(old, tmp_path):
+    ours = tmp_path / "run"
+    for path in sorted((old / "halfway" / "grid" / "routing").rglob("*")):
+        target = ours / path.relative_to(old / "halfway" / "grid" / "routing")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            target.write_bytes(path.read_bytes())
+    train(["--resume", str(ours)])
+    before = old / "grid" / "routing"
+    assert (ours / "metrics.csv").read_bytes() == (before / "metrics.csv").read_bytes()
+    rows, were = (json.loads((p / "result.json").read_text()) for p in (ours, before))
+    assert figures(rows) == figures(were)
+
+
+@pytest.mark.parametrize("kind", ["ppo_grid", "ppo_minigrid"])
+def test_a_run_of_ppo_cannot_go_on_and_says_so(old, kind, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(["--resume", str(old / "halfway" / kind / "imputed_routing")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "version 0.1.0" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("env_id", ["OversightGrid-v0", "MiniGrid-DiamondGhost-5x5-v0"])
+@pytest.mark.parametrize("method", ["routing", "imputed_routing", "reward_model"])
+def test_zips_act_as_they_did_and_learn_on(old, method, env_id):
+    path = old / "zips" / f"{method}-{env_id}"
+    kept = np.load(f"{path}.npz")
+    env = make_vec(env_id, 4, oversight=0.5)
+    model = RoutedPPO.load(f"{path}.zip", env=env)
+    for name in set(kept.files) - {"observation"}:
+        taken, _ = model.steer(name).predict(kept["observation"], deterministic=True)
+        assert np.array_equal(taken, kept[name])
+    model.learn(128, reset_num_timesteps=False)
