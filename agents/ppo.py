@@ -161,6 +161,7 @@ class MoEPolicy(ActorCriticPolicy):
         flags: which entries of an observation show oversight flags, as a boolean array of its
             shape; the classifier does not look at them.
         task: whether the environment's reward is a task of its own, which has a value net, too.
+        steering: what the experts are made into.
         kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
             gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
             symbols, SB3's NatureCNN for images, and none for vectors.
@@ -185,6 +186,7 @@ class MoEPolicy(ActorCriticPolicy):
         imputes: bool = False,
         flags: NDArray[np.bool_] | None = None,
         task: bool = False,
+        steering: Steering = MIXTURE,
         **kwargs: Any,
     ) -> None:
         for name, only in self.FIXED.items():
@@ -202,12 +204,13 @@ class MoEPolicy(ActorCriticPolicy):
             )
         self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
         self.imputes, self.flags, self.task = imputes, flags, task
-        self.steering: Steering = MIXTURE
+        self.steering = steering
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
         own |= {"imputes": self.imputes, "flags": self.flags, "task": self.task}
+        own |= {"steering": self.steering}
         return super()._get_constructor_parameters() | own
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -659,7 +662,8 @@ class RoutedPPO(PPO):
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, or None, got {threads}")
         behaviors = None if behaviors is None else checked_behaviors(behaviors)
-        own = {"behaviors", "gate", "imputes", "flags", "task"} & set(policy_kwargs or {})
+        own = {"behaviors", "gate", "imputes", "flags", "task", "steering"}
+        own &= set(policy_kwargs or {})
         if own:
             raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
         hides = {"flags_visible": False} if METHODS[method].hides_flags else {}

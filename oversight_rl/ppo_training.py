@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,6 +86,7 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
             contrast_coef=ppo.contrast_coef,
             solo_share=ppo.solo_share,
             task_weight=ppo.task_weight,
+            threads=None,  # those of the whole run
             gate_replay=ppo.gate_replay,
             label_recall=config.label_recall,
             label_error=config.label_error,
@@ -205,7 +206,10 @@ class _Recorder(BaseCallback):
         Raises:
             UserError: it holds what cannot be.
         """
-        self._check(model, tensors, facts["env_steps"])
+        try:
+            check(model, tensors, facts["env_steps"])
+        except UserError as error:
+            raise UserError(f"{self.folder.checkpoints}: {error}") from None
         with torch.no_grad():
             for name, tensor in _kept(model).items():
                 tensor.copy_(tensors[name])
@@ -228,22 +232,6 @@ class _Recorder(BaseCallback):
             model._last_episode_starts = parts["last"]["episode_starts"]
         model.num_timesteps, self.seconds = facts["env_steps"], facts["wall_seconds"]
         self.updates = self.saved = facts["update"]
-
-    def _check(self, model: RoutedPPO, tensors: dict[str, Tensor], steps: int) -> None:
-        """Refuse numbers that would lead astray; a checksum does not notice intent."""
-        limits = bounds(model, steps)
-        for name, tensor in tensors.items():
-            if name.startswith("world."):  # which looks itself
-                continue
-            if name not in limits and not tensor.is_floating_point():
-                raise KeyError(f"{name} has no bounds")
-            given = tensor.numpy()
-            if given.dtype == bool:  # bytes of a file may be others
-                given = given.view(np.uint8)
-            low, high = limits.get(name, (-math.inf, math.inf))
-            columns = given.reshape(-1, np.size(low))
-            if not ((columns >= low) & (columns <= high) | np.isnan(columns)).all():
-                raise UserError(f"{self.folder.checkpoints}: {name} holds what cannot be")
 
     def _on_training_start(self) -> None:
         config = self.config
@@ -373,6 +361,27 @@ def _kept(model: RoutedPPO) -> dict[str, Tensor]:
     for name, memory in _memories(model).items():
         kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
     return kept
+
+
+def check(model: RoutedPPO, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """Refuse saved numbers that would lead astray; a checksum does not notice intent.
+
+    Raises:
+        UserError: a number is out of its bounds.
+    """
+    limits = bounds(model, steps)
+    for name, tensor in tensors.items():
+        if name.startswith("world."):  # which looks itself
+            continue
+        if name not in limits and not tensor.is_floating_point():
+            raise KeyError(f"{name} has no bounds")
+        given = tensor.numpy()
+        if given.dtype == bool:  # bytes of a file may be others
+            given = given.view(np.uint8)
+        low, high = limits.get(name, (-math.inf, math.inf))
+        columns = given.reshape(-1, np.size(low))
+        if not ((columns >= low) & (columns <= high) | np.isnan(columns)).all():
+            raise UserError(f"{name} holds what cannot be")
 
 
 def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike]]:

@@ -146,7 +146,7 @@ def test_bad_texts_are_refused(text, message):
 
 def test_a_single_expert_has_no_mixture():
     assert parse("single", 1) == Steering("single", (1.0,))
-    with pytest.raises(UserError, match="must be one of single"):
+    with pytest.raises(UserError, match="must be one of deployed, diamond, single"):
         parse("mixture", 1)
 
 

@@ -1,0 +1,295 @@
+"""What is deployed: steered however it is asked, saved and judged; environments asked the same."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agents import MoEPolicy, RoutedPPO, SteeredEvalCallback
+from agents.methods import METHODS
+from agents.ppo import PPO_METHODS
+from agents.ppo_config import DEFAULT_METHOD
+from agents.steering import Steering, parse
+from envs.settings import UserError
+from envs.vector import make_vec
+from oversight_rl import ppo_training
+from oversight_rl.config import Config
+
+GRID = "OversightGrid-v0"
+SMALL = {"n_envs": 4, "n_steps": 16, "batch_size": 32, "seed": 0, "gate_replay": 16,
+         "oversight": 0.5, "policy_kwargs": {"net_arch": [8]}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    """With experts that part: one turns right, the other left, whatever they see."""
+    made = RoutedPPO("MoEPolicy", GRID, **SMALL)
+    with torch.no_grad():
+        agent = made.policy.agent
+        agent.trunks[-1].bias[0, :2] = torch.tensor([[5.0] * 4 + [0.0] * 4, [0.0] * 4 + [5.0] * 4])
+        agent.trunks[-1].weight[0, :2] = 0.0
+        agent.head.weight.zero_()
+        agent.head.weight[0, 1, :4] = agent.head.weight[0, 3, 4:] = 1.0
+    return made
+
+
+@pytest.fixture(scope="module")
+def observations():
+    env = make_vec(GRID, 64, oversight=0.5)
+    env.seed(0)
+    return env.reset()
+
+
+def saved(thing):
+    file = io.BytesIO()
+    thing.save(file)
+    file.seek(0)
+    return file
+
+
+def put_into_a_model(policy, model):
+    other = RoutedPPO.load(saved(model))
+    other.policy = policy
+    return RoutedPPO.load(saved(other)).policy
+
+
+ROUNDS = {
+    "as it is": lambda policy, model: policy,
+    "saved": lambda policy, model: MoEPolicy.load(saved(policy)),
+    "pickled": lambda policy, model: pickle.loads(pickle.dumps(policy)),
+    "copied": lambda policy, model: copy.deepcopy(policy),
+    "saved in a model": put_into_a_model,
+}
+
+
+@pytest.mark.parametrize("name", ["diamond", "ghost", "without:ghost", "diamond=0.2,ghost=0.8"])
+@pytest.mark.parametrize("way", ROUNDS)
+@torch.no_grad()
+def test_a_steered_policy_is_steered_however_it_is_asked(way, name, model, observations):
+    policy = ROUNDS[way](model.steer(name), model)
+    seen = torch.as_tensor(observations)
+    wanted = {"diamond": 1, "ghost": 3, "without:ghost": 1, "diamond=0.2,ghost=0.8": 3}[name]
+    assert policy.steering.name == name
+    actions, _, log_prob = policy(seen, deterministic=True)
+    assert (actions == wanted).all()
+    assert (policy.predict(observations, deterministic=True)[0] == wanted).all()
+    assert (policy.get_distribution(seen).mode() == wanted).all()
+    _, judged, entropy = policy.evaluate_actions(seen, actions)
+    distribution = policy.get_distribution(seen)
+    assert torch.allclose(judged, distribution.log_prob(actions))
+    assert torch.allclose(judged, log_prob)
+    assert torch.allclose(entropy, distribution.entropy())
+    assert model.policy.steering.name == "mixture"
+
+
+def test_a_traced_policy_is_steered(model, observations):
+    class Acts(torch.nn.Module):
+        def __init__(self, policy):
+            super().__init__()
+            self.policy = policy
+
+        def forward(self, seen):
+            return self.policy(seen, deterministic=True)[0]
+
+    seen = torch.as_tensor(observations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Acts(model.steer("ghost")), seen)
+    assert (traced(seen) == 3).all()
+
+
+def test_a_greedy_policy_takes_the_likeliest_action_in_every_way(model, observations):
+    plain = model.policy.steered(Steering("ghost", (0.0, 1.0), temperature=1e3))
+    greedy = model.policy.steered(Steering("ghost", (0.0, 1.0), temperature=1e3, greedy=True))
+    seen = torch.as_tensor(observations)
+    assert (greedy(seen)[0] == 3).all()
+    assert (greedy.predict(observations)[0] == 3).all()
+    assert not (plain(seen)[0] == 3).all()
+
+
+def test_evaluate_policy_and_eval_callbacks_judge_what_is_steered(model, tmp_path):
+    env = make_vec("OversightGrid-v0", 8, oversight=0.5, reward="ground_truth")
+    turns = {name: evaluate_policy(model.steer(name), env, 64, warn=False)[0]
+             for name in ("diamond", "ghost")}  # fmt: skip
+    assert -1 <= min(turns.values()) <= max(turns.values()) <= 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callback = SteeredEvalCallback(
+            make_vec(GRID, 8, oversight=0.5), "ghost", tmp_path / "new", eval_freq=16,
+            n_eval_episodes=16, verbose=0, warn=False,
+        )  # fmt: skip
+        learner = RoutedPPO("MoEPolicy", GRID, **SMALL).learn(4 * 16 * 2, callback=callback)
+    assert isinstance(callback, EvalCallback)
+    assert -1 <= callback.best_score <= 1
+    assert learner.policy.steering.name == "mixture"  # and goes on learning
+    best = RoutedPPO.load(tmp_path / "new" / "best_model")
+    assert best.policy.steering.name == "ghost"
+
+
+def test_the_best_of_the_deployed_policy_is_kept(tmp_path):
+    class Lever(gym.Env):
+        """One step; action 1 is good. Judged differently each time that it is asked."""
+
+        behaviors, oversight = ("good", "bad"), 0.5
+        observation_space, action_space = spaces.Box(0, 1, (1,), np.float32), spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            name = self.behaviors[1 - int(action)]
+            return np.zeros(1, np.float32), 1.0, True, False, {"behavior": name, "label": name}
+
+    logged = []
+
+    class Kept(SteeredEvalCallback):
+        def _log_success_callback(self, locals_, globals_):
+            super()._log_success_callback(locals_, globals_)
+            logged.append(dict(self.logger.name_to_value))
+
+    callback = Kept(DummyVecEnv([Lever] * 4), best_model_save_path=tmp_path, eval_freq=64,
+                    n_eval_episodes=40, verbose=0, warn=False, deterministic=False)  # fmt: skip
+    env = DummyVecEnv([Lever] * 8)
+    model = RoutedPPO("MoEPolicy", env, n_steps=32, seed=0, method="imputed_routing")
+    model.learn(8 * 32 * 20, callback=callback)
+    last = logged[-1]
+    assert last["eval/p_good"] + last["eval/p_bad"] == pytest.approx(1)
+    assert last["eval/score"] == pytest.approx(last["eval/p_good"] - last["eval/p_bad"])
+    assert callback.best_score > 0.9
+    best = RoutedPPO.load(tmp_path / "best_model")
+    assert best.policy.steering.name == "good"
+    assert (best.predict(np.zeros((16, 1), np.float32), deterministic=True)[0] == 1).all()
+
+
+def test_a_steered_policy_does_not_learn():
+    model = RoutedPPO("MoEPolicy", GRID, **SMALL)
+    model.policy = model.steer("diamond")
+    with pytest.raises(ValueError, match=r"model.policy = model.steer\('mixture'\)"):
+        model.learn(64)
+    model.policy = model.steer("mixture")
+    model.learn(64)
+
+
+@pytest.mark.parametrize("method", PPO_METHODS)
+def test_every_method_steers_to_the_wanted_behavior(method):
+    model = RoutedPPO("MoEPolicy", GRID, method=method, **SMALL)
+    several = METHODS[method].experts == "many"
+    for name in ("diamond", "deployed"):
+        assert model.steer(name).steering.name == ("diamond" if several else "single")
+    assert parse("deployed", 3, ("a", "b")).name == "a"
+    if not several:
+        with pytest.raises(
+            UserError, match="must be one of deployed, diamond, single, got 'ghost'"
+        ):
+            model.steer("ghost")
+
+
+# ---- the default
+
+
+def test_the_default_of_ppo_is_its_own(tmp_path):
+    assert RoutedPPO("MoEPolicy", GRID, **SMALL).method == DEFAULT_METHOD
+    assert Config().method == "routing"
+    assert Config.model_validate({"algo": "ppo"}).method == DEFAULT_METHOD
+    assert Config.model_validate({"algo": "ppo", "method": "routing"}).method == "routing"
+
+
+# ---- what an environment says
+
+
+class Says(gym.Env):
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, **says):
+        for name, value in ({"behaviors": ("right", "left")} | says).items():
+            setattr(self, name, value)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 1.0, True, False, {"behavior": "right", "label": "right"}
+
+
+def says(**attributes):
+    return DummyVecEnv([lambda: Says(**attributes)] * 2)
+
+
+BAD = {
+    "behaviors as a string": ({"behaviors": "ab"}, "environment's behaviors must be two or more"),
+    "one behavior": ({"behaviors": ("a",)}, "environment's behaviors must be two or more"),
+    "twice the same": ({"behaviors": ("a", "a")}, "environment's behaviors must be two or more"),
+    "a number": ({"behaviors": 2}, "environment's behaviors must be two or more"),
+    "a level above 1": ({"oversight": 10}, r"oversight must lie in \[0, 1\], got 10"),
+    "a level per behavior": ({"oversight": [0.1, 0.2]}, r"oversight must lie in \[0, 1\]"),
+    "another order": (
+        {"behaviors": ("left", "right")},
+        "left, right; the model was made for right",
+    ),
+    "flags that are numbers": ({"flags": np.zeros(2)}, "flags must be booleans"),
+    "flags of another shape": ({"flags": np.zeros(3, bool)}, "flags have shape"),
+    "no task": ({"has_task": False}, "has_task is False; the model was made for True"),
+}
+ONLY_LATER = ("another order", "no task")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_environments_are_asked_whenever_they_come(case):
+    attributes, words = BAD[case]
+    if case not in ONLY_LATER:
+        with pytest.raises(ValueError, match=words):
+            RoutedPPO("MoEPolicy", says(**attributes), n_steps=8, batch_size=16)
+    model = RoutedPPO("MoEPolicy", says(), n_steps=8, batch_size=16)
+    with pytest.raises(ValueError, match=words):
+        model.set_env(says(**attributes))
+    with pytest.raises(ValueError, match=words):
+        RoutedPPO.load(saved(model), env=says(**attributes))
+
+
+def test_an_environment_that_fits_is_taken():
+    model = RoutedPPO("MoEPolicy", says(), n_steps=8, batch_size=16).learn(16)
+    model.set_env(says(oversight=0.25))
+    assert model.overseer.oversight == 0.25
+    model.learn(16, reset_num_timesteps=False)
+    loaded = RoutedPPO.load(saved(model), env=says(oversight=0.5))
+    assert loaded.overseer.oversight == 0.5
+    loaded.learn(16)
+
+
+# ---- what a run of PPO saves
+
+
+@pytest.mark.parametrize("env", [GRID, "MiniGrid-DiamondGhost-5x5-v0"])
+def test_every_integer_of_a_checkpoint_has_bounds_that_hold(env):
+    config = Config.model_validate(
+        {"algo": "ppo", "env": env, "oversight": 1.0, "agent": {"hidden": [8]},
+         "ppo": {"worlds": 4, "steps": 64, "batch_size": 64}}
+    )  # fmt: skip
+    model = ppo_training.make_model(config)
+    model.learn(4 * 64)
+    steps = model.num_timesteps
+    found = ppo_training.bounds(model, steps)
+    for name, tensor in ppo_training._tensors(model).items():
+        if tensor.is_floating_point() or name.startswith("world."):
+            continue
+        low, high = found[name]
+        columns = tensor.numpy().reshape(-1, np.size(low)).astype(float)
+        assert ((columns >= low) & (columns <= high)).all(), name
+    for name, (low, high) in found.items():
+        for forged in (np.min(high) + 1, np.max(low) - 1):
+            if np.isfinite(forged):
+                tensors = {
+                    name: torch.full_like(ppo_training._tensors(model)[name].double(), forged)
+                }
+                with pytest.raises(UserError, match="holds what cannot be"):
+                    ppo_training.check(model, tensors, steps)
