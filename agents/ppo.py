@@ -1221,7 +1221,9 @@ class RoutedPPO(PPO):
         self.policy.optimizer.zero_grad()
         loss = self._ending_loss(cast(MoEPolicy, self.policy))
         if not loss.isfinite():
-            raise FloatingPointError(f"the loss of the classifier of endings is {float(loss)}")
+            raise FloatingPointError(
+                f"the loss of the classifier of endings is {float(loss.detach())}"
+            )
         loss.backward()
         self.policy.optimizer.step()
         return loss.detach()

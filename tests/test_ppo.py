@@ -25,6 +25,8 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
+from environments import Fork
+
 import envs  # noqa: F401  (registers the ids)
 from agents import MoEPolicy, RoutedPPO
 from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
@@ -410,43 +412,6 @@ class Watched(gym.Env):
         name = self.behaviors[int(action)]
         info = {"behavior": name} | ({"label": name} if self.flag else {})
         return np.zeros(1, np.float32), 1.0, True, False, info
-
-
-class Fork(gym.Env):
-    """Four steps; the first action decides between "a" and "b", and three in ten are labeled.
-
-    Args:
-        pay: reward of each step, or a function that draws it.
-        final: of the last one.
-        lengths: of episodes.
-        shaped: whether a potential of the time is added, which changes no policy's rank.
-    """
-
-    behaviors, oversight = ("a", "b"), 0.3
-    observation_space, action_space = spaces.Box(0, 1, (5,), np.float32), spaces.Discrete(2)
-
-    def __init__(self, pay=0.0, final=1.0, lengths=(4,), shaped=False):
-        self.pay, self.final, self.lengths, self.shaped = pay, final, lengths, shaped
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.length = self.np_random.choice(self.lengths)
-        self.time, self.watched = 0, self.np_random.random() < self.oversight
-        return np.eye(5, dtype=np.float32)[0], {}
-
-    def step(self, action):
-        if self.time == 0:
-            self.way = self.behaviors[int(action)]
-        self.time += 1
-        done = self.time == self.length
-        info = {"behavior": self.way} if done else {}
-        if done and self.watched:
-            info["label"] = self.way
-        pay = self.np_random.normal() if self.pay == "random" else self.pay
-        reward = pay + self.final * done
-        if self.shaped:  # gamma Phi(s') - Phi(s), with Phi = 5 t and 0 at the end
-            reward += 0.97 * 5 * self.time * (not done) - 5 * (self.time - 1)
-        return np.eye(5, dtype=np.float32)[min(self.time, 4)], reward, done, False, info
 
 
 def shares(method, seed=0, **env):
