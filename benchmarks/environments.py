@@ -1,6 +1,6 @@
 """Whether RoutedPPO's default works in environments that it was not made for.
 
-    python benchmarks/environments.py                    # all of them, five seeds (an hour, one core)
+    python benchmarks/environments.py      # all of them, five seeds: about an hour of one core
     python benchmarks/environments.py fork cartpole --seeds 0 1 --methods reward_model
 
 Trains the default method and an oracle with the same settings everywhere, and prints the share of
@@ -25,10 +25,10 @@ from stable_baselines3.common.env_util import make_vec_env
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import envs  # noqa: E402, F401  (registers the ids)
-from agents import RoutedPPO  # noqa: E402
-from agents.ppo_config import DEFAULT_METHOD  # noqa: E402
-from envs.labels import OversightLabels  # noqa: E402
+import envs  # noqa: F401  (registers the ids)
+from agents import RoutedPPO
+from agents.ppo_config import DEFAULT_METHOD
+from envs.labels import OversightLabels
 
 
 class Fork(gym.Env):

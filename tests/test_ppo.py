@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from environments import Fork
 from gymnasium import spaces
 from minigrid.wrappers import (
     FlatObsWrapper,
@@ -24,8 +25,6 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
-
-from environments import Fork
 
 import envs  # noqa: F401  (registers the ids)
 from agents import MoEPolicy, RoutedPPO
