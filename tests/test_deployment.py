@@ -22,7 +22,8 @@ from agents.steering import Steering, parse
 from envs.settings import UserError
 from envs.vector import make_vec
 from oversight_rl import ppo_training
-from oversight_rl.config import Config
+from oversight_rl.cli import train
+from oversight_rl.config import Config, load_yaml
 
 GRID = "OversightGrid-v0"
 SMALL = {"n_envs": 4, "n_steps": 16, "batch_size": 32, "seed": 0, "gate_replay": 16,
@@ -196,7 +197,7 @@ def test_every_method_steers_to_the_wanted_behavior(method):
 # ---- the default
 
 
-def test_the_default_of_ppo_is_its_own(tmp_path):
+def test_the_default_of_ppo_is_its_own():
     assert RoutedPPO("MoEPolicy", GRID, **SMALL).method == DEFAULT_METHOD
     assert Config().method == "routing"
     assert Config.model_validate({"algo": "ppo"}).method == DEFAULT_METHOD
@@ -293,3 +294,28 @@ def test_every_integer_of_a_checkpoint_has_bounds_that_hold(env):
                 }
                 with pytest.raises(UserError, match="holds what cannot be"):
                     ppo_training.check(model, tensors, steps)
+
+
+def test_the_command_line_knows_each_learners_default(tmp_path):
+    small = ["--agent.hidden", "8", "--no-pictures", "--evaluation.oversight", "0.1"]
+    ppo = [
+        "--ppo.updates",
+        "1",
+        "--ppo.worlds",
+        "4",
+        "--ppo.steps",
+        "8",
+        "--evaluation.episodes",
+        "4",
+    ]
+    grid = ["--training.updates", "1", "--training.worlds", "4", "--training.steps", "4"]
+    file = tmp_path / "ppo.yaml"
+    file.write_text("algo: ppo\nworld: {rows: 3, cols: 3}\n")
+    for name, flags, method in (
+        ("flag", ["--algo", "ppo", *ppo], DEFAULT_METHOD),
+        ("file", ["--config", str(file), *ppo], DEFAULT_METHOD),
+        ("named", ["--algo", "ppo", "--method", "naive", *ppo], "naive"),
+        ("grid", grid, "routing"),
+    ):
+        train(["--run-dir", str(tmp_path / name), *small, *flags])
+        assert load_yaml(tmp_path / name / "config.yaml").method == method
