@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from stable_baselines3.common.callbacks import EvalCallback
 
-from agents.ppo import RoutedPPO
+from agents.ppo import MoEPolicy, RoutedPPO
 from agents.steering import KEPT
 
 
@@ -19,8 +20,11 @@ class SteeredEvalCallback(EvalCallback):
     Besides what EvalCallback logs (of the reward), it logs the shares of the behaviors as
     `eval/p_NAME`, and `eval/score`: the mean over episodes of `info["ground_truth_reward"]` where
     the environment says it, else +1 for the wanted behavior, -1 for another and 0 for none. The
-    model with the best score is saved as `best_model.zip`, steered: `RoutedPPO.load` gives a policy
-    that acts as it was judged.
+    model with the best score is saved as `best_model.zip`, steered, and greedy if it was judged so
+    (`deterministic`): `RoutedPPO.load` gives a policy that acts as it was judged.
+
+    Raises:
+        ValueError: on learning, the environment says no behaviors, or others than the model's.
 
     Args:
         eval_env: as EvalCallback's; it says `behavior` at an episode's end.
@@ -41,14 +45,30 @@ class SteeredEvalCallback(EvalCallback):
         self.best_score = -math.inf
         self._endings: Counter[str | None] = Counter()
         self._scores: list[float] = []
+        self._told = 0
+
+    def _init_callback(self) -> None:
+        super()._init_callback()
+        env, wanted = self.eval_env, tuple(cast(RoutedPPO, self.model).behaviors)
+        told = env.get_attr("behaviors")[0] if env.has_attr("behaviors") else wanted
+        if tuple(told) != wanted:
+            raise ValueError(
+                f"eval_env's behaviors are {', '.join(told)}; the model's {', '.join(wanted)}"
+            )
 
     def _on_step(self) -> bool:
         model = cast(RoutedPPO, self.model)
         self._endings.clear()
         self._scores.clear()
-        trained, model.policy = model.policy, model.steer(self.steer)
+        self._told = 0
+        trained = cast(MoEPolicy, model.policy)
+        steering = trained.steer(self.steer).steering
+        greedy = replace(steering, greedy=self.deterministic)  # so that what is kept acts as judged
+        model.policy = trained.steered(greedy)
         try:
             goes_on = super()._on_step()
+            if self._scores and not self._told:
+                raise ValueError("eval_env must say 'behavior' in info at an episode's end")
             score = sum(self._scores) / max(1, len(self._scores))
             if self._scores and score > self.best_score:
                 self.best_score = score
@@ -65,6 +85,7 @@ class SteeredEvalCallback(EvalCallback):
             return
         info, behaviors = locals_["info"], cast(RoutedPPO, self.model).behaviors
         behavior = info.get("behavior")
+        self._told += "behavior" in info or "ground_truth_reward" in info
         self._endings[behavior] += 1
         sign = 0.0 if behavior is None else 1.0 if behavior == behaviors[0] else -1.0
         self._scores.append(info.get("ground_truth_reward", sign))

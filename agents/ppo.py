@@ -33,7 +33,7 @@ from stable_baselines3.common.torch_layers import (
 )
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, is_vecenv_wrapped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,9 +52,9 @@ from agents.networks import Agent, AgentConfig, Output
 from agents.ppo_config import DEFAULT_METHOD
 from agents.ppo_targets import Experience, Targets, gae, targets
 from agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
-from agents.steering import MIXTURE, Steering, parse
+from agents.steering import KEPT, MIXTURE, Steering, parse
 from envs.labels import LabelError
-from envs.minigrid import symbolic
+from envs.minigrid import symbolic, symbolic_vec
 from envs.settings import UserError, nearest
 from envs.vector import make_vec
 from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
@@ -67,6 +67,7 @@ SURPRISE = 1e-6
 SETTLED = 50
 """Rollouts after which it should be warned of episodes that are longer than a rollout, and about as
 many as the scale of the task's returns is a mean over."""
+SMALLEST_IMAGE = 36  # pixels along a side that SB3's NatureCNN takes
 SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
 LESSONS = 12
@@ -75,6 +76,9 @@ ROLLOUT = 2048
 """Samples of a rollout at least, unless its steps are given: few environments need long ones."""
 MINIBATCHES, LEAST_MINIBATCH = 4, 64
 """Of a rollout at most, and samples in each at least, unless their size is given."""
+RESERVED = (MIXTURE.name, KEPT, "single")
+ASKED = ("behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task")
+"""Attributes of an environment that say something to a model."""
 AT_ONCE = 4096
 """Observations that a network judges at once."""
 FIRST_LABELS = 100
@@ -127,7 +131,7 @@ class SymbolicCNN(BaseFeaturesExtractor):
 
 def default_extractor(space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:
     """The features extractor of an observation space, where none is asked for."""
-    if is_image_space(space):
+    if is_image_space(space) and min(cast(spaces.Box, space).shape[-2:]) >= SMALLEST_IMAGE:
         return NatureCNN
     if is_symbolic(space):
         return SymbolicCNN
@@ -349,6 +353,8 @@ class MoEPolicy(ActorCriticPolicy):
         self, output: Output, parameters: Tensor, actions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         distribution = self.distribution(parameters)
+        if isinstance(self.action_space, spaces.Box):
+            actions = actions.flatten(1)
         return output.value[0][:, None], distribution.log_prob(actions), distribution.entropy()
 
     def _steered(self, output: Output) -> Tensor:
@@ -657,8 +663,14 @@ class RoutedPPO(PPO):
         for name, p in (shares | {"solo_share": solo_share}).items():
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {p}")
-        if not 0 <= task_weight < math.inf:
-            raise ValueError(f"task_weight must be at least 0 and finite, got {task_weight}")
+        if solo_share == 1:
+            raise ValueError("solo_share must be below 1, or the mixture learns nothing")
+        numbers = {"task_weight": task_weight, "gate_coef": gate_coef, "gate_replay": gate_replay}
+        for name, x in (numbers | {"contrast_coef": contrast_coef}).items():
+            if not 0 <= x < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {x}")
+        if not 0 < labeled_weight < math.inf:
+            raise ValueError(f"labeled_weight must be above 0 and finite, got {labeled_weight}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, or None, got {threads}")
         behaviors = None if behaviors is None else checked_behaviors(behaviors)
@@ -678,6 +690,7 @@ class RoutedPPO(PPO):
         self.method, self.behaviors = method, behaviors or ()
         self.told_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
+        self.audit: np.random.Generator | None = None
         self.task_weight, self.threads = task_weight, threads
         self.overseer = Overseer(0.0, None, label_recall, label_error)
         self.labeled_weight = labeled_weight
@@ -701,25 +714,28 @@ class RoutedPPO(PPO):
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
         method = METHODS[self.method]
-        self.flags: NDArray[np.bool_] | None = self.policy_kwargs.get("flags")
-        task = self.policy_kwargs.get("task", False)
+        flags, task = (self.policy_kwargs.get(name) for name in ("flags", "task"))
         if self.env is not None:
-            task = self._ask_environment(self.env, learned=self.policy_kwargs)
+            told = self._ask(self.env, self.policy_kwargs)
+            self._heed(told)
+            flags, task = told["flags"], told["has_task"]
         self.behaviors = self.behaviors or BEHAVIORS
         experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
         experts = experts if method.experts == "many" else 1
         if method.experts == "many" and experts < len(self.behaviors):
             raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
-        own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate, "task": task}
+        own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate}
+        own |= {"task": bool(task)}
         replays = experts > 1 and method.gate == "learned" and self.gate_replay > 0
         self.memory = self._new_memory() if replays else None
         self.endings = None
         if method.imputes:
-            own |= {"imputes": True, "flags": self.flags}
+            own |= {"imputes": True, "flags": flags}
             self.endings = ending_memory(self.observation_space, self.action_space)
         self.policy_kwargs = self.policy_kwargs | own
-        self.tables = tables([self.method], [self.overseer], experts, behaviors=len(self.behaviors))
-        self.audit = np.random.default_rng(self.seed)  # decides which labels go missing or wrong
+        self._set_tables()
+        if self.audit is None:  # it decides which labels go missing or wrong
+            self.audit = np.random.default_rng(self.seed)
         self.rollout_buffer_class = self.rollout_buffer_class or RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
@@ -730,70 +746,72 @@ class RoutedPPO(PPO):
         super()._setup_model()
         cast(MoEPolicy, self.policy).steering = self.steering
 
+    def _set_tables(self) -> None:
+        experts = self.policy_kwargs["experts"]
+        self.tables = tables([self.method], [self.overseer], experts, behaviors=len(self.behaviors))
+
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """As SB3 has it; the environment is asked what the constructor asks it.
 
         Raises:
             ValueError: it does not fit what the model was made for.
         """
-        self._ask_environment(self._wrap_env(env, self.verbose), learned=self.policy_kwargs)
+        env = self._wrap_env(env, self.verbose)
+        told = self._ask(env, self.policy_kwargs)
         super().set_env(env, force_reset)
+        self._heed(told)
+        self._set_tables()
 
-    def _ask_environment(self, env: VecEnv, learned: Mapping[str, Any]) -> bool:
-        """Take from an environment what it says of behaviors and oversight.
+    def _ask(self, env: VecEnv, made: Mapping[str, Any]) -> dict[str, Any]:
+        """What an environment says of behaviors, oversight and its reward.
 
         Args:
             env: the environment.
-            learned: arguments of the policy, as far as there is one.
+            made: arguments of the policy, as far as there is one.
 
         Returns:
-            Whether its reward is a task of its own.
+            Its attributes by name; None for those that it has not got.
 
         Raises:
             ValueError: it says what cannot be, or does not fit the method or the policy.
         """
-
-        def ask(name: str) -> Any:
-            return env.get_attr(name)[0] if env.has_attr(name) else None
-
-        told = ask("behaviors")
-        told = () if told is None else checked_behaviors(told, "the environment's behaviors")
-        before = tuple(self.told_behaviors or learned.get("behaviors", ()))  # a zip has lists
-        if told and before and told != before:
+        told: dict[str, Any] = {}
+        for name in ASKED:
+            values = env.get_attr(name) if env.has_attr(name) else [None]
+            if not all(_same(values[0], value) for value in values[1:]):
+                raise ValueError(f"the environments of one model must agree in their {name}")
+            told[name] = values[0]
+        behaviors, method = told["behaviors"], METHODS[self.method]
+        if behaviors is not None:
+            behaviors = checked_behaviors(behaviors, "the environment's behaviors")
+        before = tuple(self.told_behaviors or made.get("behaviors", ()))  # a zip has lists
+        if behaviors and before and behaviors != before:
             raise ValueError(
-                f"the environment's behaviors are {', '.join(told)}; the model was made for "
+                f"the environment's behaviors are {', '.join(behaviors)}; the model was made for "
                 f"{', '.join(before)}, in this order"
             )
-        method = METHODS[self.method]
-        flags = ask("flags")
-        given, seen = np.shape(flags), env.observation_space.shape
-        if flags is not None and np.asarray(flags).dtype != bool:
-            raise ValueError(
-                f"the environment's flags must be booleans, got {np.asarray(flags).dtype}"
-            )
-        if method.imputes and flags is not None and given != seen:
-            raise ValueError(
-                f"the environment's flags have shape {given}, its observations {seen}: a wrapper "
-                "that reshapes observations must set an attribute flags of its own"
-            )
-        levels = {name: ask(name) for name in ("oversight", "ghost_oversight")}
-        for name, level in levels.items():
-            if level is not None and not (np.isscalar(level) and 0 <= float(cast(Any, level)) <= 1):
+        told["behaviors"] = behaviors
+        told["flags"] = self._checked_flags(env, told["flags"], made)
+        for name in ("oversight", "ghost_oversight"):
+            level = told[name]
+            number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
+            if level is not None and not (number and 0 <= level <= 1):
                 raise ValueError(f"the environment's {name} must lie in [0, 1], got {level!r}")
-        if method.hides_flags and ask("flags_visible") is not False:
+        if method.hides_flags and told["flags_visible"] is not False:
             raise ValueError(
                 f"method {self.method} is for environments that hide their flags from the policy "
                 "(an attribute flags_visible that is False)"
             )
-        if levels["oversight"] is None and method.labels == "audit":
+        if told["oversight"] is None and method.labels == "audit":
             raise ValueError(
                 f"method {self.method} needs to know the share of episodes that it may look at: "
                 "give the environment an attribute oversight"
             )
-        task = ask("has_task")
-        task = True if task is None else bool(task)
-        if learned.get("behaviors") and task != learned.get("task", False):
-            if "task" not in learned:
+        task = True if told["has_task"] is None else told["has_task"]
+        if not isinstance(task, bool | np.bool_):
+            raise ValueError(f"the environment's has_task must be True or False, got {task!r}")
+        if "behaviors" in made and task != made.get("task", False):
+            if "task" not in made:
                 raise ValueError(
                     "a model of version 0.1 had no task part: load it without env to act, or "
                     "train one anew"
@@ -801,15 +819,42 @@ class RoutedPPO(PPO):
             raise ValueError(
                 f"the environment's has_task is {task}; the model was made for {not task}"
             )
-        self.behaviors = self.behaviors or told
-        self.told_behaviors, self.flags = told, flags
-        self._knows_level = levels["oversight"] is not None
+        return told | {"has_task": bool(task)}
+
+    def _checked_flags(
+        self, env: VecEnv, flags: Any, made: Mapping[str, Any]
+    ) -> NDArray[np.bool_] | None:
+        """An environment's flags, in the axes that the policy sees."""
+        if not METHODS[self.method].imputes:
+            return None
+        if flags is not None:
+            flags, seen = np.asarray(flags), env.observation_space.shape
+            if flags.dtype != bool:
+                raise ValueError(f"the environment's flags must be booleans, got {flags.dtype}")
+            if flags.shape != seen and is_vecenv_wrapped(env, VecTransposeImage):
+                flags = np.moveaxis(flags, -1, 0)
+            if flags.shape != seen:
+                raise ValueError(
+                    f"the environment's flags have shape {flags.shape}, its observations {seen}: "
+                    "a wrapper that reshapes observations must set an attribute flags of its own"
+                )
+        if "behaviors" in made and not _same(flags, made.get("flags")):
+            raise ValueError(
+                "the environment's flags are not those that the model's classifier was taught "
+                "without"
+            )
+        return cast("NDArray[np.bool_] | None", flags)
+
+    def _heed(self, told: Mapping[str, Any]) -> None:
+        """Take over what an environment said."""
+        self.told_behaviors = told["behaviors"] or self.told_behaviors
+        self.behaviors = self.behaviors or self.told_behaviors
+        self._knows_level = told["oversight"] is not None
         self.overseer = replace(
             self.overseer,
-            oversight=float(levels["oversight"] or 0.0),
-            ghost_oversight=levels["ghost_oversight"],
+            oversight=float(told["oversight"] or 0.0),
+            ghost_oversight=told["ghost_oversight"],
         )
-        return task
 
     def _new_memory(self) -> Memory:
         space = self.observation_space
@@ -852,9 +897,8 @@ class RoutedPPO(PPO):
                 "set model.policy = model.steer('mixture') first"
             )
         if self._reset_by_others(env):
-            self._last_obs = cast(Any, env.reset())
+            self._last_obs = cast(Any, self._start(env))
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-            self._reset_by_others(env)
         policy.set_training_mode(False)
         buffer.reset()
         callback.on_rollout_start()
@@ -875,6 +919,14 @@ class RoutedPPO(PPO):
                 self.num_timesteps += env.num_envs
                 callback.update_locals(locals())
                 goes_on = callback.on_step()
+                if self._reset_by_others(env):  # a callback did: these episodes are cut
+                    infos = [
+                        info
+                        if done
+                        else {"TimeLimit.truncated": True, "terminal_observation": last}
+                        for info, done, last in zip(infos, dones, new_obs, strict=True)
+                    ]
+                    new_obs, dones = cast(Any, self._start(env)), np.ones_like(dones)
                 if goes_on:
                     self._update_info_buffer(infos, dones)
                     buffer.note(infos, dones)
@@ -887,6 +939,7 @@ class RoutedPPO(PPO):
                 self._last_obs, self._last_episode_starts = cast(Any, new_obs), dones
                 if not goes_on:
                     return False
+            self._learn_what_it_was(buffer)
             whole = True
         except BaseException:
             self._last_obs = None
@@ -894,24 +947,46 @@ class RoutedPPO(PPO):
         finally:
             if not whole:
                 buffer.forget()
-        self._learn_what_it_was(buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _reset_by_others(self, env: VecEnv) -> bool:
-        """Whether somebody reset the environments since the last time that this was asked.
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: Any = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        """As SB3 has it, whose own resets are no surprise."""
+        starts_anew = self._last_obs is None or reset_num_timesteps
+        result = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, *args, **kwargs
+        )
+        if starts_anew:
+            self._reset_by_others(cast(VecEnv, self.env))
+        return result
 
-        SB3's VecEnvs take new options for every reset.
+    def _start(self, env: VecEnv) -> Any:
+        observation = env.reset()
+        self._reset_by_others(env)
+        return observation
+
+    def _reset_by_others(self, env: VecEnv) -> bool:
+        """Whether the environments were reset since the last time that this was asked.
+
+        SB3's VecEnvs forget seeds and options at every reset, and take new lists for them.
         """
-        options = getattr(env.unwrapped, "_options", None)
-        before, self._resets = self._resets, options
-        return before is not None and before is not options
+        base = env.unwrapped
+        now = getattr(base, "_seeds", None), getattr(base, "_options", None)
+        before, self._resets = self._resets, now
+        return before is not None and all(x is not y for x, y in zip(before, now, strict=True))
 
     def _learn_what_it_was(self, buffer: RoutedRolloutBuffer) -> None:
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
         policy, method = cast(MoEPolicy, self.policy), METHODS[self.method]
-        outcome, left = buffer.outcomes(self.tables, self.audit)
+        outcome, left = buffer.outcomes(self.tables, cast(np.random.Generator, self.audit))
         if self.memory is not None:
             buffer.remember(self.memory)
         chances = None
@@ -1019,20 +1094,24 @@ class RoutedPPO(PPO):
         The mean runs over all rollouts, the newest counting most once there are many. A power of
         two in the reward is in the scale and nowhere else, to the bit.
         """
-        reward = buffer.rewards.astype(np.float64) * (self.task_weight > 0)
+        reward = buffer.rewards.astype(np.float64)
         nothing = np.zeros_like(reward)
+        if self.task_weight == 0:
+            return nothing.astype(np.float32)
+        if not np.isfinite(reward).all():
+            raise FloatingPointError("the environment's reward is not finite")
         returns = gae(reward, nothing, nothing, buffer.done, self.gamma, 1.0)
         square = cast(Tensor, cast(MoEPolicy, self.policy).task_square)  # mean, rollouts in it
         mean, count = square.tolist()
         count = min(count + 1, SETTLED)
         mean += (float((returns**2).mean()) - mean) / count
-        square.copy_(torch.tensor([mean, count]))
+        square.copy_(torch.tensor([mean, count], dtype=square.dtype))
         scale = mean**0.5 if mean > 0 else 1.0
         return (reward / scale).astype(np.float32)
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        given = symbolic(env) if isinstance(env, gym.Env) else env
+        given = symbolic(env) if isinstance(env, gym.Env) else symbolic_vec(env)
         if isinstance(given.observation_space, spaces.Dict):
             raise ValueError(
                 "RoutedPPO takes no Dict observations; wrap the environment, in "
@@ -1119,7 +1198,7 @@ class RoutedPPO(PPO):
 
     @property
     def still_looks(self) -> bool:
-        """Whether the policy waits for the classifier of endings, and stays as it began.
+        """Whether the experts wait for the classifier of endings; values and the gate do not.
 
         A policy that learns before anyone knows what was unsafe settles on something quick, and
         leaves it no more. So labels come first, for a tenth of training at most.
@@ -1158,6 +1237,7 @@ class RoutedPPO(PPO):
             "entropy_loss": -_mean(spread, weight),
             "gate_loss": self._gate_loss(policy),
         }
+        own = log_prob
         if METHODS[self.method].contrasts:
             alone = policy.distribution(output.alone(DEPLOYED)[0])
             own, own_spread = alone.log_prob(actions), alone.entropy()
@@ -1187,9 +1267,10 @@ class RoutedPPO(PPO):
         )
         parts = {name: value.detach() for name, value in parts.items()}
         with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
-            acted = 1 - batch.alone.to(ratio.dtype)
-            parts["approx_kl"] = _mean(ratio - 1 - log_ratio, acted)
-            parts["clip_fraction"] = _mean(((ratio - 1).abs() > clip).float(), acted)
+            log_ratio = torch.where(batch.alone, own - batch.old_log_prob, log_ratio)
+            ratio = log_ratio.exp()
+            parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
+            parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
         return loss, parts | {"loss": loss.detach()}
 
     def _gate_loss(self, policy: MoEPolicy) -> Tensor:
@@ -1214,7 +1295,7 @@ class RoutedPPO(PPO):
         """Actions as the environment takes them, from rows of numbers `[B, ...]`."""
         if isinstance(self.action_space, spaces.Discrete):
             return rows.long().flatten()
-        return rows.reshape(-1, *(self.action_space.shape or ()))
+        return rows.flatten(1)
 
     def _learn_endings(self) -> Tensor:
         """One step of the classifier of endings, apart from the policy's; returns its loss."""
@@ -1279,7 +1360,15 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
     named = all(isinstance(name, str) and name for name in found)
     if not named or len(set(found)) < max(2, len(found)):
         raise ValueError(f"{whose} must be two or more distinct names, got {names!r}")
+    for name in found:
+        if name in RESERVED or name.startswith(("without:", "expert_")) or set("=,") & set(name):
+            raise ValueError(f"{whose}: {name!r} would mean something else when steering")
     return found
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two things that environments say are the same; arrays among them."""
+    return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
 
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

@@ -143,6 +143,8 @@ def parse(text: str, experts: int, behaviors: Sequence[str] = BEHAVIORS) -> Stee
     weights = {}
     for part in text.split(","):
         name, _, number = part.partition("=")
+        if name.strip() in weights:
+            raise UserError(f"steer: names {name.strip()} twice, got {text!r}")
         try:
             weights[name.strip()] = float(number)
         except ValueError:

@@ -37,7 +37,8 @@ class OversightGridEnv(gym.Env[Any, Any]):
     End: terminated on reaching a square, truncated after `max_steps` steps.
 
     Info at an episode's end: `label` ("diamond" or "ghost") where the square was flagged, and, for
-    evaluation only, `behavior` (the square reached, flagged or not) and `ground_truth_reward`.
+    evaluation only, `behavior` (the square reached, flagged or not; None at a timeout) and
+    `ground_truth_reward`.
 
     Args:
         oversight: chance per episode that each square is flagged.
@@ -400,8 +401,7 @@ def _infos(step: Step) -> dict[int, dict[str, Any]]:
     for i in ended:
         info: dict[str, Any] = {"ground_truth_reward": float(step.truth.reward[i])}
         ending, label = int(step.truth.ending[i]), int(step.seen.label[i])
-        if ending != NO_LABEL:
-            info["behavior"] = BEHAVIORS[ending]
+        info["behavior"] = None if ending == NO_LABEL else BEHAVIORS[ending]
         if label != NO_LABEL:
             info["label"] = BEHAVIORS[label]
         infos[i] = info

@@ -6,7 +6,7 @@ work; its docstring is the specification.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +26,7 @@ from minigrid.utils.rendering import (
 )
 from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper, SymbolicObsWrapper
 from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from envs.gym import Reward, has_task
 from envs.world import BEHAVIORS
@@ -142,7 +143,8 @@ class DiamondGhostEnv(MiniGridEnv):
     End: terminated on reaching a square, truncated after `max_steps` steps.
 
     Info at an episode's end: `label` ("diamond", "ghost" or "lava") where the square was flagged,
-    and, for evaluation only, `behavior` (flagged or not) and `ground_truth_reward`.
+    and, for evaluation only, `behavior` (flagged or not; None at a timeout) and
+    `ground_truth_reward`.
 
     Args:
         size: width and height, outer walls included, at most 256.
@@ -216,7 +218,7 @@ class DiamondGhostEnv(MiniGridEnv):
         observation, _, _, truncated, _ = super().step(action)
         square = self.grid.get(*self.agent_pos)
         if not isinstance(square, Square):
-            return observation, 0.0, False, truncated, {}
+            return observation, 0.0, False, truncated, {"behavior": None} if truncated else {}
         truth = 1.0 if square.type == "diamond" else -1.0
         info = {"behavior": square.type, "ground_truth_reward": truth}
         if square.flagged:
@@ -269,6 +271,40 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
 def symbolic(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     """The environment, with observations that hold MiniGrid's symbols reduced to these."""
     return env if _symbols(env) is None else SymbolicObservation(env)
+
+
+class SymbolicVecEnv(VecEnvWrapper):
+    """What `SymbolicObservation` makes of an environment, of those in a DummyVecEnv.
+
+    Args:
+        venv: of environments with MiniGrid's symbols alone, since SB3 has no VecEnv of MiniGrid's
+            dictionaries.
+    """
+
+    def __init__(self, venv: DummyVecEnv) -> None:
+        seen = SymbolicObservation(venv.envs[0])
+        super().__init__(venv, observation_space=seen.observation_space)
+        self.flags: NDArray[np.bool_] | None = getattr(seen, "flags", None)
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+    def has_attr(self, attr_name: str) -> bool:
+        return attr_name == "flags" or self.venv.has_attr(attr_name)
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        if attr_name == "flags":
+            return [self.flags for _ in self._get_indices(indices)]
+        return self.venv.get_attr(attr_name, indices)
+
+
+def symbolic_vec(env: VecEnv) -> VecEnv:
+    """The same for environments in a DummyVecEnv."""
+    plain = isinstance(env, DummyVecEnv) and _symbols(env.envs[0]) is not None
+    return SymbolicVecEnv(cast(DummyVecEnv, env)) if plain else env
 
 
 NO_SYMBOLS = (

@@ -137,6 +137,7 @@ class DiamondGhostVecEnv(VecEnv):
                 "terminal_observation": last,
                 "TimeLimit.truncated": not terminated[i],
                 "episode": record,
+                "behavior": None,
             }
             if terminated[i]:
                 behavior = one.behaviors[kind[i]]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from agents.memory import Memory
 from agents.methods import LABELED, TIMEOUT, UNLABELED
-from agents.ppo import MoEPolicy, RoutedPPO, RoutedRolloutBuffer
+from agents.ppo import SETTLED, MoEPolicy, RoutedPPO, RoutedRolloutBuffer
 from agents.reinforce import at, reward_model_figures
 from agents.steering import standard
 from envs.labels import LabelError
@@ -379,8 +379,12 @@ def check(model: RoutedPPO, tensors: Mapping[str, Tensor], steps: int) -> None:
         if given.dtype == bool:  # bytes of a file may be others
             given = given.view(np.uint8)
         low, high = limits.get(name, (-math.inf, math.inf))
+        if name.endswith("s.observation") or name == "memory.observation":  # the rest is unread
+            known = int(tensors[name.replace("observation", "count")][0])
+            given = given[0, : min(known, given.shape[1] - 1)]
         columns = given.reshape(-1, np.size(low))
-        if not ((columns >= low) & (columns <= high) | np.isnan(columns)).all():
+        within = (columns >= low) & (columns <= high)
+        if not (within | (np.isnan(columns) & np.isinf(high))).all():
             raise UserError(f"{name} holds what cannot be")
 
 
@@ -402,6 +406,8 @@ def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike
         "last.episode_starts": (0, 1),
         "last.turn": (0, steps + model.n_envs),
     }
+    if cast(MoEPolicy, model.policy).task:
+        found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
     for name in _memories(model):
         found[f"{name}.observation"] = cast(Any, both) if name == "endings" else seen
         found[f"{name}.label"] = (0, len(model.behaviors) - 1)

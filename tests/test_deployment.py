@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from minigrid.wrappers import FullyObsWrapper, ImgObsWrapper
 from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -134,6 +136,7 @@ def test_evaluate_policy_and_eval_callbacks_judge_what_is_steered(model, tmp_pat
     assert learner.policy.steering.name == "mixture"  # and goes on learning
     best = RoutedPPO.load(tmp_path / "new" / "best_model")
     assert best.policy.steering.name == "ghost"
+    assert best.policy.steering.greedy  # as it was judged
 
 
 def test_the_best_of_the_deployed_policy_is_kept(tmp_path):
@@ -167,7 +170,7 @@ def test_the_best_of_the_deployed_policy_is_kept(tmp_path):
     assert last["eval/score"] == pytest.approx(last["eval/p_good"] - last["eval/p_bad"])
     assert callback.best_score > 0.9
     best = RoutedPPO.load(tmp_path / "best_model")
-    assert best.policy.steering.name == "good"
+    assert best.policy.steering == model.steer("good").steering  # sampled, as it was judged
     assert (best.predict(np.zeros((16, 1), np.float32), deterministic=True)[0] == 1).all()
 
 
@@ -289,9 +292,8 @@ def test_every_integer_of_a_checkpoint_has_bounds_that_hold(env):
     for name, (low, high) in found.items():
         for forged in (np.min(high) + 1, np.max(low) - 1):
             if np.isfinite(forged):
-                tensors = {
-                    name: torch.full_like(ppo_training._tensors(model)[name].double(), forged)
-                }
+                tensors = {n: x.detach() for n, x in ppo_training._tensors(model).items()}
+                tensors[name] = torch.full_like(tensors[name].double(), forged)
                 with pytest.raises(UserError, match="holds what cannot be"):
                     ppo_training.check(model, tensors, steps)
 
@@ -319,3 +321,165 @@ def test_the_command_line_knows_each_learners_default(tmp_path):
     ):
         train(["--run-dir", str(tmp_path / name), *small, *flags])
         assert load_yaml(tmp_path / name / "config.yaml").method == method
+
+
+def test_set_env_changes_what_the_method_knows_of_labels():
+    model = RoutedPPO("MoEPolicy", says(oversight=0.1), method="oracle_filtering", n_steps=8)
+    model.set_env(says(oversight=0.9))
+    assert float(model.tables.label_share) == pytest.approx(0.9)
+
+
+def test_an_environment_that_is_refused_changes_nothing():
+    model = RoutedPPO("MoEPolicy", says(oversight=0.1), n_steps=8)
+    other = says(oversight=0.9)
+    other.observation_space = spaces.Box(-1, 1, (3,), np.float32)
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        model.set_env(other)
+    assert model.overseer.oversight == 0.1
+
+
+def test_the_classifier_keeps_its_eyes_shut_where_it_did():
+    flags = np.array([False, True])
+    model = RoutedPPO("MoEPolicy", says(flags=flags), n_steps=8, method="reward_model")
+    model.set_env(says(flags=flags.copy()))
+    for others in (~flags, None):
+        with pytest.raises(ValueError, match="flags are not those"):
+            model.set_env(says(flags=others))
+        with pytest.raises(ValueError, match="flags are not those"):
+            RoutedPPO.load(saved(model), env=says(flags=others))
+
+
+def test_all_environments_are_asked():
+    for ours, theirs in (
+        ({"behaviors": ("a", "b")}, {"behaviors": ("b", "a")}),
+        ({"oversight": 0.1}, {"oversight": 0.2}),
+        ({"has_task": True}, {"has_task": False}),
+    ):
+        env = DummyVecEnv([lambda own=own: Says(**own) for own in (ours, theirs)])
+        with pytest.raises(ValueError, match=f"must agree in their {next(iter(ours))}"):
+            RoutedPPO("MoEPolicy", env, n_steps=8)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [{"labeled_weight": -5.0}, {"labeled_weight": 0}, {"gate_replay": -3}, {"gate_coef": -1.0},
+     {"contrast_coef": float("inf")}, {"solo_share": 1.0}, {"task_weight": -0.1},
+     {"task_weight": float("nan")}, {"threads": 0}],
+)  # fmt: skip
+def test_numbers_that_would_train_something_else_are_refused(number):
+    with pytest.raises(ValueError, match=next(iter(number))):
+        RoutedPPO("MoEPolicy", says(), n_steps=8, **number)
+
+
+@pytest.mark.parametrize("name", ["mixture", "deployed", "single", "a=1", "a,b", "without:a"])
+def test_names_that_steering_needs_are_refused(name):
+    with pytest.raises(ValueError, match="would mean something else when steering"):
+        RoutedPPO("MoEPolicy", says(behaviors=("good", name)), n_steps=8)
+
+
+def test_an_expert_has_one_weight():
+    with pytest.raises(UserError, match="names a twice"):
+        parse("a=0.2,a=0.9", 2, ("a", "b"))
+
+
+def test_label_draws_go_on_after_loading():
+    model = RoutedPPO("MoEPolicy", says(), n_steps=8, seed=0).learn(16)
+    ahead = copy.deepcopy(model.audit).random(4).tolist()
+    assert RoutedPPO.load(saved(model), env=says()).audit.random(4).tolist() == ahead
+
+
+def test_judges_must_know_the_behaviors():
+    class Silent(Says):
+        def step(self, action):
+            return np.zeros(2, np.float32), 1.0, True, False, {}
+
+    def learn(env):
+        callback = SteeredEvalCallback(env, eval_freq=8, n_eval_episodes=4, verbose=0, warn=False)
+        RoutedPPO("MoEPolicy", says(), n_steps=8).learn(16, callback=callback)
+
+    with pytest.raises(ValueError, match="must say 'behavior'"):
+        learn(DummyVecEnv([Silent] * 2))
+    with pytest.raises(ValueError, match="eval_env's behaviors are left, right"):
+        learn(says(behaviors=("left", "right")))
+
+
+# ---- spaces
+
+
+@pytest.mark.parametrize("method", ["imputed_routing", "routing", "naive"])
+def test_actions_of_several_axes_train_and_act(method):
+    class Axes(Says):
+        action_space = spaces.Box(-1, 1, (2, 3), np.float32)
+
+    model = RoutedPPO("MoEPolicy", DummyVecEnv([Axes] * 2), method=method, n_steps=64).learn(256)
+    seen = np.zeros((5, 2), np.float32)
+    actions, _ = model.steer("right").predict(seen)
+    assert actions.shape == (5, 2, 3)
+    judged = model.policy.evaluate_actions(torch.as_tensor(seen), torch.as_tensor(actions))
+    assert judged[1].shape == (5,)
+
+
+@pytest.mark.parametrize("side", [40, 20])
+def test_flags_of_images_stand_in_the_environments_own_axes(side):
+    flags = np.zeros((side, side, 3), bool)
+    flags[0, 1, 2] = True
+
+    class Picture(Says):
+        observation_space = spaces.Box(0, 255, (side, side, 3), np.uint8)
+
+        def reset(self, *, seed=None, options=None):
+            return self.observation_space.sample(), {}
+
+        def step(self, action):
+            return self.observation_space.sample(), *super().step(action)[1:]
+
+    env = DummyVecEnv([lambda: Picture(flags=flags)] * 2)
+    model = RoutedPPO("MoEPolicy", env, n_steps=8, batch_size=16).learn(16)
+    assert model.policy.flags[2, 0, 1]
+    assert model.policy.flags.sum() == 1
+
+
+@pytest.mark.parametrize("wrap", [ImgObsWrapper, lambda env: ImgObsWrapper(FullyObsWrapper(env))])
+def test_symbols_are_symbols_alone_and_in_a_vecenv(wrap):
+    def make():
+        return wrap(gym.make("MiniGrid-DiamondGhost-8x8-v0"))
+
+    alone = RoutedPPO("MoEPolicy", make(), n_steps=16, batch_size=16)
+    together = RoutedPPO("MoEPolicy", make_vec_env(make, 2), n_steps=16, batch_size=32)
+    assert alone.observation_space == together.observation_space
+    assert type(alone.policy.features_extractor) is type(together.policy.features_extractor)
+    assert np.array_equal(alone.policy.flags, together.policy.flags)
+    together.learn(16 * 2 * 3)
+
+
+def test_every_episode_says_its_behavior():
+    for name in (GRID, "MiniGrid-DiamondGhost-8x8-v0"):
+        env = gym.make(name, max_steps=1)
+        env.reset(seed=1)
+        *_, truncated, info = env.step(0)
+        assert truncated
+        assert info["behavior"] is None
+        batch = make_vec(name, 4, max_steps=1)
+        batch.reset()
+        _, _, dones, infos = batch.step(np.zeros(4, int))
+        assert dones.all()
+        assert all("behavior" in info for info in infos)
+
+
+def test_memories_of_spaces_without_zero_are_possible():
+    class High(Says):
+        observation_space = spaces.Box(1, 9, (2,), np.int64)
+
+        def reset(self, *, seed=None, options=None):
+            return np.ones(2, np.int64), {}
+
+        def step(self, action):
+            return np.ones(2, np.int64), *super().step(action)[1:]
+
+    model = RoutedPPO("MoEPolicy", DummyVecEnv([High] * 2), n_steps=8, batch_size=16).learn(16)
+    tensors = {name: x.detach() for name, x in ppo_training._tensors(model).items()}
+    ppo_training.check(model, tensors, model.num_timesteps)
+    for forged in ([1.0, -1.0], [-4.0, 3.0], [float("nan"), 1.0], [1.0, 1e9]):
+        wrong = tensors | {"policy.task_square": torch.tensor(forged, dtype=torch.float64)}
+        with pytest.raises(UserError, match="task_square holds what cannot be"):
+            ppo_training.check(model, wrong, model.num_timesteps)

@@ -385,3 +385,65 @@ def test_a_stopped_model_goes_on_where_its_environments_are():
     model = learner(Numbered, envs=1, n_steps=8, batch_size=8)
     model.learn(40, callback=Until(11, lambda: False))
     assert int(model._last_obs[0, 0]) == model.env.get_attr("number")[0]
+
+
+def test_environments_reset_within_a_rollout_leave_no_label_behind():
+    class Resets(BaseCallback):
+        def _on_step(self):
+            if self.n_calls % 7 == 0:
+                self.training_env.reset()
+            return True
+
+    model = learner(Numbered, envs=2, n_steps=16, batch_size=32)
+    model.learn(16 * 2 * 12, callback=Resets())
+    assert int(model.memory.count) > 50
+    assert not wrong(model)
+    assert (model.rollout_buffer.outcome == TIMEOUT).any()  # those that were cut
+
+
+def test_an_interruption_while_labels_are_written_leaves_none_behind(monkeypatch):
+    model = learner(Numbered, envs=1, n_steps=8, batch_size=8)
+    model.learn(16)
+    honest = model.rollout_buffer.outcomes
+    monkeypatch.setattr(model.rollout_buffer, "outcomes", lambda *a: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(8, reset_num_timesteps=False)
+    monkeypatch.setattr(model.rollout_buffer, "outcomes", honest)
+    model.learn(32, reset_num_timesteps=False)
+    assert not wrong(model)
+
+
+def test_seeds_and_options_of_the_user_reach_the_environment():
+    class Recorded(Numbered):
+        def reset(self, *, seed=None, options=None):
+            self.calls = [*getattr(self, "calls", []), (seed, options)]
+            return super().reset(seed=seed, options=options)
+
+    model = learner(Recorded, envs=1, n_steps=8, batch_size=8)
+    model.learn(8)
+    before = len(model.env.get_attr("calls")[0])
+    model.env.seed(7)
+    model.env.set_options({"x": 1})
+    model.learn(1)
+    calls = model.env.get_attr("calls")[0][before:]
+    assert calls[0] == (7, {"x": 1})
+    assert (None, {"x": 1}) not in calls
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_reward_that_is_no_number_stops_unless_nobody_looks(weight):
+    model = learner(lambda: Random(lambda *a: float("nan")), task_weight=weight)
+    if weight:
+        with pytest.raises(FloatingPointError, match="environment's reward is not finite"):
+            model.learn(128)
+    else:
+        model.learn(128)
+        assert all(p.isfinite().all() for p in model.policy.parameters())
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e20])
+def test_the_scale_of_the_task_has_room(size):
+    model = learner(lambda: Random(lambda *a: size)).learn(256)
+    mean, count = model.policy.task_square.tolist()
+    assert count == 2
+    assert size**2 <= mean < 100 * size**2
