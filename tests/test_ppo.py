@@ -701,7 +701,7 @@ def test_the_classifier_of_endings_does_not_see_flags(env):
 def test_flags_of_wrapped_environments_are_known():
     env = OversightLabels(gym.make("CartPole-v1"), lambda *a: None, 0.1, flags_visible=True)
     assert env.flags.tolist() == [False] * 4 + [True] * 2
-    assert tiny(env, method="reward_model").flags.tolist() == env.flags.tolist()
+    assert tiny(env, method="reward_model").policy.flags.tolist() == env.flags.tolist()
     view = SymbolicObservation(gym.make(ID))
     assert view.flags[..., 2].all()
     assert not view.flags[..., :2].any()
