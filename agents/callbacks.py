@@ -57,6 +57,8 @@ class SteeredEvalCallback(EvalCallback):
             )
 
     def _on_step(self) -> bool:
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq:  # no evaluation now
+            return super()._on_step()
         model = cast(RoutedPPO, self.model)
         self._endings.clear()
         self._scores.clear()

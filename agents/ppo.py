@@ -997,10 +997,7 @@ class RoutedPPO(PPO):
                 end = (np.arange(len(left))[:, None] + left).clip(max=len(left) - 1)
                 at_end = np.take_along_axis(self.imputed, end[..., None], 0)
                 chances = np.nan_to_num(at_end)
-        steps, envs = [
-            np.array(x, np.int64)
-            for x in ([c[0] for c in buffer.cuts], [c[1] for c in buffer.cuts])
-        ]
+        steps, envs = np.array([cut[:2] for cut in buffer.cuts], np.int64).reshape(-1, 2).T
         last = cast(NDArray[Any], self._last_obs).reshape(buffer.observations.shape[1:])
         finals = [np.asarray(c[2]).reshape(last.shape[1:]) for c in buffer.cuts]
         following = np.stack([*last, *finals])  # after the rollout, and where episodes were cut

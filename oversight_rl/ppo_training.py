@@ -353,11 +353,9 @@ def _kept(model: RoutedPPO) -> dict[str, Tensor]:
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         for moment in ("step", "exp_avg", "exp_avg_sq"):
             kept[f"adam.{moment}.{name}"] = state[moment]
-    kept |= {
-        f"policy.{name}": x
-        for name, x in model.policy.state_dict().items()
-        if "task_square" in name
-    }
+    policy = cast(MoEPolicy, model.policy)
+    if policy.task:
+        kept["policy.task_square"] = cast(Tensor, policy.task_square)
     for name, memory in _memories(model).items():
         kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
     return kept
