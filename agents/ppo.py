@@ -53,6 +53,7 @@ from agents.ppo_config import DEFAULT_METHOD
 from agents.ppo_targets import Experience, Targets, gae, targets
 from agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
 from agents.steering import KEPT, MIXTURE, Steering, parse
+from agents.threads import on_threads
 from envs.labels import LabelError
 from envs.minigrid import symbolic, symbolic_vec
 from envs.settings import UserError, nearest
@@ -867,12 +868,8 @@ class RoutedPPO(PPO):
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """As SB3 has it, with the model's number of threads."""
-        before = torch.get_num_threads()
-        try:
-            torch.set_num_threads(self.threads or before)
+        with on_threads(self.threads or torch.get_num_threads()):
             return super().learn(*args, **kwargs)
-        finally:
-            torch.set_num_threads(before)
 
     def collect_rollouts(
         self,

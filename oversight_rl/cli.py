@@ -23,6 +23,7 @@ from rich.table import Table
 
 from agents.networks import Agent
 from agents.steering import Steering, parse, standard
+from agents.threads import on_threads
 from envs import render
 from envs.settings import UserError
 from envs.world import World
@@ -42,7 +43,7 @@ from oversight_rl.tracking import (
     planned_seeds,
     write_json,
 )
-from oversight_rl.training import Interrupted, fit, on_threads, stack_key
+from oversight_rl.training import Interrupted, fit, stack_key
 
 DEFAULTS = Config()
 ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings

@@ -31,6 +31,7 @@ from agents.methods import LABELED, METHODS, outcomes, tables
 from agents.networks import Agent
 from agents.reward_model import RewardModel
 from agents.steering import standard
+from agents.threads import on_threads
 from envs import render
 from envs.settings import UserError
 from envs.world import BEHAVIORS, State, World
@@ -650,17 +651,6 @@ def show(progress: Progress, task: TaskID, tables: list[list[Row]]) -> None:
     note = "  ".join(f"{name} {np.mean(values):+.2f}" for name, values in returns.items())
     optimum = tables[0][0].optimal_return
     progress.update(task, note=note if math.isnan(optimum) else f"{note}  optimum {optimum:.2f}")
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use `count` threads in this process, and then as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

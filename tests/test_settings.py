@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from agents.ppo import RoutedPPO
 from agents.reinforce import ReinforceConfig
+from agents.threads import on_threads
 from envs.settings import UserError
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, dump_yaml, load_yaml, read_yaml
 from oversight_rl.evaluation import EnvEvaluator, Evaluator
 from oversight_rl.sweep import load_sweep, plan, work
-from oversight_rl.training import Trainer, on_threads
+from oversight_rl.training import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]
