@@ -7,14 +7,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agents.callbacks import SteeredEvalCallback
-    from agents.ppo import MoEPolicy, RoutedPPO
+    from oversight_rl.agents.callbacks import SteeredEvalCallback
+    from oversight_rl.agents.ppo import MoEPolicy, RoutedPPO
 
+_MODULES = {"MoEPolicy": "ppo", "RoutedPPO": "ppo", "SteeredEvalCallback": "callbacks"}
 __all__ = ["MoEPolicy", "RoutedPPO", "SteeredEvalCallback"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        module = "agents.callbacks" if name == "SteeredEvalCallback" else "agents.ppo"
-        return getattr(import_module(module), name)
+    if name in _MODULES:
+        return getattr(import_module(f"oversight_rl.agents.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "agents":  # imported by the folder's own name, in a checkout
+    from oversight_rl.aliases import same_as_ours
+
+    same_as_ours(__name__)

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from stable_baselines3.common.callbacks import EvalCallback
 
-from agents.ppo import MoEPolicy, RoutedPPO
-from agents.steering import KEPT
+from oversight_rl.agents.ppo import MoEPolicy, RoutedPPO
+from oversight_rl.agents.steering import KEPT
 
 
 class SteeredEvalCallback(EvalCallback):

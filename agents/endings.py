@@ -17,7 +17,7 @@ from stable_baselines3.common.preprocessing import get_flattened_obs_dim, prepro
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from agents.memory import Memory
+from oversight_rl.agents.memory import Memory
 
 HIDDEN = 64
 LESSON = 512

@@ -14,8 +14,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from agents.routing import everything, own_expert_only
-from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
+from oversight_rl.agents.routing import everything, own_expert_only
+from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 # Outcomes of an episode as a learner sees them; LABELED + b is one labeled as behavior b
 UNFINISHED, TIMEOUT, UNLABELED, LABELED = range(4)

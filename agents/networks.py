@@ -24,9 +24,9 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.routing import route
-from envs.settings import Settings, as_sequence
-from envs.world import Record
+from oversight_rl.agents.routing import route
+from oversight_rl.envs.settings import Settings, as_sequence
+from oversight_rl.envs.world import Record
 
 Sizes = Annotated[
     tuple[Annotated[int, Field(ge=1, le=2**14)], ...],

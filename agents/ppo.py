@@ -12,8 +12,10 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Self, cast
+from zipfile import ZipFile
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     FlattenExtractor,
@@ -37,9 +40,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, is_vecen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.endings import EndingClassifier, ending_memory
-from agents.memory import Memory
-from agents.methods import (
+from oversight_rl.agents.endings import EndingClassifier, ending_memory
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.methods import (
     LABELED,
     METHODS,
     UNFINISHED,
@@ -48,17 +51,18 @@ from agents.methods import (
     outcomes,
     tables,
 )
-from agents.networks import Agent, AgentConfig, Output
-from agents.ppo_config import DEFAULT_METHOD
-from agents.ppo_targets import Experience, Targets, gae, targets
-from agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
-from agents.steering import KEPT, MIXTURE, Steering, parse
-from agents.threads import on_threads
-from envs.labels import LabelError
-from envs.minigrid import symbolic, symbolic_vec
-from envs.settings import UserError, nearest
-from envs.vector import make_vec
-from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
+from oversight_rl.agents.networks import Agent, AgentConfig, Output
+from oversight_rl.agents.ppo_config import DEFAULT_METHOD
+from oversight_rl.agents.ppo_targets import Experience, Targets, gae, targets
+from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
+from oversight_rl.agents.steering import KEPT, MIXTURE, Steering, parse
+from oversight_rl.agents.threads import on_threads
+from oversight_rl.aliases import names_of_0_1
+from oversight_rl.envs.labels import LabelError
+from oversight_rl.envs.minigrid import symbolic, symbolic_vec
+from oversight_rl.envs.settings import UserError, nearest
+from oversight_rl.envs.vector import make_vec
+from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
 PATIENCE = 2000
@@ -153,7 +157,7 @@ def is_symbolic(space: spaces.Space[Any]) -> bool:
 class MoEPolicy(ActorCriticPolicy):
     """A mixture of experts under one shared linear head, a gate and a value net.
 
-    The networks are those of `agents.networks.Agent`, on the features that SB3's extractor makes
+    The networks are those of `networks.Agent`, on the features that SB3's extractor makes
     of an observation. The mixture of the experts' outputs are the parameters of the action
     distribution: logits, or the mean of a Gaussian.
 
@@ -162,7 +166,7 @@ class MoEPolicy(ActorCriticPolicy):
         experts: number of experts; 1 for a single policy without a gate.
         behaviors: that the first experts are meant for, by name.
         gate: "learned", or "fixed" at 1/K.
-        imputes: whether there is a classifier of endings, see `agents.endings`.
+        imputes: whether there is a classifier of endings, see `oversight_rl.agents.endings`.
         flags: which entries of an observation show oversight flags, as a boolean array of its
             shape; the classifier does not look at them.
         task: whether the environment's reward is a task of its own, which has a value net, too.
@@ -587,7 +591,7 @@ class RoutedPPO(PPO):
     """PPO with gradient routing, for any environment whose overseer labels some episodes.
 
     An environment says at an episode's end, in `info`, which behavior it was (`behavior`) and, if
-    an overseer saw it, the same as `label`; `envs.labels.OversightLabels` does it for any other.
+    an overseer saw it, the same as `label`; `oversight_rl.OversightLabels` does it for any other.
     The first behavior is the wanted one, and the first expert its own.
 
     Args:
@@ -1109,7 +1113,7 @@ class RoutedPPO(PPO):
         if isinstance(given.observation_space, spaces.Dict):
             raise ValueError(
                 "RoutedPPO takes no Dict observations; wrap the environment, in "
-                "envs.minigrid.SymbolicObservation for MiniGrid's symbols, MiniGrid's "
+                "oversight_rl.envs.minigrid.SymbolicObservation for MiniGrid's symbols, MiniGrid's "
                 "ImgObsWrapper for its pictures, or gymnasium's FlattenObservation"
             )
         return PPO._wrap_env(given, verbose, monitor_wrapper)
@@ -1322,6 +1326,17 @@ class RoutedPPO(PPO):
         """As SB3 has it; a policy that is steered is steered when it is loaded."""
         self.steering = cast(MoEPolicy, self.policy).steering
         super().save(*args, **kwargs)
+
+    @classmethod
+    def load(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As SB3 has it; zips of version 0.1, too."""
+        file = open_path(path, "r", suffix="zip")
+        with ZipFile(file) as archive:
+            old = b'"__module__": "agents.ppo"' in archive.read("data")
+        if file is not path:
+            file.close()
+        with names_of_0_1() if old else nullcontext():
+            return super().load(path, *args, **kwargs)
 
     def steer(self, text: str) -> MoEPolicy:
         """The policy, steered: `mixture`, `deployed`, an expert, a blend or an ablation.

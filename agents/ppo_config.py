@@ -6,8 +6,8 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from agents.reinforce import NonNegative, Schedule
-from envs.settings import Settings, UserError
+from oversight_rl.agents.reinforce import NonNegative, Schedule
+from oversight_rl.envs.settings import Settings, UserError
 
 DEFAULT_METHOD = "imputed_routing"
 """The one that works in the most environments. Plain routing, the paper's method, needs a gate that

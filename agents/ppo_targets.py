@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agents.methods import LABELED, UNFINISHED, UNLABELED, MethodTables, expected
-from agents.reinforce import DEPLOYED
-from agents.routing import lookup
+from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED, MethodTables, expected
+from oversight_rl.agents.reinforce import DEPLOYED
+from oversight_rl.agents.routing import lookup
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]

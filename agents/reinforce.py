@@ -13,8 +13,8 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from agents.memory import Memory
-from agents.methods import (
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.methods import (
     LABELED,
     TIMEOUT,
     UNFINISHED,
@@ -23,11 +23,11 @@ from agents.methods import (
     expected,
     outcomes,
 )
-from agents.networks import Agent, Output
-from agents.reward_model import RewardModel
-from agents.routing import lookup
-from envs.settings import Settings, as_sequence
-from envs.world import Record, Seen, State, Truth, World
+from oversight_rl.agents.networks import Agent, Output
+from oversight_rl.agents.reward_model import RewardModel
+from oversight_rl.agents.routing import lookup
+from oversight_rl.envs.settings import Settings, as_sequence
+from oversight_rl.envs.world import Record, Seen, State, Truth, World
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Schedule = Annotated[

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.memory import Memory
-from agents.networks import Linear, affine, initialize
-from envs.world import PLANES, World
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.networks import Linear, affine, initialize
+from oversight_rl.envs.world import PLANES, World
 
 LESSON = 1024
 """Remembered endings that an update learns from."""

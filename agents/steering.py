@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from agents.networks import Output
-from envs.settings import UserError, nearest
-from envs.world import BEHAVIORS
+from oversight_rl.agents.networks import Output
+from oversight_rl.envs.settings import UserError, nearest
+from oversight_rl.envs.world import BEHAVIORS
 
 KEPT = "deployed"
 """What a method keeps at deployment: the wanted behavior's expert, or its only policy."""

@@ -25,10 +25,10 @@ from stable_baselines3.common.env_util import make_vec_env
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import envs  # noqa: F401  (registers the ids)
-from agents import RoutedPPO
-from agents.ppo_config import DEFAULT_METHOD
-from envs.labels import OversightLabels
+import oversight_rl.envs  # noqa: F401  (registers the ids)
+from oversight_rl.agents import RoutedPPO
+from oversight_rl.agents.ppo_config import DEFAULT_METHOD
+from oversight_rl.envs.labels import OversightLabels
 
 
 class Fork(gym.Env):

@@ -13,8 +13,8 @@ from typing import Annotated
 import torch
 import tyro
 
-from agents.steering import standard
 from oversight_rl import checkpoint
+from oversight_rl.agents.steering import standard
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.tracking import RunFolder
 

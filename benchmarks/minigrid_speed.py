@@ -27,9 +27,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from agents import RoutedPPO
-from envs.minigrid import SymbolicObservation
-from envs.vector import make_vec
+from oversight_rl.agents import RoutedPPO
+from oversight_rl.envs.minigrid import SymbolicObservation
+from oversight_rl.envs.vector import make_vec
 
 WORLDS = {
     "8x8": "MiniGrid-DiamondGhost-8x8-v0",

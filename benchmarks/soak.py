@@ -27,11 +27,11 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.networks import Agent
-from agents.steering import MIXTURE
-from envs.settings import UserError
 from oversight_rl import checkpoint, cli, reference, report, training
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.envs.settings import UserError
 from oversight_rl.sweep import load_sweep, plan
 from oversight_rl.tracking import EVENTS, RunFolder, find_runs
 from oversight_rl.training import Trainer

@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agents import reinforce
-from agents.steering import keep, standard
-from envs.world import ACTIONS, World, WorldConfig
+from oversight_rl.agents import reinforce
+from oversight_rl.agents.steering import keep, standard
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.envs.world import ACTIONS, World, WorldConfig
 from oversight_rl.evaluation import Evaluator
 from oversight_rl.training import Trainer
 

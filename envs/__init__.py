@@ -6,19 +6,33 @@ They are `OversightGrid-v0`, and `MiniGrid-DiamondGhost-NAME-v0` with NAME one o
 
 import gymnasium
 
-gymnasium.register(
-    id="OversightGrid-v0",
-    entry_point="envs.gym:OversightGridEnv",
-    vector_entry_point="envs.gym:OversightGridVectorEnv",
-)
-for _size in (5, 8, 16):
+_MINIGRID = "oversight_rl.envs.minigrid:DiamondGhostEnv"
+
+
+def register() -> None:
+    """Register the ids, once; the entry point of the group `gymnasium.envs`."""
+    if "OversightGrid-v0" in gymnasium.registry:
+        return
     gymnasium.register(
-        id=f"MiniGrid-DiamondGhost-{_size}x{_size}-v0",
-        entry_point="envs.minigrid:DiamondGhostEnv",
-        kwargs={"size": _size},
+        id="OversightGrid-v0",
+        entry_point="oversight_rl.envs.gym:OversightGridEnv",
+        vector_entry_point="oversight_rl.envs.gym:OversightGridVectorEnv",
     )
-gymnasium.register(
-    id="MiniGrid-DiamondGhost-FourRooms-v0",
-    entry_point="envs.minigrid:DiamondGhostEnv",
-    kwargs={"size": 19, "layout": "four_rooms"},
-)
+    for size in (5, 8, 16):
+        gymnasium.register(
+            id=f"MiniGrid-DiamondGhost-{size}x{size}-v0",
+            entry_point=_MINIGRID,
+            kwargs={"size": size},
+        )
+    gymnasium.register(
+        id="MiniGrid-DiamondGhost-FourRooms-v0",
+        entry_point=_MINIGRID,
+        kwargs={"size": 19, "layout": "four_rooms"},
+    )
+
+
+register()
+if __name__ == "envs":  # imported by the folder's own name, in a checkout
+    from oversight_rl.aliases import same_as_ours
+
+    same_as_ours(__name__)

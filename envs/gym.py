@@ -1,6 +1,6 @@
 """The diamond/ghost world as a gymnasium Env, a gymnasium VectorEnv and an SB3 VecEnv.
 
-All three are thin views on `envs.world`; the specification is the docstring of `OversightGridEnv`.
+All three are thin views on `world`; the specification is the docstring of `OversightGridEnv`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,17 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from envs import render
-from envs.world import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, State, Step, World, WorldConfig
+from oversight_rl.envs import render
+from oversight_rl.envs.world import (
+    ACTIONS,
+    BEHAVIORS,
+    NO_LABEL,
+    PLANES,
+    State,
+    Step,
+    World,
+    WorldConfig,
+)
 
 Reward = Literal["reached", "ground_truth"]
 FPS = 4

@@ -28,8 +28,8 @@ from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper, Symboli
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
-from envs.gym import Reward, has_task
-from envs.world import BEHAVIORS
+from oversight_rl.envs.gym import Reward, has_task
+from oversight_rl.envs.world import BEHAVIORS
 
 Layout = Literal["empty", "four_rooms"]
 LARGEST = 256  # width of a world in tiles

@@ -1,6 +1,6 @@
 """Many MiniGrid diamond/ghost worlds as arrays, stepped together behind an SB3 VecEnv.
 
-The same rules, starts and observations as `envs.minigrid.DiamondGhostEnv`, whose docstring is the
+The same rules, starts and observations as `minigrid.DiamondGhostEnv`, whose docstring is the
 specification, at about a hundred times its speed.
 """
 
@@ -20,8 +20,15 @@ from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-from envs.gym import Reward, check_actions
-from envs.minigrid import Diamond, DiamondGhostEnv, Ghost, Layout, Pit, SymbolicObservation
+from oversight_rl.envs.gym import Reward, check_actions
+from oversight_rl.envs.minigrid import (
+    Diamond,
+    DiamondGhostEnv,
+    Ghost,
+    Layout,
+    Pit,
+    SymbolicObservation,
+)
 
 UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
 SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag

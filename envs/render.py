@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from envs.world import State, WorldConfig
+from oversight_rl.envs.world import State, WorldConfig
 
 Picture = NDArray[np.uint8]  # [height, width, 3]
 

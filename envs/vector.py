@@ -11,14 +11,14 @@ import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from envs.gym import OversightGridVecEnv
-from envs.minigrid import symbolic
-from envs.minigrid_batch import DiamondGhostVecEnv
-from envs.settings import UserError, nearest
+from oversight_rl.envs.gym import OversightGridVecEnv
+from oversight_rl.envs.minigrid import symbolic
+from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
+from oversight_rl.envs.settings import UserError, nearest
 
 BATCHES: dict[str, Callable[..., VecEnv]] = {
-    "envs.gym:OversightGridEnv": OversightGridVecEnv,
-    "envs.minigrid:DiamondGhostEnv": DiamondGhostVecEnv,
+    "oversight_rl.envs.gym:OversightGridEnv": OversightGridVecEnv,
+    "oversight_rl.envs.minigrid:DiamondGhostEnv": DiamondGhostVecEnv,
 }
 
 

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from envs.settings import Settings
+from oversight_rl.envs.settings import Settings
 
 ACTIONS = ("up", "right", "down", "left")
 BEHAVIORS = ("diamond", "ghost")  # the two ways to terminate; their indices are the labels

@@ -1,1 +1,27 @@
-"""Experiments on scalable oversight: configs, training runs, steering, evaluation."""
+"""Experiments on scalable oversight: configs, training runs, steering, evaluation.
+
+For code of one's own: `from oversight_rl import RoutedPPO, OversightLabels`; these are imported
+when first asked for, since Stable-Baselines3 takes a while to load.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oversight_rl.agents.callbacks import SteeredEvalCallback
+    from oversight_rl.agents.ppo import MoEPolicy, RoutedPPO
+    from oversight_rl.envs.labels import OversightLabels
+
+_MODULES = {
+    "MoEPolicy": "agents.ppo",
+    "OversightLabels": "envs.labels",
+    "RoutedPPO": "agents.ppo",
+    "SteeredEvalCallback": "agents.callbacks",
+}
+__all__ = ["MoEPolicy", "OversightLabels", "RoutedPPO", "SteeredEvalCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"oversight_rl.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,16 +25,16 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from agents.methods import METHODS
-from agents.networks import Agent
-from agents.steering import Steering
-from envs.settings import UserError
-from envs.world import ACTIONS, BEHAVIORS
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.steering import Steering
 from oversight_rl.config import Config
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import ACTIONS, BEHAVIORS
 from oversight_rl.files import check_plain, read_json, write_atomically, writing
 
 if TYPE_CHECKING:
-    from agents.ppo import MoEPolicy
+    from oversight_rl.agents.ppo import MoEPolicy
 
 AnyAgent: TypeAlias = "Agent | MoEPolicy"
 POLICY = "oversight_rl_policy"  # metadata key of an exported policy

@@ -21,15 +21,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agents.networks import Agent
-from agents.steering import Steering, parse, standard
-from agents.threads import on_threads
-from envs import render
-from envs.settings import UserError
-from envs.world import World
 from oversight_rl import checkpoint, reference, report
 from oversight_rl import pictures as drawing
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.steering import Steering, parse, standard
+from oversight_rl.agents.threads import on_threads
 from oversight_rl.config import Config, Probability, load_yaml
+from oversight_rl.envs import render
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import World
 from oversight_rl.evaluation import Row, Subject, evaluator_of
 from oversight_rl.files import writing
 from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep

@@ -12,12 +12,12 @@ import torch
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from agents.methods import METHODS, Overseer
-from agents.networks import AgentConfig
-from agents.ppo_config import DEFAULT_METHOD, PPOConfig
-from agents.reinforce import ReinforceConfig
-from envs.settings import Settings, UserError, as_sequence, nearest
-from envs.world import BEHAVIORS, WorldConfig
+from oversight_rl.agents.methods import METHODS, Overseer
+from oversight_rl.agents.networks import AgentConfig
+from oversight_rl.agents.ppo_config import DEFAULT_METHOD, PPOConfig
+from oversight_rl.agents.reinforce import ReinforceConfig
+from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
+from oversight_rl.envs.world import BEHAVIORS, WorldConfig
 from oversight_rl.files import read_text
 
 MOST_TEXT = 2**20  # bytes of a file of settings

@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.networks import Agent
-from agents.reinforce import cumulative, sample
-from agents.steering import Steering, standard, steering_curve
-from envs.mdp import Endings, WorldMDP, why_not
-from envs.settings import UserError
-from envs.world import BEHAVIORS, NO_LABEL, World, WorldConfig
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.reinforce import cumulative, sample
+from oversight_rl.agents.steering import Steering, standard, steering_curve
 from oversight_rl.config import Config
+from oversight_rl.envs.mdp import Endings, WorldMDP, why_not
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, World, WorldConfig
 
 if TYPE_CHECKING:
-    from agents.ppo import MoEPolicy
+    from oversight_rl.agents.ppo import MoEPolicy
 
 WINDOW = 32
 """Steps of the published metric's windows."""
@@ -427,7 +427,7 @@ def make_env(config: Config, level: float, count: int) -> Any:
     Raises:
         UserError: there is no such environment, or it does not take these settings.
     """
-    from envs.vector import make_vec  # SB3 and MiniGrid take a while to load
+    from oversight_rl.envs.vector import make_vec  # SB3 and MiniGrid take a while to load
 
     try:
         return make_vec(config.env, count, oversight=level, **config.env_arguments)

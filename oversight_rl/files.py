@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from envs.settings import UserError
+from oversight_rl.envs.settings import UserError
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agents.networks import Agent
-from agents.steering import Steering
-from envs import render
-from envs.settings import UserError
-from envs.world import NO_LABEL, State, World
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.steering import Steering
 from oversight_rl.config import GRID, Config
+from oversight_rl.envs import render
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import NO_LABEL, State, World
 from oversight_rl.evaluation import make_env
 from oversight_rl.steering import SteeredPolicy
 
 if TYPE_CHECKING:
-    from agents.ppo import MoEPolicy
+    from oversight_rl.agents.ppo import MoEPolicy
 
 MOST_POLICIES = 4  # panels in a row; a page shows no more
 FRAMES = 48

@@ -24,16 +24,16 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.memory import Memory
-from agents.methods import LABELED, TIMEOUT, UNLABELED
-from agents.ppo import SETTLED, MoEPolicy, RoutedPPO, RoutedRolloutBuffer
-from agents.reinforce import at, reward_model_figures
-from agents.steering import standard
-from envs.labels import LabelError
-from envs.settings import UserError
-from envs.world import NO_LABEL
 from oversight_rl import checkpoint, pictures
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED
+from oversight_rl.agents.ppo import SETTLED, MoEPolicy, RoutedPPO, RoutedRolloutBuffer
+from oversight_rl.agents.reinforce import at, reward_model_figures
+from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config
+from oversight_rl.envs.labels import LabelError
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import NO_LABEL
 from oversight_rl.evaluation import EnvEvaluator, Row, Subject, final_tables, make_env
 from oversight_rl.tracking import RunFolder
 from oversight_rl.training import (

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from agents.methods import METHODS
-from agents.networks import AgentConfig
-from envs.settings import UserError
-from envs.world import PLANES, WorldConfig
 from oversight_rl import checkpoint
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.networks import AgentConfig
 from oversight_rl.config import Config
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import PLANES, WorldConfig
 from oversight_rl.files import writing
 from oversight_rl.tracking import RunFolder
 

@@ -26,9 +26,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from agents.methods import METHODS
-from envs.settings import UserError
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.config import flat, read_yaml
+from oversight_rl.envs.settings import UserError
 from oversight_rl.files import read_text, write_atomically, writing
 from oversight_rl.statistics import (
     differ,

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agents.networks import Agent
-from agents.reinforce import cumulative, sample
-from agents.steering import MIXTURE, Steering, parse
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.reinforce import cumulative, sample
+from oversight_rl.agents.steering import MIXTURE, Steering, parse
 
 
 class SteeredPolicy:

@@ -30,10 +30,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from agents.methods import METHODS
-from envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl import checkpoint
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.config import Config, as_yaml, read_yaml
+from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl.files import write_atomically, writing
 from oversight_rl.tracking import CHECKPOINTS, CONFIG, RESULT, RunFolder, deployed_row, locked
 from oversight_rl.training import Interrupted, fit, stack_key

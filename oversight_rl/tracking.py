@@ -29,10 +29,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
-from agents.methods import METHODS
-from envs.settings import UserError
 from oversight_rl import checkpoint
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.config import Config, dump_yaml, flat, load_yaml, read_yaml
+from oversight_rl.envs.settings import UserError
 from oversight_rl.evaluation import Row
 from oversight_rl.files import check_plain, read_json, write_atomically, writing
 

@@ -25,18 +25,18 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from agents import reinforce
-from agents.memory import Memory
-from agents.methods import LABELED, METHODS, outcomes, tables
-from agents.networks import Agent
-from agents.reward_model import RewardModel
-from agents.steering import standard
-from agents.threads import on_threads
-from envs import render
-from envs.settings import UserError
-from envs.world import BEHAVIORS, State, World
 from oversight_rl import checkpoint, pictures
+from oversight_rl.agents import reinforce
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.methods import LABELED, METHODS, outcomes, tables
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.reward_model import RewardModel
+from oversight_rl.agents.steering import standard
+from oversight_rl.agents.threads import on_threads
 from oversight_rl.config import Config
+from oversight_rl.envs import render
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import BEHAVIORS, State, World
 from oversight_rl.evaluation import Evaluator, Row, Subject, final_tables
 from oversight_rl.files import writing
 from oversight_rl.health import Watch

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED
-from envs.world import NO_LABEL
+from oversight_rl.agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED
+from oversight_rl.envs.world import NO_LABEL
 
 
 def planes(active, shape):

@@ -17,12 +17,12 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.methods import METHODS
-from agents.networks import AgentConfig
-from envs.world import World
 from oversight_rl import checkpoint, tracking
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.networks import AgentConfig
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.envs.world import World
 from oversight_rl.sweep import load_sweep, plan
 from oversight_rl.tracking import RunFolder, find_runs
 from oversight_rl.training import HELD_OUT, _stop_requested

@@ -16,16 +16,16 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents import MoEPolicy, RoutedPPO, SteeredEvalCallback
-from agents.methods import METHODS
-from agents.ppo import PPO_METHODS
-from agents.ppo_config import DEFAULT_METHOD
-from agents.steering import Steering, parse
-from envs.settings import UserError
-from envs.vector import make_vec
 from oversight_rl import ppo_training
+from oversight_rl.agents import MoEPolicy, RoutedPPO, SteeredEvalCallback
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.ppo import PPO_METHODS
+from oversight_rl.agents.ppo_config import DEFAULT_METHOD
+from oversight_rl.agents.steering import Steering, parse
 from oversight_rl.cli import train
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.vector import make_vec
 
 GRID = "OversightGrid-v0"
 SMALL = {"n_envs": 4, "n_steps": 16, "batch_size": 32, "seed": 0, "gate_replay": 16,

@@ -13,12 +13,12 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import VecMonitor
 
-import envs  # noqa: F401 - registers the id
-from envs import render
-from envs.gym import OversightGridVecEnv
-from envs.labels import OversightLabels
-from envs.settings import UserError
-from envs.vector import make_vec
+import oversight_rl.envs  # noqa: F401 - registers the id
+from oversight_rl.envs import render
+from oversight_rl.envs.gym import OversightGridVecEnv
+from oversight_rl.envs.labels import OversightLabels
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.vector import make_vec
 
 
 class Single:

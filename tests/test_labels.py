@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs.labels import OversightLabels
+from oversight_rl.envs.labels import OversightLabels
 
 PAGE = Path(__file__).parent.parent / "docs" / "environments.md"
 

@@ -9,9 +9,9 @@ import plain
 import pytest
 import torch
 
-from agents import reinforce
-from agents.memory import CAPACITY, Memory
-from agents.methods import (
+from oversight_rl.agents import reinforce
+from oversight_rl.agents.memory import CAPACITY, Memory
+from oversight_rl.agents.methods import (
     LABELED,
     METHODS,
     TIMEOUT,
@@ -21,13 +21,13 @@ from agents.methods import (
     outcomes,
     tables,
 )
-from agents.networks import Agent, AgentConfig
-from agents.reinforce import ReinforceConfig, Rollout
-from agents.reward_model import RewardModel
-from agents.steering import standard
-from envs.settings import UserError
-from envs.world import BEHAVIORS, NO_LABEL, Seen, Truth, World, WorldConfig
+from oversight_rl.agents.networks import Agent, AgentConfig
+from oversight_rl.agents.reinforce import ReinforceConfig, Rollout
+from oversight_rl.agents.reward_model import RewardModel
+from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth, World, WorldConfig
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.training import HELD_OUT, Trainer, stack_key
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from agents.reinforce import cumulative, sample
-from envs.mdp import WorldMDP, why_not
-from envs.world import World, WorldConfig
+from oversight_rl.agents.reinforce import cumulative, sample
+from oversight_rl.envs.mdp import WorldMDP, why_not
+from oversight_rl.envs.world import World, WorldConfig
 
 
 def random_table(mdp, seed=0, sharpness=3.0):
@@ -235,10 +235,10 @@ def test_says_why_it_does_not_apply(config, reason):
 def test_a_grid_of_8_by_8_fits_in_4_gib():
     program = """
 import resource, torch
-from agents.networks import Agent, AgentConfig
-from envs.world import WorldConfig
+from oversight_rl.agents.networks import Agent, AgentConfig
+from oversight_rl.envs.world import WorldConfig
 from oversight_rl.evaluation import Evaluator, Subject
-from agents.steering import standard
+from oversight_rl.agents.steering import standard
 agent = Agent(AgentConfig(hidden=(128, 128)), (4, 8, 8), 4, 1, generators=[torch.Generator()])
 evaluator = Evaluator(WorldConfig(rows=8, cols=8), 0.97)
 rows = evaluator.evaluate(agent, [Subject("routing", 0, 0.1)], standard(2)[:1], [[0.1]])[0]

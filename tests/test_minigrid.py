@@ -14,8 +14,8 @@ from minigrid.wrappers import (
     RGBImgPartialObsWrapper,
 )
 
-import envs  # noqa: F401  (registers the ids)
-from envs.minigrid import Diamond, DiamondGhostEnv, Ghost, Pit, Square
+import oversight_rl.envs  # noqa: F401  (registers the ids)
+from oversight_rl.envs.minigrid import Diamond, DiamondGhostEnv, Ghost, Pit, Square
 
 IDS = [f"MiniGrid-DiamondGhost-{name}-v0" for name in ("5x5", "8x8", "16x16", "FourRooms")]
 LEFT, RIGHT, FORWARD = range(3)

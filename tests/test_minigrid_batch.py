@@ -19,12 +19,12 @@ from stable_baselines3.common.vec_env import (
     is_vecenv_wrapped,
 )
 
-import envs  # noqa: F401 - registers the ids
-from envs.gym import OversightGridVecEnv
-from envs.minigrid import DiamondGhostEnv, Square, SymbolicObservation
-from envs.minigrid_batch import DiamondGhostVecEnv
-from envs.settings import UserError
-from envs.vector import make_vec
+import oversight_rl.envs  # noqa: F401 - registers the ids
+from oversight_rl.envs.gym import OversightGridVecEnv
+from oversight_rl.envs.minigrid import DiamondGhostEnv, Square, SymbolicObservation
+from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.vector import make_vec
 
 SB3_KEYS = {"terminal_observation", "TimeLimit.truncated", "episode"}
 # Settings, and how many random steps to compare; small views are the quickest for MiniGrid.
@@ -270,7 +270,7 @@ def test_make_vec_makes_what_fits_the_id():
 
 
 def test_a_registration_with_more_than_the_world_is_not_batched():
-    gym.register("Limited-v0", "envs.minigrid:DiamondGhostEnv", max_episode_steps=3)
+    gym.register("Limited-v0", "oversight_rl.envs.minigrid:DiamondGhostEnv", max_episode_steps=3)
     try:
         env = make_vec("Limited-v0", 1)
         env.reset()

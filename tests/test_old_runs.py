@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents import RoutedPPO
-from envs.vector import make_vec
+from oversight_rl.agents import RoutedPPO
 from oversight_rl.cli import main, train
+from oversight_rl.envs.vector import make_vec
 
 ARCHIVE = Path(__file__).parent / "data" / "version_0_1.tar.xz"
 GRID = ("contrastive_routing", "imputed_routing", "ipw_hidden_flag", "naive", "naive_early_stop",

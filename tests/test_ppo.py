@@ -26,14 +26,14 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
-import envs  # noqa: F401  (registers the ids)
-from agents import MoEPolicy, RoutedPPO
-from agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
-from agents.ppo import PPO_METHODS, SymbolicCNN, default_extractor
-from envs.labels import OversightLabels
-from envs.minigrid import SymbolicObservation, symbolic
-from envs.settings import UserError
-from envs.vector import make_vec
+import oversight_rl.envs  # noqa: F401  (registers the ids)
+from oversight_rl.agents import MoEPolicy, RoutedPPO
+from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
+from oversight_rl.agents.ppo import PPO_METHODS, SymbolicCNN, default_extractor
+from oversight_rl.envs.labels import OversightLabels
+from oversight_rl.envs.minigrid import SymbolicObservation, symbolic
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.vector import make_vec
 
 ID = "MiniGrid-DiamondGhost-5x5-v0"
 TINY = {"method": "routing", "n_envs": 8, "n_steps": 16, "batch_size": 64, "n_epochs": 1, "seed": 0,

@@ -14,11 +14,11 @@ import yaml
 from gymnasium import spaces
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.steering import keep
-from envs.settings import UserError
 from oversight_rl import checkpoint, ppo_training
+from oversight_rl.agents.steering import keep
 from oversight_rl.cli import main, train
 from oversight_rl.config import load_yaml
+from oversight_rl.envs.settings import UserError
 from oversight_rl.evaluation import EnvEvaluator, Subject
 from oversight_rl.tracking import RunFolder
 

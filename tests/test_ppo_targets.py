@@ -10,9 +10,9 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents import RoutedPPO
-from agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, Overseer, tables
-from agents.ppo_targets import Experience, gae, moments, targets
+from oversight_rl.agents import RoutedPPO
+from oversight_rl.agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, Overseer, tables
+from oversight_rl.agents.ppo_targets import Experience, gae, moments, targets
 
 
 class Random(gym.Env):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from test_mdp import lookup_from, random_table
 from test_world import check_observation, worlds
 
-from agents import reinforce
-from agents.methods import METHODS, Overseer, tables
-from agents.reinforce import ReinforceConfig, cumulative, sample
-from envs.mdp import WorldMDP
-from envs.world import ACTIONS, NO_LABEL, Seen, World, WorldConfig
+from oversight_rl.agents import reinforce
+from oversight_rl.agents.methods import METHODS, Overseer, tables
+from oversight_rl.agents.reinforce import ReinforceConfig, cumulative, sample
+from oversight_rl.envs.mdp import WorldMDP
+from oversight_rl.envs.world import ACTIONS, NO_LABEL, Seen, World, WorldConfig
 
 chance = st.one_of(st.none(), st.floats(0, 1))
 

@@ -16,11 +16,11 @@ import soak
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents import reinforce
-from envs.gym import OversightGridVecEnv
 from oversight_rl import checkpoint, report, tracking
+from oversight_rl.agents import reinforce
 from oversight_rl.cli import STOPPED, main, train
 from oversight_rl.config import Config, load_yaml
+from oversight_rl.envs.gym import OversightGridVecEnv
 from oversight_rl.health import Watch
 from oversight_rl.tracking import EVENTS, RunFolder
 from oversight_rl.training import Trainer

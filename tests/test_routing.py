@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agents.routing import everything, lookup, own_expert_only, route
+from oversight_rl.agents.routing import everything, lookup, own_expert_only, route
 
 WEIGHTS = [0.0, 1.0, 0.3, -0.75]
 

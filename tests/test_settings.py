@@ -10,12 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.ppo import RoutedPPO
-from agents.reinforce import ReinforceConfig
-from agents.threads import on_threads
-from envs.settings import UserError
+from oversight_rl.agents.ppo import RoutedPPO
+from oversight_rl.agents.reinforce import ReinforceConfig
+from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, dump_yaml, load_yaml, read_yaml
+from oversight_rl.envs.settings import UserError
 from oversight_rl.evaluation import EnvEvaluator, Evaluator
 from oversight_rl.sweep import load_sweep, plan, work
 from oversight_rl.training import Trainer

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from agents import reinforce
-from agents.methods import METHODS
-from agents.networks import AgentConfig
-from agents.reinforce import ReinforceConfig
-from envs.world import WorldConfig
+from oversight_rl.agents import reinforce
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.networks import AgentConfig
+from oversight_rl.agents.reinforce import ReinforceConfig
 from oversight_rl.config import Config
+from oversight_rl.envs.world import WorldConfig
 from oversight_rl.training import Trainer
 
 TINY = {

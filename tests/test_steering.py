@@ -7,8 +7,9 @@ import plain
 import pytest
 import torch
 
-from agents.networks import Agent, AgentConfig
-from agents.steering import (
+from oversight_rl import checkpoint
+from oversight_rl.agents.networks import Agent, AgentConfig
+from oversight_rl.agents.steering import (
     MIXTURE,
     Steering,
     ablate,
@@ -18,10 +19,9 @@ from agents.steering import (
     parse,
     standard,
 )
-from envs.settings import UserError
-from envs.world import World, WorldConfig
-from oversight_rl import checkpoint
 from oversight_rl.config import Config
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import World, WorldConfig
 from oversight_rl.steering import SteeredPolicy
 
 

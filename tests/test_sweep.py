@@ -13,9 +13,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from envs.settings import UserError
 from oversight_rl import tracking
 from oversight_rl.cli import main
+from oversight_rl.envs.settings import UserError
 from oversight_rl.sweep import (
     SweepConfig,
     WorkerLost,

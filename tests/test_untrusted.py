@@ -15,11 +15,11 @@ import soak
 import torch
 import yaml
 
-from agents.methods import METHODS
-from envs.settings import UserError
 from oversight_rl import checkpoint, reference
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.cli import main, train
 from oversight_rl.config import MOST_TEXT, Config, load_yaml, read_yaml
+from oversight_rl.envs.settings import UserError
 from oversight_rl.sweep import SweepConfig, plan
 from oversight_rl.tracking import RunFolder
 from oversight_rl.training import Trainer
