@@ -253,6 +253,15 @@ class MethodTables:
         labeled = self.reward[:, LABELED:]
         return (labeled != labeled[:, :1]).any(-1)
 
+    @property
+    def asks_labels(self) -> bool:
+        """Whether what is learned from a step depends on its episode's label, in any run.
+
+        If not, rewards alone do, and those are paid when an episode ends.
+        """
+        differ = ((x != x[:, :1]).any() for x in (self.routes, self.sample_weight))
+        return self.contrasts or bool(self.weighs_labels.any() or any(differ))
+
 
 def tables(
     names: Sequence[str],

@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oversight_rl.agents.endings import EndingClassifier, ending_memory
-from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.held import Held, LateLabel, Steps, Window
+from oversight_rl.agents.memory import MOST_BYTES, Memory
 from oversight_rl.agents.methods import (
     LABELED,
     METHODS,
@@ -52,8 +53,16 @@ from oversight_rl.agents.methods import (
     tables,
 )
 from oversight_rl.agents.networks import Agent, AgentConfig, Output
-from oversight_rl.agents.ppo_config import DEFAULT_METHOD
-from oversight_rl.agents.ppo_targets import Experience, Targets, gae, targets
+from oversight_rl.agents.ppo_config import DEFAULT_METHOD, LABEL_REACH
+from oversight_rl.agents.ppo_targets import (
+    Experience,
+    Targets,
+    gae,
+    judged,
+    learns_alone,
+    older_share,
+    targets,
+)
 from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
 from oversight_rl.agents.steering import KEPT, MIXTURE, Steering, parse
 from oversight_rl.agents.threads import on_threads
@@ -326,14 +335,29 @@ class MoEPolicy(ActorCriticPolicy):
         acts by itself.
         """
         output = self.output(obs)
-        parameters = self._steered(output)
-        if alone is not None:
-            parameters = torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
-        distribution = self.distribution(parameters)
+        distribution = self.distribution(self._acting(output, alone))
         actions = distribution.get_actions(deterministic or self.steering.greedy)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *(self.action_space.shape or ())))
         return actions, output.value[0][:, None], log_prob
+
+    def log_probabilities(self, obs: Any, actions: Tensor, alone: Tensor) -> Tensor:
+        """Of actions that were taken, by the deployed expert where it was `alone`. `[B]`"""
+        distribution = self.distribution(self._acting(self.output(obs), alone))
+        return distribution.log_prob(self.as_taken(actions))
+
+    def as_taken(self, rows: Tensor) -> Tensor:
+        """Actions as the distribution has them, from rows of numbers `[B, ...]`."""
+        if isinstance(self.action_space, spaces.Discrete):
+            return rows.long().flatten()
+        return rows.flatten(1).float()
+
+    def _acting(self, output: Output, alone: Tensor | None) -> Tensor:
+        """Parameters of the action distribution of who acts, `[B, A]`."""
+        parameters = self._steered(output)
+        if alone is None:
+            return parameters
+        return torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
@@ -434,45 +458,55 @@ class RoutedSamples(NamedTuple):
     alone: Tensor  # [B] bool, where the deployed expert acted by itself
 
 
-OF_TARGETS = RoutedSamples._fields[6:-1]
+OF_TARGETS = RoutedSamples._fields[4:-1]
+"""Those that are fields of `ppo_targets.Targets`."""
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
-    """A rollout buffer that learns at an episode's end what the episode was.
+    """A rollout buffer that learns at an episode's end, or later, what the episode was.
 
     Args:
         args: as SB3's RolloutBuffer.
         behaviors: names that labels may have.
         solo_share: share of the episodes in which the deployed expert acts by itself.
+        label_reach: steps before a rollout's end that labels reach, as far as MOST_BYTES allow.
         kwargs: as SB3's RolloutBuffer.
     """
 
     targets: Targets | None = None
-    """What the losses ask of each sample, once the rollout is whole."""
-    outcome: NDArray[np.int64]  # [T, N], of the step's episode; once the rollout is whole
+    """What the losses ask of each step of the window, once the rollout is whole."""
+    window: Window
+    """The rollout, with the steps of earlier ones that its labels reach."""
+    outcome: NDArray[np.int64]
+    """Of each step's episode, in the window. [W, C]"""
+    share: NDArray[np.float32]
+    """How much each step of the window counts in this update; 0 for those that wait. [W, C]"""
 
     def __init__(
-        self, *args: Any, behaviors: Sequence[str], solo_share: float, **kwargs: Any
+        self,
+        *args: Any,
+        behaviors: Sequence[str],
+        solo_share: float,
+        label_reach: int,
+        **kwargs: Any,
     ) -> None:
         self.behaviors, self.solo_share = tuple(behaviors), solo_share
         self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
         super().__init__(*args, **kwargs)
         self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
-        self.forget()
+        most = MOST_BYTES // max(1, self.observations[0].nbytes)
+        self.held = Held(self.n_envs, min(label_reach, most))
 
     def reset(self) -> None:
-        """Forget all steps, but for those of episodes that go on."""
+        """Forget the rollout, but not what labels still reach."""
         super().reset()
         shape = (self.buffer_size, self.n_envs)
         self.ended, self.done, self.alone = (np.zeros(shape, bool) for _ in range(3))
         self.label, self.truth = np.full((2, *shape), NO_LABEL)
         self.cuts: list[tuple[int, int, Any]] = []  # (step, environment, last observation)
+        self.names: dict[tuple[int, Hashable], int] = {}  # environment, episode's id: its last step
+        self.late: list[LateLabel] = []
         self.targets = None
-
-    def forget(self) -> None:
-        """Forget what episodes that go on were like before this rollout."""
-        # observations of the last rollout, and where in it the episode that goes on began
-        self.unfinished = self.observations, np.full(self.n_envs, self.buffer_size)
 
     @property
     def acts_alone(self) -> NDArray[np.bool_]:
@@ -490,6 +524,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         An episode that ended in some behavior has it as `info["behavior"]` (only oracle methods
         look at which one it was), and as `info["label"]` too where an overseer saw it. Without
         either, a terminated episode counts as one that nobody saw, a truncated one as a timeout.
+        A label may come later: the episode's end then says `info["episode_id"]`, and a later step
+        of the same environment `info["late_labels"] = [(episode_id, label), ...]`.
 
         Raises:
             LabelError: a behavior is unknown.
@@ -508,9 +544,26 @@ class RoutedRolloutBuffer(RolloutBuffer):
                 self.cuts.append((self.pos, env, info["terminal_observation"]))
             self.label[self.pos, env] = self._index(label, "label")
             self.truth[self.pos, env] = self._index(behavior, "behavior")
+            if info.get("episode_id") is not None:
+                self.names[env, info["episode_id"]] = self.pos
             self.episodes += 1
             self.labels += label is not None
             self.told += label is not None and behavior is not None
+        for env, info in enumerate(infos):
+            if "late_labels" in info:
+                for name, label in _pairs(info["late_labels"]):
+                    self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
+
+    def _note_late(self, label: LateLabel) -> None:
+        self.labels += 1
+        step = self.names.get((label.environment, label.episode))
+        if step is None:
+            self.late.append(label)
+            return
+        env = label.environment
+        self.label[step, env], self.ended[step, env] = label.behavior, True
+        self.told += self.truth[step, env] != NO_LABEL
+        self.cuts = [cut for cut in self.cuts if cut[:2] != (step, env)]
 
     def pass_on(self, dones: NDArray[np.bool_]) -> None:
         """Let the next episode have its turn, where one is done."""
@@ -526,62 +579,126 @@ class RoutedRolloutBuffer(RolloutBuffer):
             )
         return self.behaviors.index(name)
 
+    def look_back(
+        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+    ) -> list[LateLabel]:
+        """Make the window of a rollout that is whole.
+
+        Args:
+            own_value: what the networks say of the rollout's steps, `[T, N]`.
+            task_value: likewise.
+            task_reward: of the rollout's steps, in the task's scale of now.
+
+        Returns:
+            Labels of episodes that are not kept.
+        """
+        now = Steps(
+            self.observations,
+            self.actions,
+            self.log_probs,
+            self.alone,
+            self.values,
+            own_value,
+            task_value,
+            task_reward,
+            np.zeros_like(self.done),
+            self.ended,
+            self.done,
+            self.label,
+            self.truth,
+        )
+        goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
+        self.window, missed = self.held.window(now, goes_on, self.late)
+        return missed
+
     def outcomes(
         self, methods: MethodTables, generator: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`."""
+        """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`.
+
+        Both are of the window, `[W, C]`.
+        """
+        steps, n = self.window.steps, self.n_envs
 
         def stacked(x: NDArray[Any]) -> Tensor:
-            return torch.as_tensor(x)[None]  # [1, T, N]
+            return torch.as_tensor(x)[None]  # [1, W, C]
 
-        seen = Seen(stacked(self.ended), stacked(self.done & ~self.ended), stacked(self.label))
-        audit = stacked(generator.random(self.label.shape, dtype=np.float32))
-        outcome, left = outcomes(seen, Truth(stacked(self.truth)), audit, methods)
+        audit = np.zeros(steps.done.shape, np.float32)  # episodes end in the rollout
+        audit[self.window.earlier :, :n] = generator.random(self.label.shape, dtype=np.float32)
+        audit[-1, n:] = generator.random(len(audit[-1]) - n, dtype=np.float32)
+        seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
+        outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(audit), methods)
         self.outcome = outcome[0].numpy()
         return self.outcome, left[0].numpy()
 
+    def choose(self, waits: bool) -> None:
+        """Say which steps of the window are to be learned from now.
+
+        Args:
+            waits: whether the method asks what an episode was, so that steps wait for its end: all
+                but those where the deployed expert acted by itself, of which nothing is routed.
+        """
+        window = self.window
+        age = len(window.exists) - np.arange(len(window.exists))[:, None]  # 1 for the last row
+        ready = (self.outcome != UNFINISHED) | window.steps.alone | (age > self.held.reach)
+        if waits:
+            self.share = (window.exists & ~window.steps.learned & ready).astype(np.float32)
+        else:
+            self.share = (~window.older).astype(np.float32)
+
+    def hold(self, waits: bool) -> None:
+        """Keep the steps that labels may still reach, and which of them were learned from.
+
+        Args:
+            waits: whether steps wait for their episode's end.
+        """
+        window = self.window
+        learned = window.steps.learned | (self.share > 0)
+        rows = self.outcome[window.earlier :]
+        ended = [
+            (step, env, name)
+            for (env, name), step in self.names.items()
+            if rows[step, env] < LABELED
+        ]
+        self.held.keep(replace(window, steps=window.steps._replace(learned=learned)), ended, waits)
+
     def remember(self, memory: Memory) -> None:
-        """Keep labeled observations, those that an episode began with in the last rollout too."""
-        steps = np.arange(self.buffer_size)[:, None]
-        before, since = self.unfinished
+        """Keep labeled observations, those of earlier rollouts whose label came now, too."""
         label = self.outcome - LABELED
-        goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        first = label[:1].repeat(len(before), 0)  # of the episode that went on
-        for observations, labels, among in (
-            (before, first, (steps >= since) & goes_on),
-            (self.observations, label, np.True_),
-        ):
-            known = (labels >= 0) & among
-            memory.keep(observations[known], labels[known])
-        last = np.where(self.done, steps + 1, 0).max(0)  # where each unfinished episode begins
-        self.unfinished = self.observations, last
+        known = (label >= 0) & self.window.exists
+        memory.keep(self.window.steps.observations[known], label[known])
 
     def remember_endings(self, memory: Memory) -> None:
         """Keep the labeled endings, each with its action."""
-        label = self.outcome - LABELED
-        known = self.ended & (label >= 0)
+        steps, label = self.window.steps, self.outcome - LABELED
+        known = steps.ended & (label >= 0)
         if known.any():
-            parts = (x[known].reshape(known.sum(), -1) for x in (self.observations, self.actions))
+            parts = (x[known].reshape(known.sum(), -1) for x in (steps.observations, steps.actions))
             memory.keep(np.concatenate([*parts], axis=-1), label[known])
 
-    def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of `RoutedSamples`, in random order."""
-        assert self.targets is not None
-        if not self.generator_ready:
-            parts = {name: getattr(self.targets, name) for name in OF_TARGETS}
-            parts["alone"] = self.alone
-            self.flat = {
-                name: self.swap_and_flatten(part).squeeze(-1)
-                if part.ndim == 2
-                else self.swap_and_flatten(part)
-                for name, part in parts.items()
-            }
-        yield from super().get(batch_size)
+    def set_targets(self, targets: Targets, log_prob: NDArray[np.float32]) -> None:
+        """Take over what the losses ask of each step of the window.
 
-    def _get_samples(self, batch_inds: NDArray[Any], env: Any = None) -> Any:
-        plain = super()._get_samples(batch_inds, env)
-        more = {name: self.to_torch(part[batch_inds]) for name, part in self.flat.items()}
-        return RoutedSamples(*plain[:6], **more)
+        Args:
+            targets: `[W, C]`.
+            log_prob: under the policy that PPO's ratio is to, `[W, C]`.
+        """
+        self.targets = targets
+        rollout = slice(self.window.earlier, None), slice(self.n_envs)
+        self.advantages, self.returns = targets.advantages[rollout], targets.returns[rollout]
+        steps, chosen = self.window.steps, self.share.T > 0
+        parts = {name: getattr(targets, name) for name in OF_TARGETS}
+        parts |= {"observations": steps.observations, "actions": steps.actions}
+        parts |= {"old_values": steps.value, "old_log_prob": log_prob, "alone": steps.alone}
+        self.flat = {name: part.swapaxes(0, 1)[chosen] for name, part in parts.items()}
+
+    def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
+        """Minibatches of `RoutedSamples` at most so large, in random order."""
+        samples = len(self.flat["alone"])  # none, where all steps wait
+        order = np.random.permutation(samples)
+        parts = math.ceil(samples / (batch_size or max(1, samples)))
+        for part in np.array_split(order, parts) if parts else ():
+            yield RoutedSamples(**{k: self.to_torch(x[part]) for k, x in self.flat.items()})
 
 
 # ---- the algorithm
@@ -613,6 +730,8 @@ class RoutedPPO(PPO):
             reward is not looked at; neither is it where the environment has an attribute
             `has_task` that is False, since its reward says no more than that a behavior was shown.
         gate_replay: remembered labeled observations that the gate learns from in each minibatch.
+        label_reach: steps before a rollout's end that its labels reach. Where a method asks for
+            labels, a step is learned from when its episode has ended, or when it is as old as this.
         label_recall: chance that an ending which should be labeled is.
         label_error: chance that a label names a wrong behavior.
         threads: of PyTorch, while it learns; None leaves them as they are. Networks of this size
@@ -652,6 +771,7 @@ class RoutedPPO(PPO):
         solo_share: float = 0.75,
         task_weight: float = 0.5,
         gate_replay: int = 512,
+        label_reach: int = LABEL_REACH,
         label_recall: float = 1.0,
         label_error: float = 0.0,
         threads: int | None = 1,
@@ -676,6 +796,8 @@ class RoutedPPO(PPO):
                 raise ValueError(f"{name} must be at least 0 and finite, got {x}")
         if not 0 < labeled_weight < math.inf:
             raise ValueError(f"labeled_weight must be above 0 and finite, got {labeled_weight}")
+        if label_reach < 0:
+            raise ValueError(f"label_reach must be at least 0, got {label_reach}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, or None, got {threads}")
         behaviors = None if behaviors is None else checked_behaviors(behaviors)
@@ -701,6 +823,7 @@ class RoutedPPO(PPO):
         self.labeled_weight = labeled_weight
         self.gate_coef, self.gate_replay = gate_coef, gate_replay
         self.contrast_coef, self.solo_share = contrast_coef, solo_share
+        self.label_reach = label_reach
         kwargs["policy_kwargs"] = policy_kwargs
         given = inspect.signature(PPO).bind_partial(policy, env, *args, **kwargs).arguments
         envs = getattr(env, "num_envs", 1)
@@ -745,6 +868,7 @@ class RoutedPPO(PPO):
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
             "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
+            "label_reach": self.label_reach,
         }
         self._warned: set[str] = set()
         self._resets: Any = None
@@ -947,7 +1071,7 @@ class RoutedPPO(PPO):
             raise
         finally:
             if not whole:
-                buffer.forget()
+                buffer.held.forget()
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -987,62 +1111,74 @@ class RoutedPPO(PPO):
     def _learn_what_it_was(self, buffer: RoutedRolloutBuffer) -> None:
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
         policy, method = cast(MoEPolicy, self.policy), METHODS[self.method]
+        shape = buffer.done.shape
+        cut_at, cut_envs = np.array([c[:2] for c in buffer.cuts], np.int64).reshape(-1, 2).T
+        last = cast(NDArray[Any], self._last_obs).reshape(buffer.observations.shape[1:])
+        finals = [np.asarray(c[2]).reshape(last.shape[1:]) for c in buffer.cuts]
+        following = np.stack([*last, *finals])  # after the rollout, and where episodes were cut
+        everything = buffer.observations.reshape(-1, *last.shape[1:])
+        own = task = task_reward = np.zeros(shape, np.float32)
+        if policy.own_value_net is not None:
+            own = self._of_all(policy.own_values, everything).reshape(shape)
+        if policy.task:
+            task = self._of_all(policy.task_values, everything, buffer.alone.ravel()).reshape(shape)
+            task_reward = self._in_task_scale(buffer)
+        self._warn_of_late(buffer.look_back(own, task, task_reward))
+        window = buffer.window
+        steps = window.steps
+
         outcome, left = buffer.outcomes(self.tables, cast(np.random.Generator, self.audit))
+        buffer.choose(self.tables.asks_labels)
         if self.memory is not None:
             buffer.remember(self.memory)
         chances = None
         if self.endings is not None:
             buffer.remember_endings(self.endings)
-            self.imputed = self._impute(buffer)
+            self.imputed = self._impute(steps)
             if int(self.endings.count):
                 end = (np.arange(len(left))[:, None] + left).clip(max=len(left) - 1)
                 at_end = np.take_along_axis(self.imputed, end[..., None], 0)
                 chances = np.nan_to_num(at_end)
-        steps, envs = np.array([cut[:2] for cut in buffer.cuts], np.int64).reshape(-1, 2).T
-        last = cast(NDArray[Any], self._last_obs).reshape(buffer.observations.shape[1:])
-        finals = [np.asarray(c[2]).reshape(last.shape[1:]) for c in buffer.cuts]
-        following = np.stack([*last, *finals])  # after the rollout, and where episodes were cut
-        turns = np.concatenate([buffer.acts_alone, buffer.alone[steps, envs]])
-
-        def judged(values: Callable[..., Tensor], *more: NDArray[Any]) -> NDArray[np.float32]:
-            return self._of_all(values, following, *more)
 
         def after(value: NDArray[np.float32], beyond: NDArray[np.float32]) -> NDArray[np.float32]:
-            shifted = np.concatenate([value[1:], beyond[None, : len(last)]])
-            shifted = np.where(buffer.done, np.float32(0), shifted)
-            shifted[steps, envs] = beyond[len(last) :]
-            return shifted
+            following = np.append(value[1:], np.zeros_like(value[:1]), axis=0)
+            following[-1, : self.n_envs] = beyond[: self.n_envs]
+            following = np.where(steps.done, np.float32(0), following)
+            following[window.earlier + cut_at, cut_envs] = beyond[self.n_envs :]
+            return following
 
         more: dict[str, Any] = {}
-        everything = buffer.observations.reshape(-1, *last.shape[1:])
-        shape = outcome.shape
-        if buffer.alone.any() or buffer.acts_alone.any():
-            own = self._of_all(policy.own_values, everything).reshape(shape)
-            more |= {"own_value": own, "own_value_after": after(own, judged(policy.own_values))}
-        if policy.task:
-            value = self._of_all(policy.task_values, everything, buffer.alone.ravel())
-            value = value.reshape(shape)
-            beyond = judged(policy.task_values, turns)
+        if policy.own_value_net is not None:
+            beyond = self._of_all(policy.own_values, following)
             more |= {
-                "task_reward": self._in_task_scale(buffer),
-                "task_value": value,
-                "task_value_after": after(value, beyond),
+                "own_value": steps.own_value,
+                "own_value_after": after(steps.own_value, beyond),
             }
-        value = buffer.values
-        mixture = self._of_all(lambda x: policy.predict_values(x).flatten(), following)
-        buffer.targets = targets(
-            Experience(
-                outcome=outcome,
-                left=left,
-                ended=buffer.ended,
-                done=buffer.done,
-                alone=buffer.alone,
-                value=value,
-                value_after=after(value, mixture),
-                gate=self._foretold(buffer) if policy.has_gate else None,
-                chances=chances,
-                **more,
-            ),
+        if policy.task:
+            turns = np.concatenate([buffer.acts_alone, buffer.alone[cut_at, cut_envs]])
+            beyond = self._of_all(policy.task_values, following, turns)
+            more |= {
+                "task_reward": steps.task_reward,
+                "task_value": steps.task_value,
+                "task_value_after": after(steps.task_value, beyond),
+            }
+        beyond = self._of_all(lambda x: policy.predict_values(x).flatten(), following)
+        share, log_prob = self._judged_anew(buffer)
+        experience = Experience(
+            outcome=outcome,
+            left=left,
+            ended=steps.ended,
+            done=steps.done,
+            alone=steps.alone,
+            value=steps.value,
+            value_after=after(steps.value, beyond),
+            gate=self._foretold(buffer, chances is not None) if policy.has_gate else None,
+            chances=chances,
+            share=share,
+            **more,
+        )
+        found = targets(
+            experience,
             self.tables,
             discount=self.gamma,
             trace=self.gae_lambda,
@@ -1051,7 +1187,22 @@ class RoutedPPO(PPO):
             normalize=self.normalize_advantage,
             task_weight=self.task_weight,
         )
-        buffer.advantages, buffer.returns = buffer.targets.advantages, buffer.targets.returns
+        buffer.set_targets(found, log_prob)
+        buffer.hold(self.tables.asks_labels)
+
+    def _judged_anew(
+        self, buffer: RoutedRolloutBuffer
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """How much the window's steps count, and their log-probabilities now. [W, C] each"""
+        policy, steps = cast(MoEPolicy, self.policy), buffer.window.steps
+        share, log_prob = buffer.share.copy(), steps.log_prob.copy()
+        older = buffer.window.older & (share > 0)
+        if older.any():
+            rows = (x[older] for x in (steps.observations, steps.actions, steps.alone))
+            now = self._of_all(policy.log_probabilities, *rows)
+            share[older] = older_share(now, log_prob[older])
+            log_prob[older] = now
+        return share, log_prob
 
     def _of_all(
         self, function: Callable[..., Tensor], rows: NDArray[Any], *more: NDArray[Any]
@@ -1064,26 +1215,25 @@ class RoutedPPO(PPO):
                 parts.append(function(*(x.to(self.device) for x in part)).cpu().numpy())
         return np.concatenate(parts)
 
-    def _foretold(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
-        """The gate's probabilities where they are needed, else 0. [T, N, K]"""
-        policy = cast(MoEPolicy, self.policy)
-        # what the deployed expert did by itself is judged apart, and then all that it learns from
-        labels_alone = self.endings is None or bool(buffer.alone.any())
-        known = buffer.outcome >= LABELED if labels_alone else buffer.outcome != UNFINISHED
+    def _foretold(self, buffer: RoutedRolloutBuffer, imputed: bool) -> NDArray[np.float32]:
+        """The gate's probabilities where the targets ask for them, else 0. [W, C, K]"""
+        policy, steps = cast(MoEPolicy, self.policy), buffer.window.steps
+        by_label = not imputed or learns_alone(steps.alone, buffer.share)
+        known = judged(buffer.outcome, by_label) & (buffer.share > 0)
         gate = np.zeros((*known.shape, policy.n_experts), np.float32)
         if known.any():
             log_gate = self._of_all(
-                lambda x: policy.gate_log_probabilities(x)[0], buffer.observations[known]
+                lambda x: policy.gate_log_probabilities(x)[0], steps.observations[known]
             )
             gate[known] = np.exp(log_gate)
         return gate
 
-    def _impute(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
-        """Chance of each behavior where an episode ends, else nan. [T, N, behaviors]"""
-        ended = buffer.ended
+    def _impute(self, steps: Steps) -> NDArray[np.float32]:
+        """Chance of each behavior where an episode ends, else nan. [W, C, behaviors]"""
+        ended = steps.ended
         imputed = np.full((*ended.shape, len(self.behaviors)), np.nan, np.float32)
         if ended.any():
-            imputed[ended] = self._classify(buffer.observations[ended], buffer.actions[ended])
+            imputed[ended] = self._classify(steps.observations[ended], steps.actions[ended])
         return imputed
 
     def _in_task_scale(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
@@ -1137,12 +1287,25 @@ class RoutedPPO(PPO):
                 "episodes were labeled that had no 'behavior' in info: evaluation and oracle "
                 "methods will not know what they were",
             )
-        share = float((buffer.outcome == UNFINISHED).mean())
-        if share > 0.5 and self._n_updates >= SETTLED * self.n_epochs:
+        chosen = (buffer.share > 0) & ~buffer.window.steps.alone
+        beyond = float((buffer.outcome[chosen] == UNFINISHED).mean()) if chosen.any() else 0.0
+        if self.tables.asks_labels and beyond > 0.5 and self._n_updates >= SETTLED * self.n_epochs:
             self._warn(
                 "unfinished",
-                f"{share:.0%} of a rollout's steps are of episodes that go on beyond it, and no "
-                f"label reaches them: let n_steps, now {self.n_steps}, be several episodes long",
+                f"{beyond:.0%} of the steps learned from are of episodes whose end, and label, is "
+                f"more than {buffer.held.reach} steps away: let label_reach be longer",
+            )
+
+    def _warn_of_late(self, missed: Sequence[LateLabel]) -> None:
+        """Warn, once, of late labels that are lost."""
+        if missed:
+            label, buffer = missed[0], cast(RoutedRolloutBuffer, self.rollout_buffer)
+            self._warn(
+                "late",
+                f"a late label is lost, of episode {label.episode!r} of environment "
+                f"{label.environment}: either no episode ended with this info['episode_id'] there, "
+                f"or it had its label, or it was more than label_reach = {buffer.held.reach} steps "
+                "ago",
             )
 
     def _warn(self, cause: str, text: str) -> None:
@@ -1186,7 +1349,7 @@ class RoutedPPO(PPO):
             self.logger.record(f"train/{name}", mean)
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         mixture = ~buffer.flat["alone"]
-        foretold, was = (x.flatten()[mixture] for x in (buffer.values, buffer.returns))
+        foretold, was = (buffer.flat[name][mixture] for name in ("old_values", "returns"))
         explained = explained_variance(foretold, was) if mixture.any() else math.nan
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
@@ -1215,7 +1378,7 @@ class RoutedPPO(PPO):
         gate; all reach the features extractor, and all samples the shared head.
         """
         policy, weight = cast(MoEPolicy, self.policy), batch.weights
-        actions = self._as_actions(batch.actions)
+        actions = policy.as_taken(batch.actions)
         output = policy.output(batch.observations)
         values, log_prob, entropy = policy.evaluate_output(
             output, actions, batch.routes if policy.n_experts > 1 else None
@@ -1285,15 +1448,9 @@ class RoutedPPO(PPO):
         policy = cast(MoEPolicy, self.policy)
 
         def chances(rows: Tensor, taken: Tensor) -> Tensor:
-            return policy.ending_log_probabilities(rows, self._as_actions(taken)).exp()
+            return policy.ending_log_probabilities(rows, policy.as_taken(taken)).exp()
 
         return self._of_all(chances, observations, actions)
-
-    def _as_actions(self, rows: Tensor) -> Tensor:
-        """Actions as the environment takes them, from rows of numbers `[B, ...]`."""
-        if isinstance(self.action_space, spaces.Discrete):
-            return rows.long().flatten()
-        return rows.flatten(1)
 
     def _learn_endings(self) -> Tensor:
         """One step of the classifier of endings, apart from the policy's; returns its loss."""
@@ -1318,7 +1475,7 @@ class RoutedPPO(PPO):
             .split([math.prod(shape), rows.shape[-1] - math.prod(shape)], dim=-1)
         )
         chances = policy.ending_log_probabilities(
-            observations.reshape(-1, *shape), self._as_actions(actions)
+            observations.reshape(-1, *shape), policy.as_taken(actions)
         )
         return cross_entropy(chances[None], label.to(self.device), known.to(self.device))[0]
 
@@ -1373,6 +1530,17 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
         if name in RESERVED or name.startswith(("without:", "expert_")) or set("=,") & set(name):
             raise ValueError(f"{whose}: {name!r} would mean something else when steering")
     return found
+
+
+def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
+    """What an environment says of earlier episodes, as pairs of an id and a label."""
+    pairs = late if isinstance(late, list | tuple) else [None]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[1] is None:
+            raise LabelError(
+                f"info['late_labels'] must be a list of (episode_id, label), got {late!r}"
+            )
+    return cast("list[tuple[Hashable, Any]]", pairs)
 
 
 def _same(ours: Any, theirs: Any) -> bool:

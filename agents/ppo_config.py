@@ -12,6 +12,8 @@ from oversight_rl.envs.settings import Settings, UserError
 DEFAULT_METHOD = "imputed_routing"
 """The one that works in the most environments. Plain routing, the paper's method, needs a gate that
 tells the behaviors apart before the experts have learned them."""
+LABEL_REACH = 256
+"""Steps before a rollout's end that its labels reach, by default."""
 MOST_SAMPLES = 2**24  # of a rollout, which is kept in memory
 
 
@@ -46,6 +48,8 @@ class PPOConfig(Settings):
     """Weight of the gate loss."""
     gate_replay: int = Field(512, ge=0)
     """Remembered labeled observations that the gate learns from in each minibatch."""
+    label_reach: int = Field(LABEL_REACH, ge=0, le=2**16)
+    """Steps before a rollout's end that its labels reach; a step waits for its label so long."""
     contrast_coef: NonNegative = 1.0
     """Weight of the contrast loss, for the methods that have one."""
     solo_share: float = Field(0.75, ge=0, lt=1)

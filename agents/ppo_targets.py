@@ -44,6 +44,8 @@ class Experience:
     gate: Floats | None  # [T, N, K], 0 where not asked for; None without a gate that learns
     chances: Floats | None  # [T, N, behaviors], of what the episode's ending was, by a classifier;
     # None where there is none that was taught
+    share: Floats  # how much a step counts: 0 where it waits for its episode's end or was learned
+    # from, 1 where the policy took it, and less where an older one did, see `older_share`
     own_value: Floats | None = None  # of the deployed expert by itself
     own_value_after: Floats | None = None
     task_reward: Floats | None = None  # in units of the task's scale; None without a task
@@ -122,9 +124,9 @@ def targets(
         own_counts = counts * ~unlabeled
         counts = own_counts if bool(methods.reward_tells) else counts
     heavy = np.where(labeled, 1 + float(methods.weighs_labels) * (labeled_weight - 1), 1.0)
-    acts_alone = bool(x.alone.any())
-    weights = heavy * counts * ~x.alone
-    own_weights = heavy * own_counts * (x.alone if acts_alone else True)
+    acts_alone = learns_alone(x.alone, x.share)
+    weights = heavy * counts * x.share * ~x.alone
+    own_weights = heavy * own_counts * x.share * (x.alone if acts_alone else True)
 
     # behavior
     fades = discount**x.left
@@ -136,8 +138,8 @@ def targets(
     if x.gate is not None:
         behavior = np.maximum(x.outcome - LABELED, 0)[..., None]
         own_share = np.take_along_axis(x.gate, behavior, 2)[..., 0]
-        judged = labeled if x.chances is None or acts_alone else x.outcome != UNFINISHED
-        signed = signed - judged * (2 * x.gate[..., DEPLOYED] - 1) * x.value
+        by_label = x.chances is None or acts_alone
+        signed = signed - judged(x.outcome, by_label) * (2 * x.gate[..., DEPLOYED] - 1) * x.value
     advantages = np.where(routed, worth * fades - own_share * x.value, advantages)
     if normalize:
         mean, spread = moments(advantages[(weights > 0) & ~routed])
@@ -176,6 +178,34 @@ def targets(
             )
         )
     )  # fmt: skip
+
+
+def learns_alone(alone: Bools, share: Floats) -> bool:
+    """Whether the deployed expert learns from what it did by itself, and from nothing else."""
+    return bool((alone & (share > 0)).any())
+
+
+def judged(outcome: NDArray[np.int64], by_label: bool) -> Bools:
+    """Which samples the gate is asked about: what they are worth depends on their behavior.
+
+    Args:
+        outcome: of each step's episode.
+        by_label: whether labels alone say which behavior it was; else a classifier does, too.
+    """
+    return outcome >= LABELED if by_label else outcome != UNFINISHED
+
+
+def older_share(now: Floats, then: Floats) -> Floats:
+    """How much an older policy's steps count, by log-probabilities of their actions now and then.
+
+    They are judged anew before an update, so that PPO's ratio is to the policy as it is now, and
+    weigh as much as it is likelier now than then to do the same, at most 1. Rewards that followed
+    are those that the older policy found.
+
+    Source: the decoupled objective of arXiv 2110.00641; the bound is that of arXiv 1802.01561.
+    """
+    share: Floats = np.exp(np.minimum(now - then, 0))
+    return share
 
 
 def gae(

@@ -88,6 +88,7 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
             task_weight=ppo.task_weight,
             threads=None,  # those of the whole run
             gate_replay=ppo.gate_replay,
+            label_reach=ppo.label_reach,
             label_recall=config.label_recall,
             label_error=config.label_error,
             policy_kwargs={"net_arch": list(config.agent.hidden), **experts},
@@ -214,14 +215,13 @@ class _Recorder(BaseCallback):
             for name, tensor in _kept(model).items():
                 tensor.copy_(tensors[name])
         buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-        parts: dict[str, dict[str, Any]] = {"world": {}, "last": {}, "unfinished": {}}
+        parts: dict[str, dict[str, Any]] = {"world": {}, "last": {}, "held": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             if part in parts:
                 parts[part][rest] = tensor.numpy()
-        if parts["unfinished"]:
-            before = parts["unfinished"]
-            buffer.unfinished = before["observations"], before["since"]
+        if parts["held"]:
+            buffer.held.load(parts["held"])
         buffer.turn = parts["last"]["turn"]
         if parts["world"]:
             try:
@@ -380,6 +380,9 @@ def check(model: RoutedPPO, tensors: Mapping[str, Tensor], steps: int) -> None:
         if name.endswith("s.observation") or name == "memory.observation":  # the rest is unread
             known = int(tensors[name.replace("observation", "count")][0])
             given = given[0, : min(known, given.shape[1] - 1)]
+        if name in ("held.observations", "held.actions"):  # likewise
+            age = len(given) - np.arange(len(given))[:, None]
+            given = given[age <= tensors["held.length"].numpy()]
         columns = given.reshape(-1, np.size(low))
         within = (columns >= low) & (columns <= high)
         if not (within | (np.isnan(columns) & np.isinf(high))).all():
@@ -398,8 +401,11 @@ def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike
     seen, taken = _range(model.observation_space), _range(model.action_space)
     both = tuple(np.concatenate(pair) for pair in zip(seen, taken, strict=True))
     found: dict[str, tuple[ArrayLike, ArrayLike]] = {
-        "unfinished.observations": seen,
-        "unfinished.since": (0, model.n_steps),
+        "held.observations": seen,
+        "held.actions": taken,
+        "held.alone": (0, 1),
+        "held.learned": (0, 1),
+        "held.length": (0, model.label_reach),
         "last.observation": seen,
         "last.episode_starts": (0, 1),
         "last.turn": (0, steps + model.n_envs),
@@ -441,12 +447,9 @@ def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
     """Everything that a run needs to go on, by name."""
     tensors = _kept(model)
     buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-    if model.memory is not None:
-        before, since = buffer.unfinished
-        tensors |= {
-            "unfinished.observations": torch.as_tensor(before),
-            "unfinished.since": torch.as_tensor(since),
-        }
+    if model.tables.asks_labels:
+        held = buffer.held.state()
+        tensors |= {f"held.{name}": torch.as_tensor(part) for name, part in held.items()}
     tensors["last.turn"] = torch.as_tensor(buffer.turn)
     if hasattr(model.env, "get_state"):  # other environments start anew on resuming
         world = cast(Any, model.env).get_state()
@@ -461,14 +464,15 @@ def _statistics(model: RoutedPPO) -> dict[str, float]:
     buffer, policy = cast(RoutedRolloutBuffer, model.rollout_buffer), cast(MoEPolicy, model.policy)
     kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
     kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
-    endings = buffer.outcome[buffer.done]
+    rollout = slice(buffer.window.earlier, None), slice(buffer.n_envs)
+    endings = buffer.outcome[rollout][buffer.done]
     count = max(1, len(endings))
     shares = {f"endings/{k}": float((endings == v).sum()) / count for k, v in kinds.items()}
     if model.endings is not None:
         shares |= _reward_model(model)
     if not policy.has_gate:
         return shares
-    outcome = buffer.outcome.flatten()
+    outcome = buffer.outcome[rollout].flatten()
     with torch.no_grad():
         rows = torch.as_tensor(buffer.observations).flatten(0, 1).to(model.device)
         gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
@@ -482,7 +486,9 @@ def _statistics(model: RoutedPPO) -> dict[str, float]:
 def _reward_model(model: RoutedPPO) -> dict[str, float]:
     """The classifier of endings against the truth, which the learner does not see."""
     buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-    parts = (model.imputed[..., 0], buffer.truth, buffer.truth != NO_LABEL, buffer.outcome)
+    rollout = slice(buffer.window.earlier, None), slice(buffer.n_envs)
+    imputed, outcome = model.imputed[..., 0][rollout], buffer.outcome[rollout]
+    parts = (imputed, buffer.truth, buffer.truth != NO_LABEL, outcome)
     chance, *others = (torch.as_tensor(part).flatten()[None] for part in parts)
     figures = reward_model_figures(chance.nan_to_num(), *others)
     return {name: float(figure) for name, figure in figures.items()}

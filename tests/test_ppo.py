@@ -104,15 +104,16 @@ def test_an_end_without_a_word_is_unlabeled_or_a_timeout():
     assert buffer.outcome[:6, 0].tolist() == [UNLABELED] * 3 + [TIMEOUT] * 3
 
 
-def test_the_gate_remembers_steps_of_the_rollout_before():
-    model = collected([(7, GOOD), (20, BAD)], steps=10, rollouts=3)
+@pytest.mark.parametrize("reach", [0, 10, 13, 100])
+def test_the_gate_remembers_steps_as_far_back_as_labels_reach(reach):
+    model = collected([(7, GOOD), (20, BAD)], steps=10, rollouts=3, label_reach=reach)
     count = int(model.memory.count)
     known = model.memory.observation[0, :count]
     label = model.memory.label[0, :count].tolist()
-    assert sorted(label) == [0] * 7 + [1] * 17
-    # times within the episode of what is labeled bad: those of the last rollout and this one
+    # times within the episode of what is labeled bad, seven of them in the rollout of its end
     times = sorted(round(float(t) * 100) for t, lab in zip(known[:, 0], label, strict=True) if lab)
-    assert times == list(range(3, 20))
+    assert times == list(range(max(0, 20 - 7 - reach), 20))
+    assert sorted(label) == [0] * 7 + [1] * len(times)
 
 
 def test_an_environment_that_was_reset_has_no_episode_that_goes_on():
@@ -167,15 +168,10 @@ def gradients(model, outcome, part):
     model._current_progress_remaining = 0.5  # it no longer waits for labels
     buffer = model.rollout_buffer
     batch = next(iter(buffer.get(None)))
-    order = buffer.swap_and_flatten(buffer.outcome)[:, 0]
+    order = buffer.outcome.T[buffer.share.T > 0]
     chosen = torch.as_tensor(np.flatnonzero(order == outcome))
     assert len(chosen)
-    names = ("observations", "actions", "old_values", "old_log_prob", "advantages", "returns")
-    flat = {n: torch.as_tensor(getattr(buffer, {"old_values": "values",
-            "old_log_prob": "log_probs"}.get(n, n)))[chosen] for n in names}  # fmt: skip
-    flat = {n: x if n == "observations" else x.squeeze(-1) for n, x in flat.items()}
-    own = {n: torch.as_tensor(x)[chosen] for n, x in buffer.flat.items()}
-    batch = batch._replace(**own | flat)
+    batch = batch._replace(**{n: torch.as_tensor(x)[chosen] for n, x in buffer.flat.items()})
     honest = model.loss
 
     model.policy.zero_grad()
@@ -749,7 +745,8 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
     taken = np.where(buffer.alone, alone.view(16, 8), mixture.view(16, 8))
     assert np.abs(taken - buffer.log_probs).max() < 1e-5
     found = buffer.targets
-    assert (found.weights > 0).tolist() == (~buffer.alone).tolist()  # the mixture did not act
+    waits = buffer.outcome == UNFINISHED
+    assert (found.weights > 0).tolist() == (~buffer.alone & ~waits).tolist()  # the mixture acted
     assert (found.own_weights > 0).tolist() == buffer.alone.tolist()
     assert int(model.memory.count) == (buffer.outcome >= LABELED).sum()
     assert int(model.endings.count) == (buffer.ended & (buffer.outcome >= LABELED)).sum()

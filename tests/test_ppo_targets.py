@@ -190,7 +190,8 @@ def experience(rng, steps=12, envs=6, **more):
     gate = rng.dirichlet([1, 1], (steps, envs)).astype(np.float32)
     fields = {"outcome": outcome, "left": left, "ended": ended, "done": done,
               "alone": np.zeros_like(done), "value": value, "value_after": after * ~ended,
-              "gate": gate, "chances": None}  # fmt: skip
+              "gate": gate, "chances": None,
+              "share": np.ones((steps, envs), np.float32)}  # fmt: skip
     return Experience(**fields | more)
 
 

@@ -1,0 +1,180 @@
+"""Steps that a label may still reach: of episodes that outlast a rollout, and of ended ones.
+
+What a label decides (weights, routes, signs) is not known before it comes, and a step that was
+learned from without it was learned from wrongly. So where a method asks for labels, a step waits:
+until its episode has ended, or until it is as old as labels reach. By then it was taken by an
+older policy, and PPO is corrected for that: see `ppo_targets.Experience.share`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oversight_rl.envs.world import NO_LABEL
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+
+class LateLabel(NamedTuple):
+    """A label that came after its episode's end."""
+
+    environment: int
+    episode: Hashable  # its id in that environment
+    behavior: int
+
+
+class Steps(NamedTuple):
+    """Steps `[W, C]`: rows in time; a column is an environment, or an episode that ended before."""
+
+    observations: NDArray[Any]  # [W, C, ...]
+    actions: NDArray[Any]  # [W, C, A]
+    log_prob: Floats  # under the policy that took them
+    alone: Bools  # the deployed expert acted by itself
+    value: Floats  # as the networks saw it then
+    own_value: Floats
+    task_value: Floats
+    task_reward: Floats  # in the scale of then
+    learned: Bools  # learned from already
+    ended: Bools  # the episode ends with this step in a behavior, seen or not
+    done: Bools  # the same, or in none
+    label: NDArray[np.int64]
+    truth: NDArray[np.int64]
+
+    def each(self, function: Callable[[NDArray[Any]], NDArray[Any]]) -> Self:
+        """A function of each part."""
+        return type(self)(*map(function, self))
+
+    def joined(self, others: Sequence[Self], axis: int) -> Self:
+        """These steps and others, below (axis 0) or beside them (axis 1)."""
+        return type(self)(
+            *(np.concatenate(parts, axis) for parts in zip(self, *others, strict=True))
+        )
+
+    def last(self, rows: int) -> Self:
+        """The last rows; where there are fewer, empty ones above them."""
+        lacking = max(0, rows - len(self.done))
+        return self.each(
+            lambda x: np.pad(x[max(0, len(x) - rows) :], [(lacking, 0)] + [(0, 0)] * (x.ndim - 1))
+        )
+
+
+LASTING = Steps._fields[: Steps._fields.index("ended")]
+"""What is known of steps before their episode's end."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rollout, below the earlier steps of its episodes, and beside it episodes labeled late."""
+
+    steps: Steps  # [W, C], the rollout being the last rows of the first columns
+    exists: Bools  # [W, C], the last rows of each column; all others are padding
+    older: Bools  # [W, C], taken before the rollout
+    earlier: int  # rows above the rollout
+    environments: int  # columns that are environments
+
+
+class Held:
+    """What is kept of earlier rollouts of N environments.
+
+    Args:
+        environments: number N.
+        reach: steps before a rollout's end that are kept at most.
+    """
+
+    def __init__(self, environments: int, reach: int) -> None:
+        self.environments, self.reach = environments, reach
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all of it."""
+        self.steps: Steps | None = None  # [P, N], the last ones before the rollout
+        self.length = np.zeros(self.environments, np.int64)  # how many are of the same episode
+        # of episodes that ended unlabeled, by environment and id: steps since, and theirs [L, 1]
+        self.ended: dict[tuple[int, Hashable], tuple[int, Steps]] = {}
+
+    def window(
+        self, now: Steps, goes_on: Bools, late: Sequence[LateLabel]
+    ) -> tuple[Window, list[LateLabel]]:
+        """A rollout with what labels reach besides.
+
+        Args:
+            now: the rollout, `[T, N]`.
+            goes_on: whether its first step follows the step before it, `[N]`.
+            late: labels that came in it.
+
+        Returns:
+            The window, and the labels whose episode is not kept.
+        """
+        self.length *= goes_on
+        steps, columns, missed = len(now.done), [], []
+        for label in late:
+            key = label.environment, label.episode
+            if key not in self.ended:
+                missed.append(label)
+                continue
+            since, episode = self.ended.pop(key)
+            episode = episode.last(min(len(episode.done), self.reach - since))
+            episode.label[-1], episode.ended[-1] = label.behavior, True
+            columns.append(episode._replace(learned=np.zeros_like(episode.learned)))
+        lengths = np.concatenate([steps + self.length, [len(c.done) for c in columns]])
+        rows = max(steps, int(lengths.max()))
+        whole = now
+        if rows > steps:
+            before = now.each(lambda x: x[:0]) if self.steps is None else self.steps
+            whole = before.last(rows - steps).joined([now], axis=0)
+        if columns:
+            whole = whole.joined([column.last(rows) for column in columns], axis=1)
+        age = rows - np.arange(rows)[:, None]  # 1 for the last row
+        exists = age <= lengths
+        older = (age > steps) | (np.arange(len(lengths)) >= self.environments)
+        # what is above a column's episode is another one's
+        whole = whole._replace(done=whole.done & exists, ended=whole.ended & exists)
+        return Window(whole, exists, older, rows - steps, self.environments), missed
+
+    def keep(self, window: Window, ended: Sequence[tuple[int, int, Hashable]], waits: bool) -> None:
+        """Keep what labels may still reach after a rollout.
+
+        Args:
+            window: as it was learned from.
+            ended: row of the rollout, environment and id of the episodes that ended unlabeled.
+            waits: whether to keep steps of episodes that go on.
+        """
+        rows = len(window.exists)
+        steps = window.steps.each(lambda x: x[:, : self.environments])
+        taken = rows - window.earlier
+        self.ended = {
+            key: (since + taken, episode)
+            for key, (since, episode) in self.ended.items()
+            if since + taken < self.reach
+        }
+        begun = np.where(steps.done, np.arange(1, rows + 1)[:, None], 0)
+        first = np.argmax(window.exists, axis=0)[: self.environments]
+        for row, env, name in ended:
+            end = window.earlier + row
+            start = max(int(begun[:end, env].max(initial=0)), int(first[env]), rows - self.reach)
+            if start <= end:
+                parts: list[Any] = [x[start : end + 1, env : env + 1].copy() for x in steps]
+                self.ended[env, name] = rows - 1 - end, Steps(*parts)
+        self.length = np.minimum(rows - np.maximum(begun.max(0), first), self.reach) * waits
+        self.steps = steps.last(int(self.length.max())).each(np.copy)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The steps of episodes that go on, in arrays of one shape, by name."""
+        assert self.steps is not None
+        steps = self.steps.last(self.reach)
+        return {"length": self.length} | {name: getattr(steps, name) for name in LASTING}
+
+    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a state."""
+        self.length = state["length"].copy()
+        nothing = np.zeros(state["alone"].shape, bool)
+        parts = {name: state[name].copy() for name in LASTING}
+        unknown = np.full(nothing.shape, NO_LABEL)
+        steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)
+        self.steps = steps.last(int(self.length.max()))
