@@ -23,7 +23,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -52,6 +52,14 @@ from oversight_rl.agents.methods import (
     tables,
 )
 from oversight_rl.agents.networks import Agent, AgentConfig, Output
+from oversight_rl.agents.observations import (
+    as_rows,
+    each,
+    from_rows,
+    how_many,
+    row_type,
+    row_width,
+)
 from oversight_rl.agents.ppo_config import DEFAULT_METHOD
 from oversight_rl.agents.ppo_targets import Experience, Targets, gae, targets
 from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
@@ -273,24 +281,24 @@ class MoEPolicy(ActorCriticPolicy):
         """Everything that the networks compute for B observations: `Output` with R = 1."""
         return self.agent(self._features(obs))  # type: ignore[no-any-return]
 
-    def gate_log_probabilities(self, obs: Tensor) -> Tensor:
+    def gate_log_probabilities(self, obs: Any) -> Tensor:
         """The gate's log-probabilities alone, `[1, B, K]`."""
         return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
 
-    def ending_log_probabilities(self, obs: Tensor, actions: Tensor) -> Tensor:
+    def ending_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
         """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
         assert self.endings is not None
         if self.flags is not None:
-            obs = obs.masked_fill(torch.as_tensor(self.flags, device=obs.device), 0)
+            obs = each(_hide, obs, self.flags)
         features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
         return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
 
-    def own_values(self, obs: Tensor) -> Tensor:
+    def own_values(self, obs: Any) -> Tensor:
         """What the deployed expert by itself is to get, `[B]`."""
         assert self.own_value_net is not None
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
-    def task_values(self, obs: Tensor, alone: Tensor) -> Tensor:
+    def task_values(self, obs: Any, alone: Tensor) -> Tensor:
         """What the task is to pay, in units of its scale, `[B]`.
 
         Args:
@@ -546,22 +554,22 @@ class RoutedRolloutBuffer(RolloutBuffer):
         before, since = self.unfinished
         label = self.outcome - LABELED
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        first = label[:1].repeat(len(before), 0)  # of the episode that went on
+        first = label[:1].repeat(self.buffer_size, 0)  # of the episode that went on
         for observations, labels, among in (
             (before, first, (steps >= since) & goes_on),
             (self.observations, label, np.True_),
         ):
             known = (labels >= 0) & among
-            memory.keep(observations[known], labels[known])
+            memory.keep(_rows_where(known, observations), labels[known])
         last = np.where(self.done, steps + 1, 0).max(0)  # where each unfinished episode begins
-        self.unfinished = self.observations, last
+        self.unfinished = each(np.asarray, self.observations), last
 
     def remember_endings(self, memory: Memory) -> None:
         """Keep the labeled endings, each with its action."""
         label = self.outcome - LABELED
         known = self.ended & (label >= 0)
         if known.any():
-            parts = (x[known].reshape(known.sum(), -1) for x in (self.observations, self.actions))
+            parts = (_rows_where(known, x) for x in (self.observations, self.actions))
             memory.keep(np.concatenate([*parts], axis=-1), label[known])
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
@@ -582,6 +590,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         plain = super()._get_samples(batch_inds, env)
         more = {name: self.to_torch(part[batch_inds]) for name, part in self.flat.items()}
         return RoutedSamples(*plain[:6], **more)
+
+
+class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):
+    """The same for Dict observations, kept as SB3 keeps them: an array for each entry."""
 
 
 # ---- the algorithm
@@ -741,7 +753,9 @@ class RoutedPPO(PPO):
         self._set_tables()
         if self.audit is None:  # it decides which labels go missing or wrong
             self.audit = np.random.default_rng(self.seed)
-        self.rollout_buffer_class = self.rollout_buffer_class or RoutedRolloutBuffer
+        if self.rollout_buffer_class is None:
+            by_name = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = RoutedDictRolloutBuffer if by_name else RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
             "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
@@ -863,12 +877,7 @@ class RoutedPPO(PPO):
 
     def _new_memory(self) -> Memory:
         space = self.observation_space
-        return Memory(
-            1,
-            int(np.prod(space.shape or (1,))),
-            self.gate_replay,
-            torch.as_tensor(np.zeros(1, space.dtype)).dtype,
-        )
+        return Memory(1, row_width(space), self.gate_replay, row_type(space))
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """As SB3 has it, with the model's number of threads."""
@@ -999,22 +1008,22 @@ class RoutedPPO(PPO):
                 at_end = np.take_along_axis(self.imputed, end[..., None], 0)
                 chances = np.nan_to_num(at_end)
         steps, envs = np.array([cut[:2] for cut in buffer.cuts], np.int64).reshape(-1, 2).T
-        last = cast(NDArray[Any], self._last_obs).reshape(buffer.observations.shape[1:])
-        finals = [np.asarray(c[2]).reshape(last.shape[1:]) for c in buffer.cuts]
-        following = np.stack([*last, *finals])  # after the rollout, and where episodes were cut
+        n, finals = buffer.n_envs, [cut[2] for cut in buffer.cuts]
+        # after the rollout, and where episodes were cut
+        following = each(_one_below_another, buffer.observations, self._last_obs, *finals)
         turns = np.concatenate([buffer.acts_alone, buffer.alone[steps, envs]])
 
         def judged(values: Callable[..., Tensor], *more: NDArray[Any]) -> NDArray[np.float32]:
             return self._of_all(values, following, *more)
 
         def after(value: NDArray[np.float32], beyond: NDArray[np.float32]) -> NDArray[np.float32]:
-            shifted = np.concatenate([value[1:], beyond[None, : len(last)]])
+            shifted = np.concatenate([value[1:], beyond[None, :n]])
             shifted = np.where(buffer.done, np.float32(0), shifted)
-            shifted[steps, envs] = beyond[len(last) :]
+            shifted[steps, envs] = beyond[n:]
             return shifted
 
         more: dict[str, Any] = {}
-        everything = buffer.observations.reshape(-1, *last.shape[1:])
+        everything = each(lambda x: x.reshape(-1, *x.shape[2:]), buffer.observations)
         shape = outcome.shape
         if buffer.alone.any() or buffer.acts_alone.any():
             own = self._of_all(policy.own_values, everything).reshape(shape)
@@ -1054,14 +1063,19 @@ class RoutedPPO(PPO):
         buffer.advantages, buffer.returns = buffer.targets.advantages, buffer.targets.returns
 
     def _of_all(
-        self, function: Callable[..., Tensor], rows: NDArray[Any], *more: NDArray[Any]
+        self, function: Callable[..., Tensor], observations: Any, *more: NDArray[Any]
     ) -> NDArray[Any]:
         """What a network says of many observations, `[B, ...]`; in parts, to bound the memory."""
+
+        def part(x: NDArray[Any]) -> Tensor:
+            return torch.as_tensor(x[at]).to(self.device)
+
         parts = []
         with torch.no_grad():
-            for start in range(0, len(rows), AT_ONCE):
-                part = (torch.as_tensor(x[start : start + AT_ONCE]) for x in (rows, *more))
-                parts.append(function(*(x.to(self.device) for x in part)).cpu().numpy())
+            for start in range(0, how_many(observations), AT_ONCE):
+                at = slice(start, start + AT_ONCE)
+                said = function(each(part, observations), *map(part, more))
+                parts.append(said.cpu().numpy())
         return np.concatenate(parts)
 
     def _foretold(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
@@ -1073,7 +1087,8 @@ class RoutedPPO(PPO):
         gate = np.zeros((*known.shape, policy.n_experts), np.float32)
         if known.any():
             log_gate = self._of_all(
-                lambda x: policy.gate_log_probabilities(x)[0], buffer.observations[known]
+                lambda x: policy.gate_log_probabilities(x)[0],
+                each(lambda x: x[known], buffer.observations),
             )
             gate[known] = np.exp(log_gate)
         return gate
@@ -1083,7 +1098,8 @@ class RoutedPPO(PPO):
         ended = buffer.ended
         imputed = np.full((*ended.shape, len(self.behaviors)), np.nan, np.float32)
         if ended.any():
-            imputed[ended] = self._classify(buffer.observations[ended], buffer.actions[ended])
+            seen = each(lambda x: x[ended], buffer.observations)
+            imputed[ended] = self._classify(seen, buffer.actions[ended])
         return imputed
 
     def _in_task_scale(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
@@ -1276,16 +1292,16 @@ class RoutedPPO(PPO):
         if self.memory is None:
             return torch.zeros((), device=self.device)
         rows, label, known = self.memory.draw(torch.rand(1, self.gate_replay))
-        shape = self.observation_space.shape or ()
-        log_gate = policy.gate_log_probabilities(rows[0].reshape(-1, *shape).to(self.device))
+        observations = from_rows(rows[0].to(self.device), self.observation_space)
+        log_gate = policy.gate_log_probabilities(observations)
         return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
 
-    def _classify(self, observations: NDArray[Any], actions: NDArray[Any]) -> NDArray[Any]:
+    def _classify(self, observations: Any, actions: NDArray[Any]) -> NDArray[Any]:
         """Chance of each behavior `[B, behaviors]`, where episodes end by these actions."""
         policy = cast(MoEPolicy, self.policy)
 
-        def chances(rows: Tensor, taken: Tensor) -> Tensor:
-            return policy.ending_log_probabilities(rows, self._as_actions(taken)).exp()
+        def chances(seen: Any, taken: Tensor) -> Tensor:
+            return policy.ending_log_probabilities(seen, self._as_actions(taken)).exp()
 
         return self._of_all(chances, observations, actions)
 
@@ -1311,14 +1327,10 @@ class RoutedPPO(PPO):
         """Cross entropy of the classifier of endings on remembered ones."""
         assert self.endings is not None
         rows, label, known = self.endings.draw(torch.rand(1, self.endings.draws))
-        shape = self.observation_space.shape or ()
-        observations, actions = (
-            rows[0]
-            .to(self.device)
-            .split([math.prod(shape), rows.shape[-1] - math.prod(shape)], dim=-1)
-        )
+        width = row_width(self.observation_space)
+        seen, actions = rows[0].to(self.device).tensor_split([width], dim=-1)
         chances = policy.ending_log_probabilities(
-            observations.reshape(-1, *shape), self._as_actions(actions)
+            from_rows(seen, self.observation_space), self._as_actions(actions)
         )
         return cross_entropy(chances[None], label.to(self.device), known.to(self.device))[0]
 
@@ -1378,6 +1390,22 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
 def _same(ours: Any, theirs: Any) -> bool:
     """Whether two things that environments say are the same; arrays among them."""
     return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
+
+
+def _hide(seen: Tensor, flags: NDArray[np.bool_]) -> Tensor:
+    """Observations without what their oversight flags say. [B, ...]"""
+    return torch.where(torch.as_tensor(flags, device=seen.device), torch.zeros_like(seen), seen)
+
+
+def _rows_where(chosen: NDArray[np.bool_], observations: Any) -> NDArray[Any]:
+    """Those observations `[T, N, ...]` that are chosen, `[T, N]`, as rows `[B, D]`."""
+    return as_rows(each(lambda x: x[chosen], observations))
+
+
+def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:
+    """N observations and then single ones, in the shape that a rollout keeps them in."""
+    shape = kept.shape[2:]
+    return np.concatenate([np.asarray(x).reshape(-1, *shape) for x in (last, *finals)])
 
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
