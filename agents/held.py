@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from oversight_rl.agents.observations import each
 from oversight_rl.envs.world import NO_LABEL
 
 Bools = NDArray[np.bool_]
@@ -32,7 +33,7 @@ class LateLabel(NamedTuple):
 class Steps(NamedTuple):
     """Steps `[W, C]`: rows in time; a column is an environment, or an episode that ended before."""
 
-    observations: NDArray[Any]  # [W, C, ...]
+    observations: Any  # [W, C, ...]
     actions: NDArray[Any]  # [W, C, A]
     log_prob: Floats  # under the policy that took them
     alone: Bools  # the deployed expert acted by itself
@@ -48,12 +49,19 @@ class Steps(NamedTuple):
 
     def each(self, function: Callable[[NDArray[Any]], NDArray[Any]]) -> Self:
         """A function of each part."""
-        return type(self)(*map(function, self))
+        return type(self)(*(each(function, part) for part in self))
+
+    def part(self, rows: slice, columns: slice) -> Self:
+        """A copy of some of them."""
+        return self.each(lambda x: x[rows, columns].copy())
 
     def joined(self, others: Sequence[Self], axis: int) -> Self:
         """These steps and others, below (axis 0) or beside them (axis 1)."""
         return type(self)(
-            *(np.concatenate(parts, axis) for parts in zip(self, *others, strict=True))
+            *(
+                each(lambda *x: np.concatenate(x, axis), *parts)
+                for parts in zip(self, *others, strict=True)
+            )
         )
 
     def last(self, rows: int) -> Self:
@@ -83,17 +91,18 @@ class Held:
     """What is kept of earlier rollouts of N environments.
 
     Args:
-        environments: number N.
+        like: steps of that many environments.
         reach: steps before a rollout's end that are kept at most.
     """
 
-    def __init__(self, environments: int, reach: int) -> None:
-        self.environments, self.reach = environments, reach
+    def __init__(self, like: Steps, reach: int) -> None:
+        self.environments, self.reach = like.done.shape[1], reach
+        self.steps = like  # [P, N], the last ones before the rollout
         self.forget()
 
     def forget(self) -> None:
         """Forget all of it."""
-        self.steps: Steps | None = None  # [P, N], the last ones before the rollout
+        self.steps = self.steps.last(0)
         self.length = np.zeros(self.environments, np.int64)  # how many are of the same episode
         # of episodes that ended unlabeled, by environment and id: steps since, and theirs [L, 1]
         self.ended: dict[tuple[int, Hashable], tuple[int, Steps]] = {}
@@ -126,8 +135,7 @@ class Held:
         rows = max(steps, int(lengths.max()))
         whole = now
         if rows > steps:
-            before = now.each(lambda x: x[:0]) if self.steps is None else self.steps
-            whole = before.last(rows - steps).joined([now], axis=0)
+            whole = self.steps.last(rows - steps).joined([now], axis=0)
         if columns:
             whole = whole.joined([column.last(rows) for column in columns], axis=1)
         age = rows - np.arange(rows)[:, None]  # 1 for the last row
@@ -146,7 +154,7 @@ class Held:
             waits: whether to keep steps of episodes that go on.
         """
         rows = len(window.exists)
-        steps = window.steps.each(lambda x: x[:, : self.environments])
+        steps = window.steps.part(slice(None), slice(self.environments))
         taken = rows - window.earlier
         self.ended = {
             key: (since + taken, episode)
@@ -159,22 +167,27 @@ class Held:
             end = window.earlier + row
             start = max(int(begun[:end, env].max(initial=0)), int(first[env]), rows - self.reach)
             if start <= end:
-                parts: list[Any] = [x[start : end + 1, env : env + 1].copy() for x in steps]
-                self.ended[env, name] = rows - 1 - end, Steps(*parts)
+                episode = steps.part(slice(start, end + 1), slice(env, env + 1))
+                self.ended[env, name] = rows - 1 - end, episode
         self.length = np.minimum(rows - np.maximum(begun.max(0), first), self.reach) * waits
-        self.steps = steps.last(int(self.length.max())).each(np.copy)
+        self.steps = steps.last(int(self.length.max()))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The steps of episodes that go on, in arrays of one shape, by name."""
-        assert self.steps is not None
         steps = self.steps.last(self.reach)
-        return {"length": self.length} | {name: getattr(steps, name) for name in LASTING}
+        found = {"length": self.length} | {name: getattr(steps, name) for name in LASTING[1:]}
+        if not isinstance(steps.observations, dict):
+            return found | {"observations": steps.observations}
+        return found | {f"observations.{k}": x for k, x in steps.observations.items()}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a state."""
         self.length = state["length"].copy()
+        parts: dict[str, Any] = {name: state[name] for name in LASTING[1:]}
+        parts["observations"] = {
+            name.partition(".")[2]: x for name, x in state.items() if "observations." in name
+        } or state["observations"]
         nothing = np.zeros(state["alone"].shape, bool)
-        parts = {name: state[name].copy() for name in LASTING}
         unknown = np.full(nothing.shape, NO_LABEL)
         steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)
         self.steps = steps.last(int(self.length.max()))

@@ -23,7 +23,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -53,6 +53,14 @@ from oversight_rl.agents.methods import (
     tables,
 )
 from oversight_rl.agents.networks import Agent, AgentConfig, Output
+from oversight_rl.agents.observations import (
+    as_rows,
+    each,
+    from_rows,
+    how_many,
+    row_type,
+    row_width,
+)
 from oversight_rl.agents.ppo_config import DEFAULT_METHOD, LABEL_REACH
 from oversight_rl.agents.ppo_targets import (
     Experience,
@@ -282,24 +290,24 @@ class MoEPolicy(ActorCriticPolicy):
         """Everything that the networks compute for B observations: `Output` with R = 1."""
         return self.agent(self._features(obs))  # type: ignore[no-any-return]
 
-    def gate_log_probabilities(self, obs: Tensor) -> Tensor:
+    def gate_log_probabilities(self, obs: Any) -> Tensor:
         """The gate's log-probabilities alone, `[1, B, K]`."""
         return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
 
-    def ending_log_probabilities(self, obs: Tensor, actions: Tensor) -> Tensor:
+    def ending_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
         """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
         assert self.endings is not None
         if self.flags is not None:
-            obs = obs.masked_fill(torch.as_tensor(self.flags, device=obs.device), 0)
+            obs = each(_hide, obs, self.flags)
         features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
         return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
 
-    def own_values(self, obs: Tensor) -> Tensor:
+    def own_values(self, obs: Any) -> Tensor:
         """What the deployed expert by itself is to get, `[B]`."""
         assert self.own_value_net is not None
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
-    def task_values(self, obs: Tensor, alone: Tensor) -> Tensor:
+    def task_values(self, obs: Any, alone: Tensor) -> Tensor:
         """What the task is to pay, in units of its scale, `[B]`.
 
         Args:
@@ -494,8 +502,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
         super().__init__(*args, **kwargs)
         self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
-        most = MOST_BYTES // max(1, self.observations[0].nbytes)
-        self.held = Held(self.n_envs, min(label_reach, most))
+        nothing = np.zeros_like(self.values)
+        steps = self._steps(nothing, nothing, nothing)
+        most = MOST_BYTES // max(1, as_rows(each(lambda x: x[:1], self.observations)).nbytes)
+        self.held = Held(steps, min(label_reach, most))
 
     def reset(self) -> None:
         """Forget the rollout, but not what labels still reach."""
@@ -592,7 +602,15 @@ class RoutedRolloutBuffer(RolloutBuffer):
         Returns:
             Labels of episodes that are not kept.
         """
-        now = Steps(
+        now = self._steps(own_value, task_value, task_reward)
+        goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
+        self.window, missed = self.held.window(now, goes_on, self.late)
+        return missed
+
+    def _steps(
+        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+    ) -> Steps:
+        return Steps(
             self.observations,
             self.actions,
             self.log_probs,
@@ -607,9 +625,6 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.label,
             self.truth,
         )
-        goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        self.window, missed = self.held.window(now, goes_on, self.late)
-        return missed
 
     def outcomes(
         self, methods: MethodTables, generator: np.random.Generator
@@ -666,14 +681,14 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Keep labeled observations, those of earlier rollouts whose label came now, too."""
         label = self.outcome - LABELED
         known = (label >= 0) & self.window.exists
-        memory.keep(self.window.steps.observations[known], label[known])
+        memory.keep(_rows_where(known, self.window.steps.observations), label[known])
 
     def remember_endings(self, memory: Memory) -> None:
         """Keep the labeled endings, each with its action."""
         steps, label = self.window.steps, self.outcome - LABELED
         known = steps.ended & (label >= 0)
         if known.any():
-            parts = (x[known].reshape(known.sum(), -1) for x in (steps.observations, steps.actions))
+            parts = (_rows_where(known, x) for x in (steps.observations, steps.actions))
             memory.keep(np.concatenate([*parts], axis=-1), label[known])
 
     def set_targets(self, targets: Targets, log_prob: NDArray[np.float32]) -> None:
@@ -690,7 +705,9 @@ class RoutedRolloutBuffer(RolloutBuffer):
         parts = {name: getattr(targets, name) for name in OF_TARGETS}
         parts |= {"observations": steps.observations, "actions": steps.actions}
         parts |= {"old_values": steps.value, "old_log_prob": log_prob, "alone": steps.alone}
-        self.flat = {name: part.swapaxes(0, 1)[chosen] for name, part in parts.items()}
+        self.flat = {
+            name: each(lambda x: x.swapaxes(0, 1)[chosen], part) for name, part in parts.items()
+        }
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         """Minibatches of `RoutedSamples` at most so large, in random order."""
@@ -698,7 +715,16 @@ class RoutedRolloutBuffer(RolloutBuffer):
         order = np.random.permutation(samples)
         parts = math.ceil(samples / (batch_size or max(1, samples)))
         for part in np.array_split(order, parts) if parts else ():
-            yield RoutedSamples(**{k: self.to_torch(x[part]) for k, x in self.flat.items()})
+            yield RoutedSamples(
+                **{
+                    name: each(lambda x, at=part: self.to_torch(x[at]), flat)
+                    for name, flat in self.flat.items()
+                }
+            )
+
+
+class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):
+    """The same for Dict observations, kept as SB3 keeps them: an array for each entry."""
 
 
 # ---- the algorithm
@@ -864,7 +890,9 @@ class RoutedPPO(PPO):
         self._set_tables()
         if self.audit is None:  # it decides which labels go missing or wrong
             self.audit = np.random.default_rng(self.seed)
-        self.rollout_buffer_class = self.rollout_buffer_class or RoutedRolloutBuffer
+        if self.rollout_buffer_class is None:
+            by_name = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = RoutedDictRolloutBuffer if by_name else RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
             "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
@@ -987,12 +1015,7 @@ class RoutedPPO(PPO):
 
     def _new_memory(self) -> Memory:
         space = self.observation_space
-        return Memory(
-            1,
-            int(np.prod(space.shape or (1,))),
-            self.gate_replay,
-            torch.as_tensor(np.zeros(1, space.dtype)).dtype,
-        )
+        return Memory(1, row_width(space), self.gate_replay, row_type(space))
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """As SB3 has it, with the model's number of threads."""
@@ -1113,10 +1136,10 @@ class RoutedPPO(PPO):
         policy, method = cast(MoEPolicy, self.policy), METHODS[self.method]
         shape = buffer.done.shape
         cut_at, cut_envs = np.array([c[:2] for c in buffer.cuts], np.int64).reshape(-1, 2).T
-        last = cast(NDArray[Any], self._last_obs).reshape(buffer.observations.shape[1:])
-        finals = [np.asarray(c[2]).reshape(last.shape[1:]) for c in buffer.cuts]
-        following = np.stack([*last, *finals])  # after the rollout, and where episodes were cut
-        everything = buffer.observations.reshape(-1, *last.shape[1:])
+        # after the rollout, and where episodes were cut
+        finals = [cut[2] for cut in buffer.cuts]
+        following = each(_one_below_another, buffer.observations, self._last_obs, *finals)
+        everything = each(lambda x: x.reshape(-1, *x.shape[2:]), buffer.observations)
         own = task = task_reward = np.zeros(shape, np.float32)
         if policy.own_value_net is not None:
             own = self._of_all(policy.own_values, everything).reshape(shape)
@@ -1198,21 +1221,27 @@ class RoutedPPO(PPO):
         share, log_prob = buffer.share.copy(), steps.log_prob.copy()
         older = buffer.window.older & (share > 0)
         if older.any():
-            rows = (x[older] for x in (steps.observations, steps.actions, steps.alone))
-            now = self._of_all(policy.log_probabilities, *rows)
+            seen = each(lambda x: x[older], steps.observations)
+            taken = steps.actions[older], steps.alone[older]
+            now = self._of_all(policy.log_probabilities, seen, *taken)
             share[older] = older_share(now, log_prob[older])
             log_prob[older] = now
         return share, log_prob
 
     def _of_all(
-        self, function: Callable[..., Tensor], rows: NDArray[Any], *more: NDArray[Any]
+        self, function: Callable[..., Tensor], observations: Any, *more: NDArray[Any]
     ) -> NDArray[Any]:
         """What a network says of many observations, `[B, ...]`; in parts, to bound the memory."""
+
+        def part(x: NDArray[Any]) -> Tensor:
+            return torch.as_tensor(x[at]).to(self.device)
+
         parts = []
         with torch.no_grad():
-            for start in range(0, len(rows), AT_ONCE):
-                part = (torch.as_tensor(x[start : start + AT_ONCE]) for x in (rows, *more))
-                parts.append(function(*(x.to(self.device) for x in part)).cpu().numpy())
+            for start in range(0, how_many(observations), AT_ONCE):
+                at = slice(start, start + AT_ONCE)
+                said = function(each(part, observations), *map(part, more))
+                parts.append(said.cpu().numpy())
         return np.concatenate(parts)
 
     def _foretold(self, buffer: RoutedRolloutBuffer, imputed: bool) -> NDArray[np.float32]:
@@ -1223,7 +1252,8 @@ class RoutedPPO(PPO):
         gate = np.zeros((*known.shape, policy.n_experts), np.float32)
         if known.any():
             log_gate = self._of_all(
-                lambda x: policy.gate_log_probabilities(x)[0], steps.observations[known]
+                lambda x: policy.gate_log_probabilities(x)[0],
+                each(lambda x: x[known], steps.observations),
             )
             gate[known] = np.exp(log_gate)
         return gate
@@ -1233,7 +1263,8 @@ class RoutedPPO(PPO):
         ended = steps.ended
         imputed = np.full((*ended.shape, len(self.behaviors)), np.nan, np.float32)
         if ended.any():
-            imputed[ended] = self._classify(steps.observations[ended], steps.actions[ended])
+            seen = each(lambda x: x[ended], steps.observations)
+            imputed[ended] = self._classify(seen, steps.actions[ended])
         return imputed
 
     def _in_task_scale(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
@@ -1439,16 +1470,16 @@ class RoutedPPO(PPO):
         if self.memory is None:
             return torch.zeros((), device=self.device)
         rows, label, known = self.memory.draw(torch.rand(1, self.gate_replay))
-        shape = self.observation_space.shape or ()
-        log_gate = policy.gate_log_probabilities(rows[0].reshape(-1, *shape).to(self.device))
+        observations = from_rows(rows[0].to(self.device), self.observation_space)
+        log_gate = policy.gate_log_probabilities(observations)
         return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
 
-    def _classify(self, observations: NDArray[Any], actions: NDArray[Any]) -> NDArray[Any]:
+    def _classify(self, observations: Any, actions: NDArray[Any]) -> NDArray[Any]:
         """Chance of each behavior `[B, behaviors]`, where episodes end by these actions."""
         policy = cast(MoEPolicy, self.policy)
 
-        def chances(rows: Tensor, taken: Tensor) -> Tensor:
-            return policy.ending_log_probabilities(rows, policy.as_taken(taken)).exp()
+        def chances(seen: Any, taken: Tensor) -> Tensor:
+            return policy.ending_log_probabilities(seen, policy.as_taken(taken)).exp()
 
         return self._of_all(chances, observations, actions)
 
@@ -1468,14 +1499,10 @@ class RoutedPPO(PPO):
         """Cross entropy of the classifier of endings on remembered ones."""
         assert self.endings is not None
         rows, label, known = self.endings.draw(torch.rand(1, self.endings.draws))
-        shape = self.observation_space.shape or ()
-        observations, actions = (
-            rows[0]
-            .to(self.device)
-            .split([math.prod(shape), rows.shape[-1] - math.prod(shape)], dim=-1)
-        )
+        width = row_width(self.observation_space)
+        seen, actions = rows[0].to(self.device).tensor_split([width], dim=-1)
         chances = policy.ending_log_probabilities(
-            observations.reshape(-1, *shape), policy.as_taken(actions)
+            from_rows(seen, self.observation_space), policy.as_taken(actions)
         )
         return cross_entropy(chances[None], label.to(self.device), known.to(self.device))[0]
 
@@ -1546,6 +1573,22 @@ def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
 def _same(ours: Any, theirs: Any) -> bool:
     """Whether two things that environments say are the same; arrays among them."""
     return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
+
+
+def _hide(seen: Tensor, flags: NDArray[np.bool_]) -> Tensor:
+    """Observations without what their oversight flags say. [B, ...]"""
+    return torch.where(torch.as_tensor(flags, device=seen.device), torch.zeros_like(seen), seen)
+
+
+def _rows_where(chosen: NDArray[np.bool_], observations: Any) -> NDArray[Any]:
+    """Those observations `[T, N, ...]` that are chosen, `[T, N]`, as rows `[B, D]`."""
+    return as_rows(each(lambda x: x[chosen], observations))
+
+
+def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:
+    """N observations and then single ones, in the shape that a rollout keeps them in."""
+    shape = kept.shape[2:]
+    return np.concatenate([np.asarray(x).reshape(-1, *shape) for x in (last, *finals)])
 
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
