@@ -69,15 +69,16 @@ from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy
 from oversight_rl.agents.steering import KEPT, MIXTURE, Steering, parse
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
-from oversight_rl.envs.labels import LabelError
+from oversight_rl.envs.labels import LabelError, behavior_index, distinct_names
 from oversight_rl.envs.readable import readable, readable_vec, said, seen
 from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
-PATIENCE = 2000
-"""Episodes without a single label after which a warning is due, if the level is not known."""
+FIRST_ROLLOUTS, PATIENCE = 2, 20
+"""Rollouts, and episodes in them, without a single label after which a warning is due, if the level
+is not known."""
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
 SETTLED = 50
@@ -144,7 +145,7 @@ class SymbolicCNN(BaseFeaturesExtractor):
         for channel, size in enumerate(self.sizes[1:].unbind(), start=1):
             combination = combination * size + observation[..., channel].long()
         x = F.embedding(combination, table).relu()
-        return self.convolution(x.movedim(-1, 1)).relu().flatten(1)  # type: ignore[no-any-return]
+        return self.convolution(x.permute(0, 3, 1, 2)).relu().flatten(1)  # type: ignore[no-any-return]
 
 
 class EntryExtractor(CombinedExtractor):
@@ -351,7 +352,8 @@ class MoEPolicy(ActorCriticPolicy):
         Raises:
             FloatingPointError: they are not finite.
         """
-        if not parameters.isfinite().all():
+        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # to ONNX, say
+        if not exported and not parameters.isfinite().all():
             raise FloatingPointError("the policy's output is not finite")
         if isinstance(self.action_dist, DiagGaussianDistribution):
             return self.action_dist.proba_distribution(parameters, self.log_std)
@@ -554,15 +556,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Let the next episode have its turn, where one is done."""
         self.turn = self.turn + dones
 
-    def _index(self, name: str | None, key: str) -> int:
+    def _index(self, name: Any, key: str) -> int:
         if name is None:
             return NO_LABEL
-        if name not in self.behaviors:
-            raise LabelError(
-                f"info[{key!r}] must be one of {', '.join(self.behaviors)}, got {name!r}"
-                f"{nearest(str(name), self.behaviors)}; RoutedPPO takes others as behaviors=(...)"
-            )
-        return self.behaviors.index(name)
+        try:
+            return behavior_index(name, self.behaviors, f"info[{key!r}]")
+        except LabelError as error:
+            raise LabelError(f"{error}; RoutedPPO takes others as behaviors=(...)") from None
 
     def outcomes(
         self, methods: MethodTables, generator: np.random.Generator
@@ -792,6 +792,7 @@ class RoutedPPO(PPO):
             "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
         }
         self._warned: set[str] = set()
+        self._rollouts = 0
         self._resets: Any = None
         self._warn_of_texts()
         super()._setup_model()
@@ -1168,15 +1169,24 @@ class RoutedPPO(PPO):
     def _warn_of_data(self) -> None:
         """Warn, once each, of what makes learning from labels hopeless."""
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        self._rollouts += 1
         if self._knows_level:
             missing = (1 - self.overseer.oversight) ** buffer.episodes < SURPRISE
         else:
-            missing = buffer.episodes >= PATIENCE
+            missing = buffer.episodes >= PATIENCE and self._rollouts >= FIRST_ROLLOUTS
         if missing and not buffer.labels:
+            told = (buffer.truth != NO_LABEL).any()
             self._warn(
                 "unlabeled",
-                f"none of {buffer.episodes:,} episodes was labeled: does the environment put "
-                "'label' into info at an episode's end, and does every wrapper pass info on?",
+                f"none of {buffer.episodes:,} episodes was labeled: at their ends info says "
+                f"{'a behavior and no label' if told else 'neither label nor behavior'}. Does the "
+                "environment put 'label' there where an overseer saw the episode, and does every "
+                "wrapper pass info on? OversightLabels does it for any environment"
+                + (
+                    ""
+                    if self._knows_level
+                    else "; an attribute oversight says how often to expect one"
+                ),
             )
         if buffer.labels > buffer.told:
             self._warn(
@@ -1405,13 +1415,9 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
     """The names of behaviors as a tuple.
 
     Raises:
-        ValueError: they are not two or more distinct names.
+        ValueError: they are not two or more distinct names, or cannot be steered to.
     """
-    several = not isinstance(names, str) and isinstance(names, Sequence)
-    found = tuple(names) if several else ()
-    named = all(isinstance(name, str) and name for name in found)
-    if not named or len(set(found)) < max(2, len(found)):
-        raise ValueError(f"{whose} must be two or more distinct names, got {names!r}")
+    found = distinct_names(names, whose)
     for name in found:
         if name in RESERVED or name.startswith(("without:", "expert_")) or set("=,") & set(name):
             raise ValueError(f"{whose}: {name!r} would mean something else when steering")
