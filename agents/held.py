@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from oversight_rl.agents.observations import each
+from oversight_rl.agents.observations import each, named, unnamed
 from oversight_rl.envs.world import NO_LABEL
 
 Bools = NDArray[np.bool_]
@@ -175,18 +175,13 @@ class Held:
     def state(self) -> dict[str, NDArray[Any]]:
         """The steps of episodes that go on, in arrays of one shape, by name."""
         steps = self.steps.last(self.reach)
-        found = {"length": self.length} | {name: getattr(steps, name) for name in LASTING[1:]}
-        if not isinstance(steps.observations, dict):
-            return found | {"observations": steps.observations}
-        return found | {f"observations.{k}": x for k, x in steps.observations.items()}
+        parts = {name: getattr(steps, name) for name in LASTING if name != "observations"}
+        return {"length": self.length} | parts | named("observations", steps.observations)
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a state."""
         self.length = state["length"].copy()
-        parts: dict[str, Any] = {name: state[name] for name in LASTING[1:]}
-        parts["observations"] = {
-            name.partition(".")[2]: x for name, x in state.items() if "observations." in name
-        } or state["observations"]
+        parts = {name: unnamed(name, state) for name in LASTING}
         nothing = np.zeros(state["alone"].shape, bool)
         unknown = np.full(nothing.shape, NO_LABEL)
         steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)

@@ -31,6 +31,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
+    CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
 )
@@ -55,7 +56,9 @@ from oversight_rl.agents.methods import (
 from oversight_rl.agents.networks import Agent, AgentConfig, Output
 from oversight_rl.agents.observations import (
     as_rows,
+    check_spaces,
     each,
+    flags_in_axes_of,
     from_rows,
     how_many,
     row_type,
@@ -75,15 +78,16 @@ from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy
 from oversight_rl.agents.steering import KEPT, MIXTURE, Steering, parse
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
-from oversight_rl.envs.labels import LabelError
-from oversight_rl.envs.minigrid import symbolic, symbolic_vec
+from oversight_rl.envs.labels import LabelError, behavior_index, distinct_names
+from oversight_rl.envs.readable import readable, readable_vec, said, seen
 from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
-PATIENCE = 2000
-"""Episodes without a single label after which a warning is due, if the level is not known."""
+FIRST_ROLLOUTS, PATIENCE = 2, 20
+"""Rollouts, and episodes in them, without a single label after which a warning is due, if the level
+is not known."""
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
 SETTLED = 50
@@ -99,7 +103,9 @@ ROLLOUT = 2048
 MINIBATCHES, LEAST_MINIBATCH = 4, 64
 """Of a rollout at most, and samples in each at least, unless their size is given."""
 RESERVED = (MIXTURE.name, KEPT, "single")
-ASKED = ("behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task")
+ASKED = (
+    "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
+)  # fmt: skip
 """Attributes of an environment that say something to a model."""
 AT_ONCE = 4096
 """Observations that a network judges at once."""
@@ -148,11 +154,37 @@ class SymbolicCNN(BaseFeaturesExtractor):
         for channel, size in enumerate(self.sizes[1:].unbind(), start=1):
             combination = combination * size + observation[..., channel].long()
         x = F.embedding(combination, table).relu()
-        return self.convolution(x.movedim(-1, 1)).relu().flatten(1)  # type: ignore[no-any-return]
+        return self.convolution(x.permute(0, 3, 1, 2)).relu().flatten(1)  # type: ignore[no-any-return]
+
+
+class EntryExtractor(CombinedExtractor):
+    """SB3's CombinedExtractor; an entry that its CNN does not fit has the extractor that it would
+    have alone.
+
+    Args:
+        observation_space: `Dict`.
+        kwargs: as CombinedExtractor's, for the other entries.
+    """
+
+    def __init__(self, observation_space: spaces.Dict, **kwargs: Any) -> None:
+        own = {name: default_extractor(part) for name, part in observation_space.items()}
+        plain = {
+            name: part
+            for name, part in observation_space.items()
+            if own[name] is NatureCNN or not (is_image_space(part) or own[name] is SymbolicCNN)
+        }
+        super().__init__(spaces.Dict(plain), **kwargs)
+        self._observation_space = observation_space
+        for name in own.keys() - plain.keys():
+            extractor = own[name](observation_space[name])
+            self.extractors[name] = extractor
+            self._features_dim += extractor.features_dim
 
 
 def default_extractor(space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:
     """The features extractor of an observation space, where none is asked for."""
+    if isinstance(space, spaces.Dict):
+        return EntryExtractor
     if is_image_space(space) and min(cast(spaces.Box, space).shape[-2:]) >= SMALLEST_IMAGE:
         return NatureCNN
     if is_symbolic(space):
@@ -185,12 +217,13 @@ class MoEPolicy(ActorCriticPolicy):
         gate: "learned", or "fixed" at 1/K.
         imputes: whether there is a classifier of endings, see `oversight_rl.agents.endings`.
         flags: which entries of an observation show oversight flags, as a boolean array of its
-            shape; the classifier does not look at them.
+            shape, or one for each name of a dictionary; the classifier does not look at them.
         task: whether the environment's reward is a task of its own, which has a value net, too.
         steering: what the experts are made into.
         kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
             gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
-            symbols, SB3's NatureCNN for images, and none for vectors.
+            symbols, SB3's NatureCNN for images, none for vectors, and these side by side for
+            dictionaries.
 
     Raises:
         ValueError: an argument asks for what this policy has not got.
@@ -210,7 +243,7 @@ class MoEPolicy(ActorCriticPolicy):
         behaviors: Sequence[str] = BEHAVIORS,
         gate: str = "learned",
         imputes: bool = False,
-        flags: NDArray[np.bool_] | None = None,
+        flags: Any = None,
         task: bool = False,
         steering: Steering = MIXTURE,
         **kwargs: Any,
@@ -328,7 +361,8 @@ class MoEPolicy(ActorCriticPolicy):
         Raises:
             FloatingPointError: they are not finite.
         """
-        if not parameters.isfinite().all():
+        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # to ONNX, say
+        if not exported and not parameters.isfinite().all():
             raise FloatingPointError("the policy's output is not finite")
         if isinstance(self.action_dist, DiagGaussianDistribution):
             return self.action_dist.proba_distribution(parameters, self.log_std)
@@ -413,11 +447,9 @@ class MoEPolicy(ActorCriticPolicy):
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
         """Actions, as SB3's policies predict them.
 
-        MiniGrid's dictionary will do where a policy was trained on its symbols.
+        The environment's own dictionary will do, with what was left out of it in training.
         """
-        if isinstance(observation, dict) and is_symbolic(self.observation_space):
-            observation = observation["image"]
-        return super().predict(observation, *args, **kwargs)
+        return super().predict(seen(observation, self.observation_space), *args, **kwargs)
 
     def predict_values(self, obs: Any) -> Tensor:
         """What the mixture's endings are to be worth, `[B, 1]`."""
@@ -579,15 +611,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Let the next episode have its turn, where one is done."""
         self.turn = self.turn + dones
 
-    def _index(self, name: str | None, key: str) -> int:
+    def _index(self, name: Any, key: str) -> int:
         if name is None:
             return NO_LABEL
-        if name not in self.behaviors:
-            raise LabelError(
-                f"info[{key!r}] must be one of {', '.join(self.behaviors)}, got {name!r}"
-                f"{nearest(str(name), self.behaviors)}; RoutedPPO takes others as behaviors=(...)"
-            )
-        return self.behaviors.index(name)
+        try:
+            return behavior_index(name, self.behaviors, f"info[{key!r}]")
+        except LabelError as error:
+            raise LabelError(f"{error}; RoutedPPO takes others as behaviors=(...)") from None
 
     def look_back(
         self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
@@ -843,6 +873,7 @@ class RoutedPPO(PPO):
         self.method, self.behaviors = method, behaviors or ()
         self.told_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
+        self.left_out: tuple[str, ...] = ()  # names of what is not read of observations
         self.audit: np.random.Generator | None = None
         self.task_weight, self.threads = task_weight, threads
         self.overseer = Overseer(0.0, None, label_recall, label_error)
@@ -899,7 +930,9 @@ class RoutedPPO(PPO):
             "label_reach": self.label_reach,
         }
         self._warned: set[str] = set()
+        self._rollouts = 0
         self._resets: Any = None
+        self._warn_of_texts()
         super()._setup_model()
         cast(MoEPolicy, self.policy).steering = self.steering
 
@@ -917,6 +950,7 @@ class RoutedPPO(PPO):
         told = self._ask(env, self.policy_kwargs)
         super().set_env(env, force_reset)
         self._heed(told)
+        self._warn_of_texts()
         self._set_tables()
 
     def _ask(self, env: VecEnv, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -934,7 +968,7 @@ class RoutedPPO(PPO):
         """
         told: dict[str, Any] = {}
         for name in ASKED:
-            values = env.get_attr(name) if env.has_attr(name) else [None]
+            values = said(env, name) or [None]
             if not all(_same(values[0], value) for value in values[1:]):
                 raise ValueError(f"the environments of one model must agree in their {name}")
             told[name] = values[0]
@@ -978,34 +1012,25 @@ class RoutedPPO(PPO):
             )
         return told | {"has_task": bool(task)}
 
-    def _checked_flags(
-        self, env: VecEnv, flags: Any, made: Mapping[str, Any]
-    ) -> NDArray[np.bool_] | None:
+    def _checked_flags(self, env: VecEnv, flags: Any, made: Mapping[str, Any]) -> Any:
         """An environment's flags, in the axes that the policy sees."""
         if not METHODS[self.method].imputes:
             return None
         if flags is not None:
-            flags, seen = np.asarray(flags), env.observation_space.shape
-            if flags.dtype != bool:
-                raise ValueError(f"the environment's flags must be booleans, got {flags.dtype}")
-            if flags.shape != seen and is_vecenv_wrapped(env, VecTransposeImage):
-                flags = np.moveaxis(flags, -1, 0)
-            if flags.shape != seen:
-                raise ValueError(
-                    f"the environment's flags have shape {flags.shape}, its observations {seen}: "
-                    "a wrapper that reshapes observations must set an attribute flags of its own"
-                )
+            turned = is_vecenv_wrapped(env, VecTransposeImage)
+            flags = flags_in_axes_of(env.observation_space, flags, turned)
         if "behaviors" in made and not _same(flags, made.get("flags")):
             raise ValueError(
                 "the environment's flags are not those that the model's classifier was taught "
                 "without"
             )
-        return cast("NDArray[np.bool_] | None", flags)
+        return flags
 
     def _heed(self, told: Mapping[str, Any]) -> None:
         """Take over what an environment said."""
         self.told_behaviors = told["behaviors"] or self.told_behaviors
         self.behaviors = self.behaviors or self.told_behaviors
+        self.left_out = told["left_out"] or ()
         self._knows_level = told["oversight"] is not None
         self.overseer = replace(
             self.overseer,
@@ -1290,27 +1315,43 @@ class RoutedPPO(PPO):
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        given = symbolic(env) if isinstance(env, gym.Env) else symbolic_vec(env)
-        if isinstance(given.observation_space, spaces.Dict):
-            raise ValueError(
-                "RoutedPPO takes no Dict observations; wrap the environment, in "
-                "oversight_rl.envs.minigrid.SymbolicObservation for MiniGrid's symbols, MiniGrid's "
-                "ImgObsWrapper for its pictures, or gymnasium's FlattenObservation"
+        if isinstance(env, VecEnv | gym.Env):  # of anything else SB3 says what it is
+            env = readable_vec(env) if isinstance(env, VecEnv) else readable(env)
+            check_spaces(env.observation_space, env.action_space)
+        try:
+            return PPO._wrap_env(env, verbose, monitor_wrapper)
+        except AssertionError as error:  # as SB3 says that it takes images of one kind at once
+            raise ValueError(str(error)) from None
+
+    def _warn_of_texts(self) -> None:
+        if self.left_out:
+            self._warn(
+                "texts",
+                f"{', '.join(map(repr, self.left_out))} is left out of the observations: it is a "
+                "text, and no network here reads any",
             )
-        return PPO._wrap_env(given, verbose, monitor_wrapper)
 
     def _warn_of_data(self) -> None:
         """Warn, once each, of what makes learning from labels hopeless."""
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        self._rollouts += 1
         if self._knows_level:
             missing = (1 - self.overseer.oversight) ** buffer.episodes < SURPRISE
         else:
-            missing = buffer.episodes >= PATIENCE
+            missing = buffer.episodes >= PATIENCE and self._rollouts >= FIRST_ROLLOUTS
         if missing and not buffer.labels:
+            told = (buffer.truth != NO_LABEL).any()
             self._warn(
                 "unlabeled",
-                f"none of {buffer.episodes:,} episodes was labeled: does the environment put "
-                "'label' into info at an episode's end, and does every wrapper pass info on?",
+                f"none of {buffer.episodes:,} episodes was labeled: at their ends info says "
+                f"{'a behavior and no label' if told else 'neither label nor behavior'}. Does the "
+                "environment put 'label' there where an overseer saw the episode, and does every "
+                "wrapper pass info on? OversightLabels does it for any environment"
+                + (
+                    ""
+                    if self._knows_level
+                    else "; an attribute oversight says how often to expect one"
+                ),
             )
         if buffer.labels > buffer.told:
             self._warn(
@@ -1546,13 +1587,9 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
     """The names of behaviors as a tuple.
 
     Raises:
-        ValueError: they are not two or more distinct names.
+        ValueError: they are not two or more distinct names, or cannot be steered to.
     """
-    several = not isinstance(names, str) and isinstance(names, Sequence)
-    found = tuple(names) if several else ()
-    named = all(isinstance(name, str) and name for name in found)
-    if not named or len(set(found)) < max(2, len(found)):
-        raise ValueError(f"{whose} must be two or more distinct names, got {names!r}")
+    found = distinct_names(names, whose)
     for name in found:
         if name in RESERVED or name.startswith(("without:", "expert_")) or set("=,") & set(name):
             raise ValueError(f"{whose}: {name!r} would mean something else when steering")
@@ -1572,6 +1609,8 @@ def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
 
 def _same(ours: Any, theirs: Any) -> bool:
     """Whether two things that environments say are the same; arrays among them."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
     return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
 
 

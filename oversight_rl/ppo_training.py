@@ -27,6 +27,7 @@ from torch import Tensor
 from oversight_rl import checkpoint, pictures
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED
+from oversight_rl.agents.observations import each, named
 from oversight_rl.agents.ppo import SETTLED, MoEPolicy, RoutedPPO, RoutedRolloutBuffer
 from oversight_rl.agents.reinforce import at, reward_model_figures
 from oversight_rl.agents.steering import standard
@@ -377,10 +378,10 @@ def check(model: RoutedPPO, tensors: Mapping[str, Tensor], steps: int) -> None:
         if given.dtype == bool:  # bytes of a file may be others
             given = given.view(np.uint8)
         low, high = limits.get(name, (-math.inf, math.inf))
-        if name.endswith("s.observation") or name == "memory.observation":  # the rest is unread
+        if name in ("memory.observation", "endings.observation"):  # the rest is unread
             known = int(tensors[name.replace("observation", "count")][0])
             given = given[0, : min(known, given.shape[1] - 1)]
-        if name in ("held.observations", "held.actions"):  # likewise
+        if name == "held.actions" or name.startswith("held.observations"):  # likewise
             age = len(given) - np.arange(len(given))[:, None]
             given = given[age <= tensors["held.length"].numpy()]
         columns = given.reshape(-1, np.size(low))
@@ -398,10 +399,17 @@ def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike
         model: whose tensors they are.
         steps: environment steps taken.
     """
-    seen, taken = _range(model.observation_space), _range(model.action_space)
-    both = tuple(np.concatenate(pair) for pair in zip(seen, taken, strict=True))
+    space = model.observation_space
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    ranges = {name: _range(part) for name, part in parts.items()}
+
+    def side_by_side(*pairs: tuple[NDArray[Any], NDArray[Any]]) -> Any:
+        return tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
+
+    seen = side_by_side(*ranges.values())
+    taken = _range(model.action_space)
+    both = side_by_side(seen, taken)
     found: dict[str, tuple[ArrayLike, ArrayLike]] = {
-        "held.observations": seen,
         "held.actions": taken,
         "held.alone": (0, 1),
         "held.learned": (0, 1),
@@ -410,10 +418,11 @@ def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike
         "last.episode_starts": (0, 1),
         "last.turn": (0, steps + model.n_envs),
     }
+    found |= named("held.observations", ranges if isinstance(space, spaces.Dict) else seen)
     if cast(MoEPolicy, model.policy).task:
         found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
     for name in _memories(model):
-        found[f"{name}.observation"] = cast(Any, both) if name == "endings" else seen
+        found[f"{name}.observation"] = both if name == "endings" else seen
         found[f"{name}.label"] = (0, len(model.behaviors) - 1)
         found[f"{name}.count"] = (0, steps)
     return found
@@ -474,7 +483,9 @@ def _statistics(model: RoutedPPO) -> dict[str, float]:
         return shares
     outcome = buffer.outcome[rollout].flatten()
     with torch.no_grad():
-        rows = torch.as_tensor(buffer.observations).flatten(0, 1).to(model.device)
+        rows = each(
+            lambda x: torch.as_tensor(x).flatten(0, 1).to(model.device), buffer.observations
+        )
         gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
     means = {
         f"gate/{k}": float(gate[outcome == v].mean()) if (outcome == v).any() else math.nan
