@@ -496,9 +496,10 @@ class RoutedSamples(NamedTuple):
     own_returns: Tensor
     task_returns: Tensor
     alone: Tensor  # [B] bool, where the deployed expert acted by itself
+    share: Tensor  # how much a step counts, less than 1 where an older policy took it
 
 
-OF_TARGETS = RoutedSamples._fields[4:-1]
+OF_TARGETS = RoutedSamples._fields[4:-2]
 """Those that are fields of `ppo_targets.Targets`."""
 
 
@@ -519,8 +520,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
     """The rollout, with the steps of earlier ones that its labels reach."""
     outcome: NDArray[np.int64]
     """Of each step's episode, in the window. [W, C]"""
-    share: NDArray[np.float32]
-    """How much each step of the window counts in this update; 0 for those that wait. [W, C]"""
+    due: NDArray[np.bool_]
+    """Which steps of the window are to be learned from now. [W, C]"""
 
     def __init__(
         self,
@@ -686,10 +687,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         window = self.window
         age = len(window.exists) - np.arange(len(window.exists))[:, None]  # 1 for the last row
         ready = (self.outcome != UNFINISHED) | window.steps.alone | (age > self.held.reach)
-        if waits:
-            self.share = (window.exists & ~window.steps.learned & ready).astype(np.float32)
-        else:
-            self.share = (~window.older).astype(np.float32)
+        self.due = window.exists & ~window.steps.learned & ready if waits else ~window.older
 
     def hold(self, waits: bool) -> None:
         """Keep the steps that labels may still reach, and which of them were learned from.
@@ -698,7 +696,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
             waits: whether steps wait for their episode's end.
         """
         window = self.window
-        learned = window.steps.learned | (self.share > 0)
+        learned = window.steps.learned | self.due
         rows = self.outcome[window.earlier :]
         ended = [
             (step, env, name)
@@ -721,20 +719,24 @@ class RoutedRolloutBuffer(RolloutBuffer):
             parts = (_rows_where(known, x) for x in (steps.observations, steps.actions))
             memory.keep(np.concatenate([*parts], axis=-1), label[known])
 
-    def set_targets(self, targets: Targets, log_prob: NDArray[np.float32]) -> None:
-        """Take over what the losses ask of each step of the window.
+    def set_targets(
+        self, targets: Targets, log_prob: NDArray[np.float32], share: NDArray[np.float32]
+    ) -> None:
+        """Take over what the losses ask of each step of the window, `[W, C]` all.
 
         Args:
-            targets: `[W, C]`.
-            log_prob: under the policy that PPO's ratio is to, `[W, C]`.
+            targets: of all methods.
+            log_prob: under the policy that PPO's ratio is to.
+            share: how much a step counts.
         """
         self.targets = targets
         rollout = slice(self.window.earlier, None), slice(self.n_envs)
         self.advantages, self.returns = targets.advantages[rollout], targets.returns[rollout]
-        steps, chosen = self.window.steps, self.share.T > 0
+        steps, chosen = self.window.steps, share.T > 0
         parts = {name: getattr(targets, name) for name in OF_TARGETS}
         parts |= {"observations": steps.observations, "actions": steps.actions}
         parts |= {"old_values": steps.value, "old_log_prob": log_prob, "alone": steps.alone}
+        parts |= {"share": share, "outcome": self.outcome}
         self.flat = {
             name: each(lambda x: x.swapaxes(0, 1)[chosen], part) for name, part in parts.items()
         }
@@ -746,10 +748,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         parts = math.ceil(samples / (batch_size or max(1, samples)))
         for part in np.array_split(order, parts) if parts else ():
             yield RoutedSamples(
-                **{
-                    name: each(lambda x, at=part: self.to_torch(x[at]), flat)
-                    for name, flat in self.flat.items()
-                }
+                *(
+                    each(lambda x, at=part: self.to_torch(x[at]), self.flat[name])
+                    for name in RoutedSamples._fields
+                )
             )
 
 
@@ -1220,7 +1222,7 @@ class RoutedPPO(PPO):
             alone=steps.alone,
             value=steps.value,
             value_after=after(steps.value, beyond),
-            gate=self._foretold(buffer, chances is not None) if policy.has_gate else None,
+            gate=self._foretold(buffer, share, chances is not None) if policy.has_gate else None,
             chances=chances,
             share=share,
             **more,
@@ -1235,7 +1237,7 @@ class RoutedPPO(PPO):
             normalize=self.normalize_advantage,
             task_weight=self.task_weight,
         )
-        buffer.set_targets(found, log_prob)
+        buffer.set_targets(found, log_prob, share)
         buffer.hold(self.tables.asks_labels)
 
     def _judged_anew(
@@ -1243,8 +1245,8 @@ class RoutedPPO(PPO):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """How much the window's steps count, and their log-probabilities now. [W, C] each"""
         policy, steps = cast(MoEPolicy, self.policy), buffer.window.steps
-        share, log_prob = buffer.share.copy(), steps.log_prob.copy()
-        older = buffer.window.older & (share > 0)
+        share, log_prob = buffer.due.astype(np.float32), steps.log_prob.copy()
+        older = buffer.window.older & buffer.due
         if older.any():
             seen = each(lambda x: x[older], steps.observations)
             taken = steps.actions[older], steps.alone[older]
@@ -1269,11 +1271,13 @@ class RoutedPPO(PPO):
                 parts.append(said.cpu().numpy())
         return np.concatenate(parts)
 
-    def _foretold(self, buffer: RoutedRolloutBuffer, imputed: bool) -> NDArray[np.float32]:
+    def _foretold(
+        self, buffer: RoutedRolloutBuffer, share: NDArray[np.float32], imputed: bool
+    ) -> NDArray[np.float32]:
         """The gate's probabilities where the targets ask for them, else 0. [W, C, K]"""
         policy, steps = cast(MoEPolicy, self.policy), buffer.window.steps
-        by_label = not imputed or learns_alone(steps.alone, buffer.share)
-        known = judged(buffer.outcome, by_label) & (buffer.share > 0)
+        by_label = not imputed or learns_alone(steps.alone, share)
+        known = judged(buffer.outcome, by_label) & (share > 0)
         gate = np.zeros((*known.shape, policy.n_experts), np.float32)
         if known.any():
             log_gate = self._of_all(
@@ -1359,8 +1363,8 @@ class RoutedPPO(PPO):
                 "episodes were labeled that had no 'behavior' in info: evaluation and oracle "
                 "methods will not know what they were",
             )
-        chosen = (buffer.share > 0) & ~buffer.window.steps.alone
-        beyond = float((buffer.outcome[chosen] == UNFINISHED).mean()) if chosen.any() else 0.0
+        acted = buffer.due & ~buffer.window.steps.alone
+        beyond = float((buffer.outcome[acted] == UNFINISHED).mean()) if acted.any() else 0.0
         if self.tables.asks_labels and beyond > 0.5 and self._n_updates >= SETTLED * self.n_epochs:
             self._warn(
                 "unfinished",
@@ -1449,14 +1453,15 @@ class RoutedPPO(PPO):
         loss reaches the value net, and the gate loss (cross entropy against remembered labels) the
         gate; all reach the features extractor, and all samples the shared head.
         """
-        policy, weight = cast(MoEPolicy, self.policy), batch.weights
+        policy, weight, share = cast(MoEPolicy, self.policy), batch.weights, batch.share
         actions = policy.as_taken(batch.actions)
         output = policy.output(batch.observations)
         values, log_prob, entropy = policy.evaluate_output(
             output, actions, batch.routes if policy.n_experts > 1 else None
         )
         advantages = batch.advantages
-        log_ratio = log_prob - batch.old_log_prob
+        # a ratio to who did not act may be anything, and 0 times that is nan
+        log_ratio = torch.where(batch.alone, 0.0, log_prob - batch.old_log_prob)
         ratio = log_ratio.exp()
         gain = _surrogate(advantages, ratio, clip)
         values = values.flatten()
@@ -1465,9 +1470,9 @@ class RoutedPPO(PPO):
             values = batch.old_values + (values - batch.old_values).clamp(-within, within)
         spread = -log_prob if entropy is None else entropy
         parts = {
-            "policy_gradient_loss": -_mean(gain, weight),
-            "value_loss": _mean((batch.returns - values) ** 2, weight),
-            "entropy_loss": -_mean(spread, weight),
+            "policy_gradient_loss": -_mean(share * gain, weight),
+            "value_loss": _mean(share * (batch.returns - values) ** 2, weight),
+            "entropy_loss": -_mean(share * spread, weight),
             "gate_loss": self._gate_loss(policy),
         }
         own = log_prob
@@ -1475,16 +1480,20 @@ class RoutedPPO(PPO):
             alone = policy.distribution(output.alone(DEPLOYED)[0])
             own, own_spread = alone.log_prob(actions), alone.entropy()
             # off-policy from what the mixture did, PPO where the expert acted by itself
-            taken = own, batch.old_log_prob, batch.signed, batch.own_weights * ~batch.alone
-            own_gain = _surrogate(batch.signed, (own - batch.old_log_prob).exp(), clip)
+            signed = share * batch.signed
+            taken = own, batch.old_log_prob, signed, batch.own_weights * ~batch.alone
+            own_log_ratio = torch.where(batch.alone, own - batch.old_log_prob, 0.0)
+            own_gain = _surrogate(signed, own_log_ratio.exp(), clip)
             parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0] - _mean(
                 own_gain, batch.alone_weights
             )
-            own_spread = -own if own_spread is None else own_spread
+            own_spread = share * (-own if own_spread is None else own_spread)
             parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.alone_weights)
             if policy.own_value_net is not None:
                 error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
-                parts["value_loss"] = parts["value_loss"] + _mean(error, batch.alone_weights)
+                parts["value_loss"] = parts["value_loss"] + _mean(
+                    share * error, batch.alone_weights
+                )
         if policy.task:  # the reward is seen in every episode, whatever the method drops
             task = policy.task_values(batch.observations, batch.alone)
             parts["task_value_loss"] = ((batch.task_returns - task) ** 2).mean()

@@ -22,6 +22,8 @@ from oversight_rl.agents.routing import lookup
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
+LEAST_SHARE = 1e-3
+"""Of a step that an older policy took; what the policy would no longer do teaches it nothing."""
 TASK_NOISE = 0.1
 """Spread of task advantages, in units of the task's returns, below which they count as noise."""
 
@@ -125,8 +127,9 @@ def targets(
         counts = own_counts if bool(methods.reward_tells) else counts
     heavy = np.where(labeled, 1 + float(methods.weighs_labels) * (labeled_weight - 1), 1.0)
     acts_alone = learns_alone(x.alone, x.share)
-    weights = heavy * counts * x.share * ~x.alone
-    own_weights = heavy * own_counts * x.share * (x.alone if acts_alone else True)
+    due = x.share > 0
+    weights = heavy * counts * (due & ~x.alone)
+    own_weights = heavy * own_counts * (due & (x.alone if acts_alone else True))
 
     # behavior
     fades = discount**x.left
@@ -199,13 +202,13 @@ def older_share(now: Floats, then: Floats) -> Floats:
     """How much an older policy's steps count, by log-probabilities of their actions now and then.
 
     They are judged anew before an update, so that PPO's ratio is to the policy as it is now, and
-    weigh as much as it is likelier now than then to do the same, at most 1. Rewards that followed
-    are those that the older policy found.
+    their losses count by how much likelier it is now than then to do the same, at most 1, or not at
+    all where that is next to nothing. Rewards that followed are those that the older policy found.
 
     Source: the decoupled objective of arXiv 2110.00641; the bound is that of arXiv 1802.01561.
     """
     share: Floats = np.exp(np.minimum(now - then, 0))
-    return share
+    return np.where(share < LEAST_SHARE, np.float32(0), share)
 
 
 def gae(

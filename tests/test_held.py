@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, UNFINISHED, UNLABELED
+from oversight_rl.agents.ppo_targets import older_share
 from oversight_rl.envs.labels import LabelError
 
 WAITING = ("routing", "contrastive_routing", "filtering", "naive", "no_routing", "no_gate")
@@ -71,12 +72,10 @@ class Taught(BaseCallback):
 
     def _on_rollout_end(self):
         buffer = self.model.rollout_buffer
-        chosen = buffer.share.T > 0
         parts = dict(buffer.flat)
         where = parts.pop("observations")
         where = where["where"] if isinstance(where, dict) else where
-        parts |= {"episode": where[:, 0], "time": where[:, 1]}
-        self.updates.append(parts | {"outcome": buffer.outcome.T[chosen]})
+        self.updates.append(parts | {"episode": where[:, 0], "time": where[:, 1]})
 
     def _on_step(self):
         return True
@@ -216,11 +215,30 @@ def test_older_steps_count_as_much_as_the_policy_would_still_take_them():
             before = np.array([then[key] for key in map(tuple, seen.tolist())])
             share = np.exp(now.numpy() - before).clip(max=1)
             assert np.allclose(flat["old_log_prob"], now, atol=1e-5)
-            assert np.allclose(flat["weights"], 20 * share, rtol=1e-4)
-            moved += (share < 0.999).sum()
+            assert np.allclose(flat["share"], share, rtol=1e-4)
+            assert (flat["weights"] == 20).all()
+            moved += (flat["share"] < 0.999).sum()
 
     model.learn(12 * 32 * 3, Checks())
-    assert moved > 50
+    assert moved > 30
+
+
+def test_what_the_policy_would_never_do_again_teaches_nothing_and_breaks_nothing():
+    """A ratio to whoever did not act can be infinite, where the experts are far apart."""
+    model, _ = collected(worlds(4), 2, method="imputed_routing")
+    model._current_progress_remaining = 0.5  # it no longer waits for labels
+    with torch.no_grad():
+        model.policy.agent.trunks[-1].bias[0, 1] += 1000.0  # the mixture is certain, the first not
+    batch = next(iter(model.rollout_buffer.get(None)))
+    with torch.no_grad():
+        rows, actions = batch.observations, batch.actions.flatten().long()
+        now = model.policy.log_probabilities(rows, actions, batch.alone)
+    assert (now[~batch.alone] < -100).any()
+    loss, _ = model.loss(batch._replace(old_log_prob=now), 0.2)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.policy.parameters() if p.grad is not None)
+    assert older_share(np.float32([-200, -8, -1]), np.float32([-1, -1, -2])).tolist() == [0, 0, 1]
 
 
 # ---- late labels

@@ -169,10 +169,10 @@ def gradients(model, outcome, part):
     model._current_progress_remaining = 0.5  # it no longer waits for labels
     buffer = model.rollout_buffer
     batch = next(iter(buffer.get(None)))
-    order = buffer.outcome.T[buffer.share.T > 0]
+    order = buffer.flat["outcome"]
     chosen = torch.as_tensor(np.flatnonzero(order == outcome))
     assert len(chosen)
-    batch = batch._replace(**{n: torch.as_tensor(x)[chosen] for n, x in buffer.flat.items()})
+    batch = batch._replace(**{n: torch.as_tensor(buffer.flat[n])[chosen] for n in batch._fields})
     honest = model.loss
 
     model.policy.zero_grad()
@@ -629,13 +629,6 @@ def test_labels_without_a_behavior_are_told_of():
     env = DummyVecEnv([lambda: Told([(2, {"label": "good"})])] * 8)
     with pytest.warns(UserWarning, match="had no 'behavior' in info"):
         tiny(env).learn(8 * 16)
-
-
-def test_episodes_longer_than_rollouts_are_told_of():
-    env = DummyVecEnv([lambda: Told([(60, GOOD)])] * 8)
-    with pytest.warns(UserWarning, match="let n_steps, now 16, be several episodes long") as caught:
-        tiny(env).learn(8 * 16 * 70)
-    assert len([w for w in caught if "n_steps" in str(w.message)]) == 1
 
 
 # ---- the classifier of endings
