@@ -223,17 +223,22 @@ def test_older_steps_count_as_much_as_the_policy_would_still_take_them():
     assert moved > 30
 
 
-def test_what_the_policy_would_never_do_again_teaches_nothing_and_breaks_nothing():
+@pytest.mark.parametrize("expert", [0, 1])
+def test_what_the_policy_would_never_do_again_teaches_nothing_and_breaks_nothing(expert):
     """A ratio to whoever did not act can be infinite, where the experts are far apart."""
     model, _ = collected(worlds(4), 2, method="imputed_routing")
     model._current_progress_remaining = 0.5  # it no longer waits for labels
-    with torch.no_grad():
-        model.policy.agent.trunks[-1].bias[0, 1] += 1000.0  # the mixture is certain, the first not
     batch = next(iter(model.rollout_buffer.get(None)))
+    rows, actions = batch.observations, batch.actions.flatten().long()
     with torch.no_grad():
-        rows, actions = batch.observations, batch.actions.flatten().long()
+        agent = model.policy.agent
+        agent.trunks[-1].bias[0, expert] += 1000.0  # this one is certain, the other is not
+        for sign in (1, -1):
+            agent.gate_out.bias.fill_(1000.0 * sign)  # and the mixture is the second one
+            if model.policy.gate_log_probabilities(rows)[0, :, 0].max() < -100:
+                break
         now = model.policy.log_probabilities(rows, actions, batch.alone)
-    assert (now[~batch.alone] < -100).any()
+    assert (now[batch.alone == (expert == 0)] < -100).any()
     loss, _ = model.loss(batch._replace(old_log_prob=now), 0.2)
     loss.backward()
     assert loss.isfinite()
