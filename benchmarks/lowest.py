@@ -13,6 +13,7 @@ import sys
 import tempfile
 import tomllib
 import venv
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -24,7 +25,7 @@ TESTS = ("settings", "gym", "minigrid", "ppo_runs", "commands", "tracking", "rep
 
 def lower_bounds(project: dict) -> list[str]:
     """The least version of every requirement that names one, `name==version`."""
-    texts = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    texts = chain(project["dependencies"], *project["optional-dependencies"].values())
     bounds = []
     for requirement in map(Requirement, texts):
         least = [part.version for part in requirement.specifier if part.operator == ">="]

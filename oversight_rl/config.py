@@ -301,7 +301,7 @@ def settings_file(given: Path) -> Path:
     if str(given) in presets:
         return PRESETS / f"{given}.yaml"
     raise UserError(
-        f"{given}: is neither a file nor a preset ({', '.join(presets)})"
+        f"{given}: cannot read it (no such file, nor a preset: {', '.join(presets)})"
         f"{nearest(given.stem, presets)}"
     )
 
