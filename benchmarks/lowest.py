@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("settings", "gym", "minigrid", "ppo_runs", "commands", "tracking", "report", "sweep",
          "deployment", "old_runs", "properties")  # fmt: skip
+NEWER = "tests/test_old_runs.py::test_zips"  # pickled by NumPy 2, which 1 cannot read
 
 
 def lower_bounds(project: dict) -> list[str]:
@@ -45,7 +46,8 @@ def main(folder: Path) -> None:
         install = ["-m", "pip", "install", "--quiet", "--constraint", constraints.name]
         subprocess.run([python, *install, "--editable", ".[dev]"], cwd=ROOT, check=True)
     tests = [f"tests/test_{name}.py" for name in TESTS]
-    raise SystemExit(subprocess.run([python, "-m", "pytest", *tests], cwd=ROOT).returncode)
+    command = [python, "-m", "pytest", *tests, f"--deselect={NEWER}"]
+    raise SystemExit(subprocess.run(command, cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":
