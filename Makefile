@@ -1,11 +1,12 @@
 # make train   train the default agent and show what steering it does
 # make test    lint, import rules, types and tests with coverage: what CI runs
+# make lowest  tests with every dependency at its lower bound
 # make audit   known vulnerabilities of the installed dependencies
 # make bench   how fast it is here, as ratios
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test audit bench clean
+.PHONY: train test lowest audit bench clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
@@ -16,6 +17,9 @@ test: .venv/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --cov
+
+lowest: .venv/.installed-dev
+	$(BIN)/python benchmarks/lowest.py
 
 audit: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
@@ -35,4 +39,4 @@ bench: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from oversight_rl import pictures as drawing
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import Steering, parse, standard
 from oversight_rl.agents.threads import on_threads
-from oversight_rl.config import Config, Probability, load_yaml
+from oversight_rl.config import Config, Probability, load_yaml, settings_file
 from oversight_rl.envs import render
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import World
@@ -48,6 +49,7 @@ from oversight_rl.training import Interrupted, fit, stack_key
 DEFAULTS = Config()
 ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings
 BAD_INPUT, STOPPED = 2, 130  # exit codes
+DESCRIPTION = "Train under partial oversight, steer, evaluate, compare. --version: which this is."
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Train:
     """
 
     config: Path | None = None
-    """YAML file of settings; see configs/."""
+    """YAML file of settings, or a preset by its name, like minigrid."""
     run_dir: Path | None = None
     """Folder to write, new or empty; None: a new one under runs/. With several seeds, one run
     folder for each lies below it."""
@@ -78,10 +80,13 @@ class _Sources:
 
 def train(args: Sequence[str] | None = None) -> None:
     """The command `train.py`."""
-    _run(_train, list(sys.argv[1:] if args is None else args))
+    _run(
+        lambda given: _train(given, "python train.py"), list(sys.argv[1:] if args is None else args)
+    )
 
 
-def _train(args: list[str]) -> None:
+def _train(args: list[str], command: str) -> None:
+    """Train, or go on; `command` is what the user typed for it."""
     if "--help" in args or "-h" in args:
         sources, others = _Sources(), args
     else:
@@ -90,15 +95,15 @@ def _train(args: list[str]) -> None:
     if sources.resume is not None:
         if others or sources.config or sources.algo:
             raise UserError("--resume: takes its settings from the run folder; drop other flags")
-        _resume(sources.resume, console)
+        _resume(sources.resume, console, command)
         return
     # the learner first, since other defaults are its own
     learner = {"algo": sources.algo} if sources.algo in ("reinforce", "ppo") else {}
     if sources.config:
-        default = Train(settings=load_yaml(sources.config, **learner))
+        default = Train(settings=load_yaml(settings_file(sources.config), **learner))
     else:
         default = Train(settings=Config.model_validate(learner))
-    chosen = tyro.cli(Train, prog="train.py", args=args, default=default)
+    chosen = tyro.cli(Train, prog=command.removeprefix("python "), args=args, default=default)
     config = chosen.settings
     config.refuse_unused()
     config.refuse_words()
@@ -106,10 +111,10 @@ def _train(args: list[str]) -> None:
     path = chosen.run_dir or _new_run_dir(config)
     check_free(path)
     runs = begin_seeds(path, config) if len(config.seeds) > 1 else {path: config}
-    _fit(list(runs.values()), list(runs), path, console)
+    _fit(list(runs.values()), list(runs), path, console, command)
 
 
-def _resume(path: Path, console: Console) -> None:
+def _resume(path: Path, console: Console, command: str) -> None:
     planned = planned_seeds(path)
     begun = find_runs(path) if planned else [folder.path for folder in open_runs(path)]
     runs = planned | {run: RunFolder.open(run).config() for run in begun}
@@ -118,7 +123,7 @@ def _resume(path: Path, console: Console) -> None:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
     if all(folder.finished for folder in folders):
         raise UserError(f"{path}: this run is finished; see it with oversight-rl evaluate {path}")
-    _fit(configs, list(runs), path, console, resume=True)
+    _fit(configs, list(runs), path, console, command, resume=True)
 
 
 def _fit(
@@ -126,6 +131,7 @@ def _fit(
     paths: list[Path],
     path: Path,
     console: Console,
+    command: str,
     resume: bool = False,
 ) -> None:
     first = configs[0]
@@ -137,7 +143,7 @@ def _fit(
     try:
         tables = fit(configs, paths, console, resume)
     except Interrupted:
-        _say(console, f"stopped and saved; go on with: python train.py --resume {path}")
+        _say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
     _print_summary(tables, console)
     _say(console, f"results in {path}")
@@ -265,13 +271,13 @@ def run_sweep(
     """Train every combination of settings in a sweep file; a stopped sweep goes on where it was.
 
     Args:
-        config: YAML file of the sweep, see configs/compare.yaml.
+        config: YAML file of the sweep, or a preset by its name, like compare_quick.
         out: Folder of its run folders: new, or of the same sweep, to go on with or to add values.
         workers: Processes on this machine, one thread each unless the setting threads says
             otherwise. Default: one per core; one on a GPU.
         ray: Address of a Ray cluster to run on instead, or "local" to start one here.
     """
-    plan = load_sweep(config)
+    plan = load_sweep(settings_file(config))
     console = Console()
     gpu = Config.model_validate({"device": "auto"} | plan.settings).torch_device().type == "cuda"
     count = (1 if gpu else os.cpu_count() or 1) if workers is None else workers
@@ -335,17 +341,25 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command `oversight-rl`."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        print(f"oversight-rl {version('oversight-rl')}")
+        return
+    if given[:1] == ["train"]:
+        _run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
+        return
     commands: dict[str, Callable[..., Any]] = {
+        "train": Train,  # for the help
         "evaluate": evaluate,
         "sweep": run_sweep,
         "report": run_report,
         "import-reference": import_reference,
     }
     _run(
-        lambda given: tyro.extras.subcommand_cli_from_dict(
-            commands, prog="oversight-rl", args=given, description=__doc__
+        lambda flags: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="oversight-rl", args=flags, description=DESCRIPTION
         ),
-        list(sys.argv[1:] if args is None else args),
+        given,
     )
 
 

@@ -35,6 +35,7 @@ RESOLVERS = {
 }
 BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # in a file where a boolean is wanted
 
+PRESETS = Path(__file__).parent / "configs"
 GRID = "OversightGrid-v0"
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -286,6 +287,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected settings as `name: value`, got {type(content).__name__}")
     return content
+
+
+def settings_file(given: Path) -> Path:
+    """The file that a user names: one that is there, or else a preset of ours by its name.
+
+    Raises:
+        UserError: it is neither.
+    """
+    presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if given.exists() and not (given.is_dir() and str(given) in presets):
+        return given
+    if str(given) in presets:
+        return PRESETS / f"{given}.yaml"
+    raise UserError(
+        f"{given}: cannot read it (no such file, nor a preset: {', '.join(presets)})"
+        f"{nearest(given.stem, presets)}"
+    )
 
 
 def load_yaml(path: Path, **others: str) -> Config:

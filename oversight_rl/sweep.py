@@ -417,8 +417,11 @@ def load_sweep(path: Path) -> SweepConfig:
     Raises:
         UserError: it cannot be read, or holds unknown or bad settings.
     """
+    content = read_yaml(path)
+    if "grid" not in content:
+        raise UserError(f"{path}: has no grid, so is no sweep; train it with --config {path}")
     try:
-        return SweepConfig.model_validate(read_yaml(path))
+        return SweepConfig.model_validate(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
