@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import (
 
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
-from oversight_rl.agents import endings, ppo
+from oversight_rl.agents import endings, memory, ppo
 from oversight_rl.agents.observations import as_rows, from_rows, row_type, row_width
 from oversight_rl.agents.ppo import EntryExtractor, SymbolicCNN
 from oversight_rl.cli import train
@@ -277,7 +277,8 @@ def page_rows():
 @pytest.mark.filterwarnings("ignore:.*is left out of the observations", "ignore:Treating image")
 @pytest.mark.parametrize("row", ROWS)
 def test_the_pages_table_of_spaces_is_right(row, monkeypatch):
-    monkeypatch.setattr(endings, "LESSON", 8)  # of images they take a while
+    monkeypatch.setattr(memory, "CAPACITY", 64)  # a memory of images is long in saving,
+    monkeypatch.setattr(endings, "LESSON", 8)  # and a lesson from it in reading
     monkeypatch.setattr(ppo, "LESSONS", 1)
     outcome = page_rows()[row]
     for make in ROWS[row]:
