@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +73,20 @@ def halves(picture: np.ndarray) -> tuple[float, float]:
     return picture[:, :middle].mean(), picture[:, middle:].mean()
 
 
-# ---- the environments
+# ---- a row of the table
 
 
 @dataclass(frozen=True)
 class Case:
-    """One environment, and what is expected of it."""
+    """A row of the table, and what is expected of it."""
 
     name: str
-    make: Callable[[], VecEnv]
+    run: Callable[[Path], tuple[str, str]]
+    """Do it all in an empty folder: the spaces, and the outcome."""
     modules: tuple[str, ...] = ()
-    """To import first; who has not got them gets no row."""
+    """To import first; where there are none, that is the outcome."""
     refused: str = ""
     """Words of the line that says why it cannot be; empty: it trains."""
-    pictures: bool = False
-    """Whether that is what is seen, and rollouts are short."""
 
 
 def single(
@@ -98,19 +98,25 @@ def single(
     stack: int = 0,
     refused: str = "",
     pictures: bool = False,
+    alone: bool = False,
     **kwargs: Any,
 ) -> Case:
-    """An environment of Gymnasium's kind, some of them side by side."""
+    """An environment of Gymnasium's kind, some of them side by side or one alone.
+
+    SB3 puts no texts side by side, as MiniGrid's missions are.
+    """
 
     def one() -> gym.Env[Any, Any]:
         env = wrap(gym.make(env_id, max_episode_steps=LIMIT // 4 if pictures else LIMIT, **kwargs))
         return OversightLabels(env, behavior, 0.5, BEHAVIORS)
 
-    def make() -> VecEnv:
+    def make() -> Any:
+        if alone:
+            return one()
         env = make_vec_env(one, n_envs=ENVS, seed=0)
         return VecFrameStack(env, stack) if stack else env
 
-    return Case(name, make, modules, refused, pictures)
+    return Case(name, partial(tried, make, STEPS // 4 if pictures else STEPS), modules, refused)
 
 
 def agents(name: str, module: str, behavior: Callable[..., str], **kwargs: Any) -> Case:
@@ -139,7 +145,7 @@ def agents(name: str, module: str, behavior: Callable[..., str], **kwargs: Any) 
             supersuit.concat_vec_envs_v1(env, 2, num_cpus=1, base_class="stable_baselines3")
         )
 
-    return Case(name, make, ("supersuit", module))
+    return Case(name, partial(tried, make, STEPS), ("supersuit", module))
 
 
 def atari(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -155,6 +161,98 @@ def partial_pictures(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return minigrid("ImgObsWrapper")(minigrid("RGBImgPartialObsWrapper")(env))
 
 
+# ---- what is done with them
+
+
+class Wrong(Exception):
+    """It trained, but is not right."""
+
+
+def tried(make: Callable[[], Any], steps: int, folder: Path) -> tuple[str, str]:
+    """Train, steer, save, load, evaluate; what was seen and acted on, and the outcome."""
+    env = make()
+    try:
+        shown = f"{said(env.observation_space)}; {said(env.action_space)}"
+        try:
+            model = RoutedPPO("MoEPolicy", env, n_steps=steps, n_epochs=1, gate_replay=64, seed=0)
+        except (ValueError, AssertionError) as error:
+            if "\n" in str(error).strip():
+                raise
+            return shown, f"refused: {error}"
+        model.learn((3 if steps == STEPS else 2) * model.n_steps * model.n_envs)
+        observation = model.env.reset()
+        before = {}
+        for name in ("deployed", "mixture"):
+            model.policy = model.steer(name)
+            model.save(folder / name)
+            before[name] = model.predict(observation, deterministic=True)[0]
+        for name, actions in before.items():
+            loaded = RoutedPPO.load(folder / name)
+            after = loaded.predict(observation, deterministic=True)[0]
+            if not np.array_equal(actions, after):
+                raise Wrong(f"{name}: other actions when loaded")
+        mean, _ = evaluate_policy(model.steer("deployed"), model.env, 2, warn=False)
+        if not np.isfinite(mean):
+            raise Wrong(f"return {mean}")
+        loaded.set_env(env)
+        loaded.learn(model.n_steps * model.n_envs)
+        labels, episodes = model.rollout_buffer.labels, model.rollout_buffer.episodes
+        if not labels:
+            raise Wrong(f"none of {episodes} episodes was labeled")
+        extractor = type(model.policy.features_extractor).__name__
+        return shown, f"trained ({extractor}; {labels} of {episodes} episodes labeled)"
+    finally:
+        env.close()
+
+
+def with_rl_zoo3(folder: Path) -> tuple[str, str]:
+    """Its `train`, `enjoy` and search on our grid, with `ALGOS["routed_ppo"]`."""
+    from rl_zoo3 import ALGOS, enjoy, train
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
+
+    ALGOS["routed_ppo"] = RoutedPPO
+    HYPERPARAMS_SAMPLER["routed_ppo"] = lambda trial, *_: {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+    }
+    (folder / "zoo.yml").write_text(
+        "OversightGrid-v0: {policy: MoEPolicy, n_envs: 8, n_steps: 32, normalize: true}"
+    )
+    common = (
+        "--algo routed_ppo --env OversightGrid-v0 --gym-packages oversight_rl.envs --device cpu"
+    )
+    training = f"{common} --conf-file zoo.yml --env-kwargs oversight:0.5 --log-folder logs"
+    for run, line in (
+        (train.train, f"{training} --eval-freq 256 --save-freq 512"),
+        (enjoy.enjoy, f"{common} --folder logs --load-best --no-render -n 100"),
+        (train.train, f"{training} -n 512 -optimize --n-trials 2 --n-evaluations 2"
+                      " --no-optim-plots"),
+    ):  # fmt: skip
+        sys.argv = ["", *line.split()]
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            run()
+    (search,) = Path("logs/routed_ppo").glob("report_*.csv")
+    if len(search.read_text().splitlines()) != 3:
+        raise Wrong("trials are missing in the report of the search")
+    model = RoutedPPO.load("logs/routed_ppo/OversightGrid-v0_1/best_model")
+    model.steer("diamond").predict(model.observation_space.sample())
+    return "", "trained, loaded, searched"
+
+
+def said(space: spaces.Space[Any]) -> str:
+    """A space in a few characters."""
+    if isinstance(space, spaces.Box):
+        return f"{space.dtype}[{', '.join(map(str, space.shape))}]"
+    if isinstance(space, spaces.Dict):
+        return "{" + ", ".join(f"{key}: {said(part)}" for key, part in space.items()) + "}"
+    if isinstance(space, spaces.Tuple):
+        return f"({', '.join(map(said, space))})"
+    return str(space)
+
+
+# ---- the environments
+
+
+FEW_CARS = {"simulation_frequency": 5, "policy_frequency": 5}  # else a step takes half a second
 CASES = [
     single("CartPole", "CartPole-v1", entry(2)),
     single("Acrobot", "Acrobot-v1", entry(0)),
@@ -177,18 +275,19 @@ CASES = [
            wrap=lambda env: gym.wrappers.ResizeObservation(env, (84, 84))),
     single("Atari Breakout, RAM", "ALE/Breakout-v5", by(lambda seen, **_: seen[72] - 100.0),
            "ale_py", obs_type="ram"),
-    single("highway highway", "highway-v0", SURVIVAL, "highway_env"),
+    single("highway highway", "highway-v0", SURVIVAL, "highway_env",
+           config=FEW_CARS | {"vehicles_count": 3}),
     single("highway parking (Dict)", "parking-v0", entry(0, "observation"), "highway_env"),
-    single("highway intersection, occupancy grid", "intersection-v1", LAST_REWARD, "highway_env",
-           config={"observation": {"type": "OccupancyGrid"}}),
-    single("BabyAI GoToRedBall", "BabyAI-GoToRedBall-v0", LAST_REWARD, "minigrid"),
+    single("highway intersection, occupancy grid", "intersection-v2", LAST_REWARD, "highway_env",
+           config=FEW_CARS | {"observation": {"type": "OccupancyGrid"}, "initial_vehicle_count": 1}),
+    single("BabyAI GoToRedBall", "BabyAI-GoToRedBall-v0", LAST_REWARD, "minigrid", alone=True),
     single("MiniGrid LavaCrossing, pictures", "MiniGrid-LavaCrossingS9N1-v0", LAST_REWARD,
            "minigrid", wrap=partial_pictures, pictures=True),
     single("MiniGrid Empty, flat", "MiniGrid-Empty-5x5-v0", LAST_REWARD, "minigrid",
            wrap=minigrid("FlatObsWrapper")),
     single("MiniGrid Empty, pictures (Dict)", "MiniGrid-Empty-8x8-v0", LAST_REWARD, "minigrid",
-           wrap=minigrid("RGBImgObsWrapper"), pictures=True),
-    single("robotics FetchReach (Dict)", "FetchReach-v4", SUCCESS, "gymnasium_robotics"),
+           wrap=minigrid("RGBImgObsWrapper"), pictures=True, alone=True),
+    single("robotics HandReach (Dict)", "HandReach-v3", SUCCESS, "gymnasium_robotics"),
     single("robotics PointMaze (Dict)", "PointMaze_UMaze-v3", entry(0, "achieved_goal"),
            "gymnasium_robotics"),
     single("robotics AdroitHandDoor", "AdroitHandDoor-v1", entry(0), "gymnasium_robotics"),
@@ -197,64 +296,9 @@ CASES = [
     agents("PettingZoo simple_spread", "mpe2.simple_spread_v3", entry(2), max_cycles=25),
     agents("PettingZoo multiwalker", "pettingzoo.sisl.multiwalker_v9", entry(0), max_cycles=25),
     agents("PettingZoo knights_archers_zombies",
-           "pettingzoo.butterfly.knights_archers_zombies_v10", LAST_REWARD, max_cycles=25),
+           "pettingzoo.butterfly.knights_archers_zombies_v11", LAST_REWARD, max_cycles=25),
+    Case("rl_zoo3: train, enjoy, search", with_rl_zoo3, ("rl_zoo3",)),
 ]  # fmt: skip
-
-
-# ---- what is done with them
-
-
-class Wrong(Exception):
-    """It trained, but is not right."""
-
-
-def tried(case: Case, folder: Path) -> tuple[str, str]:
-    """Train, steer, save, load, evaluate; what was seen and acted on, and the outcome."""
-    env = case.make()
-    try:
-        shown = f"{said(env.observation_space)}; {said(env.action_space)}"
-        try:
-            steps = STEPS // 4 if case.pictures else STEPS
-            model = RoutedPPO("MoEPolicy", env, n_steps=steps, n_epochs=1, gate_replay=64, seed=0)
-        except (ValueError, AssertionError) as error:
-            if "\n" in str(error).strip():
-                raise
-            return shown, f"refused: {error}"
-        model.learn((2 if case.pictures else 3) * model.n_steps * env.num_envs)
-        observation = model.env.reset()
-        before = {}
-        for name in ("deployed", "mixture"):
-            model.policy = model.steer(name)
-            model.save(folder / name)
-            before[name] = model.predict(observation, deterministic=True)[0]
-        for name, actions in before.items():
-            loaded = RoutedPPO.load(folder / name)
-            after = loaded.predict(observation, deterministic=True)[0]
-            if not np.array_equal(actions, after):
-                raise Wrong(f"{name}: other actions when loaded")
-        mean, _ = evaluate_policy(model.steer("deployed"), env, 2, warn=False)
-        if not np.isfinite(mean):
-            raise Wrong(f"return {mean}")
-        loaded.set_env(env)
-        loaded.learn(model.n_steps * env.num_envs)
-        labels, episodes = model.rollout_buffer.labels, model.rollout_buffer.episodes
-        if not labels:
-            raise Wrong(f"none of {episodes} episodes was labeled")
-        extractor = type(model.policy.features_extractor).__name__
-        return shown, f"trained ({extractor}; {labels} of {episodes} episodes labeled)"
-    finally:
-        env.close()
-
-
-def said(space: spaces.Space[Any]) -> str:
-    """A space in a few characters."""
-    if isinstance(space, spaces.Box):
-        return f"{space.dtype}[{', '.join(map(str, space.shape))}]"
-    if isinstance(space, spaces.Dict):
-        return "{" + ", ".join(f"{key}: {said(part)}" for key, part in space.items()) + "}"
-    if isinstance(space, spaces.Tuple):
-        return f"({', '.join(map(said, space))})"
-    return str(space)
 
 
 def main() -> int:
@@ -281,7 +325,7 @@ def main() -> int:
                     contextlib.chdir(folder),  # where some leave their logs
                 ):
                     warnings.simplefilter("ignore")
-                    shown, outcome = tried(case, Path(folder))
+                    shown, outcome = case.run(Path(folder))
                 refused = outcome.startswith("refused")
                 right = case.refused in outcome if refused else not case.refused
                 right = right and refused == bool(case.refused)
