@@ -252,7 +252,9 @@ def said(space: spaces.Space[Any]) -> str:
 # ---- the environments
 
 
-FEW_CARS = {"simulation_frequency": 5, "policy_frequency": 5}  # else a step takes half a second
+FEW_CARS = {  # else a step takes half a second
+    "simulation_frequency": 5, "policy_frequency": 5, "vehicles_count": 3, "initial_vehicle_count": 1,
+}  # fmt: skip
 CASES = [
     single("CartPole", "CartPole-v1", entry(2)),
     single("Acrobot", "Acrobot-v1", entry(0)),
@@ -276,10 +278,10 @@ CASES = [
     single("Atari Breakout, RAM", "ALE/Breakout-v5", by(lambda seen, **_: seen[72] - 100.0),
            "ale_py", obs_type="ram"),
     single("highway highway", "highway-v0", SURVIVAL, "highway_env",
-           config=FEW_CARS | {"vehicles_count": 3}),
+           config=FEW_CARS),
     single("highway parking (Dict)", "parking-v0", entry(0, "observation"), "highway_env"),
     single("highway intersection, occupancy grid", "intersection-v2", LAST_REWARD, "highway_env",
-           config=FEW_CARS | {"observation": {"type": "OccupancyGrid"}, "initial_vehicle_count": 1}),
+           config=FEW_CARS | {"observation": {"type": "OccupancyGrid"}}),
     single("BabyAI GoToRedBall", "BabyAI-GoToRedBall-v0", LAST_REWARD, "minigrid", alone=True),
     single("MiniGrid LavaCrossing, pictures", "MiniGrid-LavaCrossingS9N1-v0", LAST_REWARD,
            "minigrid", wrap=partial_pictures, pictures=True),
@@ -287,7 +289,7 @@ CASES = [
            wrap=minigrid("FlatObsWrapper")),
     single("MiniGrid Empty, pictures (Dict)", "MiniGrid-Empty-8x8-v0", LAST_REWARD, "minigrid",
            wrap=minigrid("RGBImgObsWrapper"), pictures=True, alone=True),
-    single("robotics HandReach (Dict)", "HandReach-v3", SUCCESS, "gymnasium_robotics"),
+    single("robotics FetchReach (Dict)", "FetchReach-v4", SUCCESS, "gymnasium_robotics"),
     single("robotics PointMaze (Dict)", "PointMaze_UMaze-v3", entry(0, "achieved_goal"),
            "gymnasium_robotics"),
     single("robotics AdroitHandDoor", "AdroitHandDoor-v1", entry(0), "gymnasium_robotics"),
