@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import gymnasium as gym
 from stable_baselines3.common.callbacks import EvalCallback
 
 from oversight_rl.agents.ppo import MoEPolicy, RoutedPPO
 from oversight_rl.agents.steering import KEPT
+from oversight_rl.envs.readable import readable, said
 
 
 class SteeredEvalCallback(EvalCallback):
@@ -42,7 +44,8 @@ class SteeredEvalCallback(EvalCallback):
         best_model_save_path: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(eval_env, **kwargs)
+        env = readable(eval_env) if isinstance(eval_env, gym.Env) else eval_env
+        super().__init__(env, **kwargs)
         self.steer, self.folder = steer, best_model_save_path
         self._endings: Counter[str | None] = Counter()
         self._scores: list[float] = []
@@ -56,8 +59,8 @@ class SteeredEvalCallback(EvalCallback):
     def _init_callback(self) -> None:
         super()._init_callback()
         env, wanted = self.eval_env, tuple(cast(RoutedPPO, self.model).behaviors)
-        told = env.get_attr("behaviors")[0] if env.has_attr("behaviors") else wanted
-        if tuple(told) != wanted:
+        told = tuple((said(env, "behaviors") or [wanted])[0])
+        if told != wanted:
             raise ValueError(
                 f"eval_env's behaviors are {', '.join(told)}; the model's {', '.join(wanted)}"
             )

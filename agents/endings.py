@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
@@ -18,11 +17,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.observations import row_type, row_width
 
 HIDDEN = 64
 LESSON = 512
 """Remembered endings that each step learns from."""
-SMALL = 256  # choices that fit into a byte
 
 
 class EndingClassifier(nn.Module):
@@ -51,10 +50,5 @@ class EndingClassifier(nn.Module):
 
 def ending_memory(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Memory:
     """A memory of labeled endings: flattened observations, each followed by its action."""
-    if isinstance(action_space, spaces.Discrete):
-        action_type = np.dtype(np.uint8 if action_space.n <= SMALL else np.int32)
-    else:
-        action_type = np.dtype(action_space.dtype)
-    together = np.promote_types(np.dtype(observation_space.dtype), action_type)
-    width = sum(int(np.prod(space.shape or (1,))) for space in (observation_space, action_space))
-    return Memory(1, width, LESSON, torch.as_tensor(np.zeros(1, together)).dtype)
+    width = row_width(observation_space) + row_width(action_space)
+    return Memory(1, width, LESSON, row_type(observation_space, action_space))

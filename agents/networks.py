@@ -139,7 +139,7 @@ def initialize(module: nn.Module, generators: Sequence[torch.Generator]) -> None
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Independent affine maps: `[*stack, B, in]`, `[*stack, out, in]` -> `[*stack, B, out]`."""
     product = torch.baddbmm(
-        bias.flatten(0, -2)[:, None], x.flatten(0, -3), weight.flatten(0, -3).mT
+        bias.flatten(0, -2)[:, None], x.flatten(0, -3), weight.flatten(0, -3).transpose(-2, -1)
     )
     return product.view(*weight.shape[:-2], *product.shape[1:])
 
@@ -310,7 +310,7 @@ class FirstLayer:
         """Before the activation, nets `start` to `stop`: `[R or 1, B, ...]` -> `[R, J, B, H]`."""
         if observation.is_floating_point():
             weight = self.weight[:, start:stop]
-            dense = observation @ weight.flatten(1, 2).mT  # one product for all nets
+            dense = observation @ weight.flatten(1, 2).transpose(-2, -1)  # one product for all nets
             product: Tensor = dense.unflatten(-1, weight.shape[1:3]).transpose(1, 2)
             return product + self.bias[:, start:stop, None]
         table = self.table[:, start:stop]

@@ -23,7 +23,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -31,6 +31,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
+    CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
 )
@@ -52,21 +53,32 @@ from oversight_rl.agents.methods import (
     tables,
 )
 from oversight_rl.agents.networks import Agent, AgentConfig, Output
+from oversight_rl.agents.observations import (
+    as_rows,
+    check_spaces,
+    each,
+    flags_in_axes_of,
+    from_rows,
+    how_many,
+    row_type,
+    row_width,
+)
 from oversight_rl.agents.ppo_config import DEFAULT_METHOD
 from oversight_rl.agents.ppo_targets import Experience, Targets, gae, targets
 from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
 from oversight_rl.agents.steering import KEPT, MIXTURE, Steering, parse
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
-from oversight_rl.envs.labels import LabelError
-from oversight_rl.envs.minigrid import symbolic, symbolic_vec
+from oversight_rl.envs.labels import LabelError, behavior_index, distinct_names
+from oversight_rl.envs.readable import readable, readable_vec, said, seen
 from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
-PATIENCE = 2000
-"""Episodes without a single label after which a warning is due, if the level is not known."""
+FIRST_ROLLOUTS, PATIENCE = 2, 20
+"""Rollouts, and episodes in them, without a single label after which a warning is due, if the level
+is not known."""
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
 SETTLED = 50
@@ -82,7 +94,9 @@ ROLLOUT = 2048
 MINIBATCHES, LEAST_MINIBATCH = 4, 64
 """Of a rollout at most, and samples in each at least, unless their size is given."""
 RESERVED = (MIXTURE.name, KEPT, "single")
-ASKED = ("behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task")
+ASKED = (
+    "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
+)  # fmt: skip
 """Attributes of an environment that say something to a model."""
 AT_ONCE = 4096
 """Observations that a network judges at once."""
@@ -131,11 +145,37 @@ class SymbolicCNN(BaseFeaturesExtractor):
         for channel, size in enumerate(self.sizes[1:].unbind(), start=1):
             combination = combination * size + observation[..., channel].long()
         x = F.embedding(combination, table).relu()
-        return self.convolution(x.movedim(-1, 1)).relu().flatten(1)  # type: ignore[no-any-return]
+        return self.convolution(x.permute(0, 3, 1, 2)).relu().flatten(1)  # type: ignore[no-any-return]
+
+
+class EntryExtractor(CombinedExtractor):
+    """SB3's CombinedExtractor; an entry that its CNN does not fit has the extractor that it would
+    have alone.
+
+    Args:
+        observation_space: `Dict`.
+        kwargs: as CombinedExtractor's, for the other entries.
+    """
+
+    def __init__(self, observation_space: spaces.Dict, **kwargs: Any) -> None:
+        own = {name: default_extractor(part) for name, part in observation_space.items()}
+        plain = {
+            name: part
+            for name, part in observation_space.items()
+            if own[name] is NatureCNN or not (is_image_space(part) or own[name] is SymbolicCNN)
+        }
+        super().__init__(spaces.Dict(plain), **kwargs)
+        self._observation_space = observation_space
+        for name in own.keys() - plain.keys():
+            extractor = own[name](observation_space[name])
+            self.extractors[name] = extractor
+            self._features_dim += extractor.features_dim
 
 
 def default_extractor(space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:
     """The features extractor of an observation space, where none is asked for."""
+    if isinstance(space, spaces.Dict):
+        return EntryExtractor
     if is_image_space(space) and min(cast(spaces.Box, space).shape[-2:]) >= SMALLEST_IMAGE:
         return NatureCNN
     if is_symbolic(space):
@@ -168,12 +208,13 @@ class MoEPolicy(ActorCriticPolicy):
         gate: "learned", or "fixed" at 1/K.
         imputes: whether there is a classifier of endings, see `oversight_rl.agents.endings`.
         flags: which entries of an observation show oversight flags, as a boolean array of its
-            shape; the classifier does not look at them.
+            shape, or one for each name of a dictionary; the classifier does not look at them.
         task: whether the environment's reward is a task of its own, which has a value net, too.
         steering: what the experts are made into.
         kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
             gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
-            symbols, SB3's NatureCNN for images, and none for vectors.
+            symbols, SB3's NatureCNN for images, none for vectors, and these side by side for
+            dictionaries.
 
     Raises:
         ValueError: an argument asks for what this policy has not got.
@@ -193,7 +234,7 @@ class MoEPolicy(ActorCriticPolicy):
         behaviors: Sequence[str] = BEHAVIORS,
         gate: str = "learned",
         imputes: bool = False,
-        flags: NDArray[np.bool_] | None = None,
+        flags: Any = None,
         task: bool = False,
         steering: Steering = MIXTURE,
         **kwargs: Any,
@@ -273,24 +314,24 @@ class MoEPolicy(ActorCriticPolicy):
         """Everything that the networks compute for B observations: `Output` with R = 1."""
         return self.agent(self._features(obs))  # type: ignore[no-any-return]
 
-    def gate_log_probabilities(self, obs: Tensor) -> Tensor:
+    def gate_log_probabilities(self, obs: Any) -> Tensor:
         """The gate's log-probabilities alone, `[1, B, K]`."""
         return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
 
-    def ending_log_probabilities(self, obs: Tensor, actions: Tensor) -> Tensor:
+    def ending_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
         """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
         assert self.endings is not None
         if self.flags is not None:
-            obs = obs.masked_fill(torch.as_tensor(self.flags, device=obs.device), 0)
+            obs = each(_hide, obs, self.flags)
         features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
         return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
 
-    def own_values(self, obs: Tensor) -> Tensor:
+    def own_values(self, obs: Any) -> Tensor:
         """What the deployed expert by itself is to get, `[B]`."""
         assert self.own_value_net is not None
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
-    def task_values(self, obs: Tensor, alone: Tensor) -> Tensor:
+    def task_values(self, obs: Any, alone: Tensor) -> Tensor:
         """What the task is to pay, in units of its scale, `[B]`.
 
         Args:
@@ -311,7 +352,8 @@ class MoEPolicy(ActorCriticPolicy):
         Raises:
             FloatingPointError: they are not finite.
         """
-        if not parameters.isfinite().all():
+        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # to ONNX, say
+        if not exported and not parameters.isfinite().all():
             raise FloatingPointError("the policy's output is not finite")
         if isinstance(self.action_dist, DiagGaussianDistribution):
             return self.action_dist.proba_distribution(parameters, self.log_std)
@@ -381,11 +423,9 @@ class MoEPolicy(ActorCriticPolicy):
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
         """Actions, as SB3's policies predict them.
 
-        MiniGrid's dictionary will do where a policy was trained on its symbols.
+        The environment's own dictionary will do, with what was left out of it in training.
         """
-        if isinstance(observation, dict) and is_symbolic(self.observation_space):
-            observation = observation["image"]
-        return super().predict(observation, *args, **kwargs)
+        return super().predict(seen(observation, self.observation_space), *args, **kwargs)
 
     def predict_values(self, obs: Any) -> Tensor:
         """What the mixture's endings are to be worth, `[B, 1]`."""
@@ -516,15 +556,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Let the next episode have its turn, where one is done."""
         self.turn = self.turn + dones
 
-    def _index(self, name: str | None, key: str) -> int:
+    def _index(self, name: Any, key: str) -> int:
         if name is None:
             return NO_LABEL
-        if name not in self.behaviors:
-            raise LabelError(
-                f"info[{key!r}] must be one of {', '.join(self.behaviors)}, got {name!r}"
-                f"{nearest(str(name), self.behaviors)}; RoutedPPO takes others as behaviors=(...)"
-            )
-        return self.behaviors.index(name)
+        try:
+            return behavior_index(name, self.behaviors, f"info[{key!r}]")
+        except LabelError as error:
+            raise LabelError(f"{error}; RoutedPPO takes others as behaviors=(...)") from None
 
     def outcomes(
         self, methods: MethodTables, generator: np.random.Generator
@@ -546,22 +584,22 @@ class RoutedRolloutBuffer(RolloutBuffer):
         before, since = self.unfinished
         label = self.outcome - LABELED
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        first = label[:1].repeat(len(before), 0)  # of the episode that went on
+        first = label[:1].repeat(self.buffer_size, 0)  # of the episode that went on
         for observations, labels, among in (
             (before, first, (steps >= since) & goes_on),
             (self.observations, label, np.True_),
         ):
             known = (labels >= 0) & among
-            memory.keep(observations[known], labels[known])
+            memory.keep(_rows_where(known, observations), labels[known])
         last = np.where(self.done, steps + 1, 0).max(0)  # where each unfinished episode begins
-        self.unfinished = self.observations, last
+        self.unfinished = each(np.asarray, self.observations), last
 
     def remember_endings(self, memory: Memory) -> None:
         """Keep the labeled endings, each with its action."""
         label = self.outcome - LABELED
         known = self.ended & (label >= 0)
         if known.any():
-            parts = (x[known].reshape(known.sum(), -1) for x in (self.observations, self.actions))
+            parts = (_rows_where(known, x) for x in (self.observations, self.actions))
             memory.keep(np.concatenate([*parts], axis=-1), label[known])
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
@@ -582,6 +620,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         plain = super()._get_samples(batch_inds, env)
         more = {name: self.to_torch(part[batch_inds]) for name, part in self.flat.items()}
         return RoutedSamples(*plain[:6], **more)
+
+
+class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):
+    """The same for Dict observations, kept as SB3 keeps them: an array for each entry."""
 
 
 # ---- the algorithm
@@ -695,6 +737,7 @@ class RoutedPPO(PPO):
         self.method, self.behaviors = method, behaviors or ()
         self.told_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
+        self.left_out: tuple[str, ...] = ()  # names of what is not read of observations
         self.audit: np.random.Generator | None = None
         self.task_weight, self.threads = task_weight, threads
         self.overseer = Overseer(0.0, None, label_recall, label_error)
@@ -741,13 +784,17 @@ class RoutedPPO(PPO):
         self._set_tables()
         if self.audit is None:  # it decides which labels go missing or wrong
             self.audit = np.random.default_rng(self.seed)
-        self.rollout_buffer_class = self.rollout_buffer_class or RoutedRolloutBuffer
+        if self.rollout_buffer_class is None:
+            by_name = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = RoutedDictRolloutBuffer if by_name else RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
             "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
         }
         self._warned: set[str] = set()
+        self._rollouts = 0
         self._resets: Any = None
+        self._warn_of_texts()
         super()._setup_model()
         cast(MoEPolicy, self.policy).steering = self.steering
 
@@ -765,6 +812,7 @@ class RoutedPPO(PPO):
         told = self._ask(env, self.policy_kwargs)
         super().set_env(env, force_reset)
         self._heed(told)
+        self._warn_of_texts()
         self._set_tables()
 
     def _ask(self, env: VecEnv, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -782,7 +830,7 @@ class RoutedPPO(PPO):
         """
         told: dict[str, Any] = {}
         for name in ASKED:
-            values = env.get_attr(name) if env.has_attr(name) else [None]
+            values = said(env, name) or [None]
             if not all(_same(values[0], value) for value in values[1:]):
                 raise ValueError(f"the environments of one model must agree in their {name}")
             told[name] = values[0]
@@ -826,34 +874,25 @@ class RoutedPPO(PPO):
             )
         return told | {"has_task": bool(task)}
 
-    def _checked_flags(
-        self, env: VecEnv, flags: Any, made: Mapping[str, Any]
-    ) -> NDArray[np.bool_] | None:
+    def _checked_flags(self, env: VecEnv, flags: Any, made: Mapping[str, Any]) -> Any:
         """An environment's flags, in the axes that the policy sees."""
         if not METHODS[self.method].imputes:
             return None
         if flags is not None:
-            flags, seen = np.asarray(flags), env.observation_space.shape
-            if flags.dtype != bool:
-                raise ValueError(f"the environment's flags must be booleans, got {flags.dtype}")
-            if flags.shape != seen and is_vecenv_wrapped(env, VecTransposeImage):
-                flags = np.moveaxis(flags, -1, 0)
-            if flags.shape != seen:
-                raise ValueError(
-                    f"the environment's flags have shape {flags.shape}, its observations {seen}: "
-                    "a wrapper that reshapes observations must set an attribute flags of its own"
-                )
+            turned = is_vecenv_wrapped(env, VecTransposeImage)
+            flags = flags_in_axes_of(env.observation_space, flags, turned)
         if "behaviors" in made and not _same(flags, made.get("flags")):
             raise ValueError(
                 "the environment's flags are not those that the model's classifier was taught "
                 "without"
             )
-        return cast("NDArray[np.bool_] | None", flags)
+        return flags
 
     def _heed(self, told: Mapping[str, Any]) -> None:
         """Take over what an environment said."""
         self.told_behaviors = told["behaviors"] or self.told_behaviors
         self.behaviors = self.behaviors or self.told_behaviors
+        self.left_out = told["left_out"] or ()
         self._knows_level = told["oversight"] is not None
         self.overseer = replace(
             self.overseer,
@@ -863,12 +902,7 @@ class RoutedPPO(PPO):
 
     def _new_memory(self) -> Memory:
         space = self.observation_space
-        return Memory(
-            1,
-            int(np.prod(space.shape or (1,))),
-            self.gate_replay,
-            torch.as_tensor(np.zeros(1, space.dtype)).dtype,
-        )
+        return Memory(1, row_width(space), self.gate_replay, row_type(space))
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """As SB3 has it, with the model's number of threads."""
@@ -999,22 +1033,22 @@ class RoutedPPO(PPO):
                 at_end = np.take_along_axis(self.imputed, end[..., None], 0)
                 chances = np.nan_to_num(at_end)
         steps, envs = np.array([cut[:2] for cut in buffer.cuts], np.int64).reshape(-1, 2).T
-        last = cast(NDArray[Any], self._last_obs).reshape(buffer.observations.shape[1:])
-        finals = [np.asarray(c[2]).reshape(last.shape[1:]) for c in buffer.cuts]
-        following = np.stack([*last, *finals])  # after the rollout, and where episodes were cut
+        n, finals = buffer.n_envs, [cut[2] for cut in buffer.cuts]
+        # after the rollout, and where episodes were cut
+        following = each(_one_below_another, buffer.observations, self._last_obs, *finals)
         turns = np.concatenate([buffer.acts_alone, buffer.alone[steps, envs]])
 
         def judged(values: Callable[..., Tensor], *more: NDArray[Any]) -> NDArray[np.float32]:
             return self._of_all(values, following, *more)
 
         def after(value: NDArray[np.float32], beyond: NDArray[np.float32]) -> NDArray[np.float32]:
-            shifted = np.concatenate([value[1:], beyond[None, : len(last)]])
+            shifted = np.concatenate([value[1:], beyond[None, :n]])
             shifted = np.where(buffer.done, np.float32(0), shifted)
-            shifted[steps, envs] = beyond[len(last) :]
+            shifted[steps, envs] = beyond[n:]
             return shifted
 
         more: dict[str, Any] = {}
-        everything = buffer.observations.reshape(-1, *last.shape[1:])
+        everything = each(lambda x: x.reshape(-1, *x.shape[2:]), buffer.observations)
         shape = outcome.shape
         if buffer.alone.any() or buffer.acts_alone.any():
             own = self._of_all(policy.own_values, everything).reshape(shape)
@@ -1054,14 +1088,19 @@ class RoutedPPO(PPO):
         buffer.advantages, buffer.returns = buffer.targets.advantages, buffer.targets.returns
 
     def _of_all(
-        self, function: Callable[..., Tensor], rows: NDArray[Any], *more: NDArray[Any]
+        self, function: Callable[..., Tensor], observations: Any, *more: NDArray[Any]
     ) -> NDArray[Any]:
         """What a network says of many observations, `[B, ...]`; in parts, to bound the memory."""
+
+        def part(x: NDArray[Any]) -> Tensor:
+            return torch.as_tensor(x[at]).to(self.device)
+
         parts = []
         with torch.no_grad():
-            for start in range(0, len(rows), AT_ONCE):
-                part = (torch.as_tensor(x[start : start + AT_ONCE]) for x in (rows, *more))
-                parts.append(function(*(x.to(self.device) for x in part)).cpu().numpy())
+            for start in range(0, how_many(observations), AT_ONCE):
+                at = slice(start, start + AT_ONCE)
+                said = function(each(part, observations), *map(part, more))
+                parts.append(said.cpu().numpy())
         return np.concatenate(parts)
 
     def _foretold(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
@@ -1073,7 +1112,8 @@ class RoutedPPO(PPO):
         gate = np.zeros((*known.shape, policy.n_experts), np.float32)
         if known.any():
             log_gate = self._of_all(
-                lambda x: policy.gate_log_probabilities(x)[0], buffer.observations[known]
+                lambda x: policy.gate_log_probabilities(x)[0],
+                each(lambda x: x[known], buffer.observations),
             )
             gate[known] = np.exp(log_gate)
         return gate
@@ -1083,7 +1123,8 @@ class RoutedPPO(PPO):
         ended = buffer.ended
         imputed = np.full((*ended.shape, len(self.behaviors)), np.nan, np.float32)
         if ended.any():
-            imputed[ended] = self._classify(buffer.observations[ended], buffer.actions[ended])
+            seen = each(lambda x: x[ended], buffer.observations)
+            imputed[ended] = self._classify(seen, buffer.actions[ended])
         return imputed
 
     def _in_task_scale(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
@@ -1109,27 +1150,43 @@ class RoutedPPO(PPO):
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        given = symbolic(env) if isinstance(env, gym.Env) else symbolic_vec(env)
-        if isinstance(given.observation_space, spaces.Dict):
-            raise ValueError(
-                "RoutedPPO takes no Dict observations; wrap the environment, in "
-                "oversight_rl.envs.minigrid.SymbolicObservation for MiniGrid's symbols, MiniGrid's "
-                "ImgObsWrapper for its pictures, or gymnasium's FlattenObservation"
+        if isinstance(env, VecEnv | gym.Env):  # of anything else SB3 says what it is
+            env = readable_vec(env) if isinstance(env, VecEnv) else readable(env)
+            check_spaces(env.observation_space, env.action_space)
+        try:
+            return PPO._wrap_env(env, verbose, monitor_wrapper)
+        except AssertionError as error:  # as SB3 says that it takes images of one kind at once
+            raise ValueError(str(error)) from None
+
+    def _warn_of_texts(self) -> None:
+        if self.left_out:
+            self._warn(
+                "texts",
+                f"{', '.join(map(repr, self.left_out))} is left out of the observations: it is a "
+                "text, and no network here reads any",
             )
-        return PPO._wrap_env(given, verbose, monitor_wrapper)
 
     def _warn_of_data(self) -> None:
         """Warn, once each, of what makes learning from labels hopeless."""
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        self._rollouts += 1
         if self._knows_level:
             missing = (1 - self.overseer.oversight) ** buffer.episodes < SURPRISE
         else:
-            missing = buffer.episodes >= PATIENCE
+            missing = buffer.episodes >= PATIENCE and self._rollouts >= FIRST_ROLLOUTS
         if missing and not buffer.labels:
+            told = (buffer.truth != NO_LABEL).any()
             self._warn(
                 "unlabeled",
-                f"none of {buffer.episodes:,} episodes was labeled: does the environment put "
-                "'label' into info at an episode's end, and does every wrapper pass info on?",
+                f"none of {buffer.episodes:,} episodes was labeled: at their ends info says "
+                f"{'a behavior and no label' if told else 'neither label nor behavior'}. Does the "
+                "environment put 'label' there where an overseer saw the episode, and does every "
+                "wrapper pass info on? OversightLabels does it for any environment"
+                + (
+                    ""
+                    if self._knows_level
+                    else "; an attribute oversight says how often to expect one"
+                ),
             )
         if buffer.labels > buffer.told:
             self._warn(
@@ -1276,16 +1333,16 @@ class RoutedPPO(PPO):
         if self.memory is None:
             return torch.zeros((), device=self.device)
         rows, label, known = self.memory.draw(torch.rand(1, self.gate_replay))
-        shape = self.observation_space.shape or ()
-        log_gate = policy.gate_log_probabilities(rows[0].reshape(-1, *shape).to(self.device))
+        observations = from_rows(rows[0].to(self.device), self.observation_space)
+        log_gate = policy.gate_log_probabilities(observations)
         return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
 
-    def _classify(self, observations: NDArray[Any], actions: NDArray[Any]) -> NDArray[Any]:
+    def _classify(self, observations: Any, actions: NDArray[Any]) -> NDArray[Any]:
         """Chance of each behavior `[B, behaviors]`, where episodes end by these actions."""
         policy = cast(MoEPolicy, self.policy)
 
-        def chances(rows: Tensor, taken: Tensor) -> Tensor:
-            return policy.ending_log_probabilities(rows, self._as_actions(taken)).exp()
+        def chances(seen: Any, taken: Tensor) -> Tensor:
+            return policy.ending_log_probabilities(seen, self._as_actions(taken)).exp()
 
         return self._of_all(chances, observations, actions)
 
@@ -1311,14 +1368,10 @@ class RoutedPPO(PPO):
         """Cross entropy of the classifier of endings on remembered ones."""
         assert self.endings is not None
         rows, label, known = self.endings.draw(torch.rand(1, self.endings.draws))
-        shape = self.observation_space.shape or ()
-        observations, actions = (
-            rows[0]
-            .to(self.device)
-            .split([math.prod(shape), rows.shape[-1] - math.prod(shape)], dim=-1)
-        )
+        width = row_width(self.observation_space)
+        seen, actions = rows[0].to(self.device).tensor_split([width], dim=-1)
         chances = policy.ending_log_probabilities(
-            observations.reshape(-1, *shape), self._as_actions(actions)
+            from_rows(seen, self.observation_space), self._as_actions(actions)
         )
         return cross_entropy(chances[None], label.to(self.device), known.to(self.device))[0]
 
@@ -1362,13 +1415,9 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
     """The names of behaviors as a tuple.
 
     Raises:
-        ValueError: they are not two or more distinct names.
+        ValueError: they are not two or more distinct names, or cannot be steered to.
     """
-    several = not isinstance(names, str) and isinstance(names, Sequence)
-    found = tuple(names) if several else ()
-    named = all(isinstance(name, str) and name for name in found)
-    if not named or len(set(found)) < max(2, len(found)):
-        raise ValueError(f"{whose} must be two or more distinct names, got {names!r}")
+    found = distinct_names(names, whose)
     for name in found:
         if name in RESERVED or name.startswith(("without:", "expert_")) or set("=,") & set(name):
             raise ValueError(f"{whose}: {name!r} would mean something else when steering")
@@ -1377,7 +1426,25 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
 
 def _same(ours: Any, theirs: Any) -> bool:
     """Whether two things that environments say are the same; arrays among them."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
     return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
+
+
+def _hide(seen: Tensor, flags: NDArray[np.bool_]) -> Tensor:
+    """Observations without what their oversight flags say. [B, ...]"""
+    return torch.where(torch.as_tensor(flags, device=seen.device), torch.zeros_like(seen), seen)
+
+
+def _rows_where(chosen: NDArray[np.bool_], observations: Any) -> NDArray[Any]:
+    """Those observations `[T, N, ...]` that are chosen, `[T, N]`, as rows `[B, D]`."""
+    return as_rows(each(lambda x: x[chosen], observations))
+
+
+def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:
+    """N observations and then single ones, in the shape that a rollout keeps them in."""
+    shape = kept.shape[2:]
+    return np.concatenate([np.asarray(x).reshape(-1, *shape) for x in (last, *finals)])
 
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

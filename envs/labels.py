@@ -15,9 +15,43 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
+from oversight_rl.envs.settings import nearest
+
 
 class LabelError(ValueError):
     """An environment told of a behavior that it has not got."""
+
+
+def distinct_names(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
+    """The names of behaviors as a tuple.
+
+    Raises:
+        ValueError: they are not two or more distinct names.
+    """
+    several = not isinstance(names, str) and isinstance(names, Sequence)
+    found = tuple(names) if several else ()
+    named = all(isinstance(name, str) and name for name in found)
+    if not named or len(set(found)) < max(2, len(found)):
+        parts = names.replace(",", " ").split() if isinstance(names, str) else []
+        hint = f"; did you mean {tuple(parts)}?" if len(set(parts)) > 1 else ""
+        raise ValueError(f"{whose} must be two or more distinct names, got {names!r}{hint}")
+    return found
+
+
+def behavior_index(name: Any, behaviors: Sequence[str], what: str) -> int:
+    """Place of a name among the behaviors.
+
+    Raises:
+        LabelError: it is none of them, but perhaps another spelling or the number of one.
+    """
+    if isinstance(name, str) and name in behaviors:
+        return behaviors.index(name)
+    meant = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    if isinstance(name, int | np.integer) and 0 <= name < len(behaviors):
+        meant = behaviors[int(name)]
+    raise LabelError(
+        f"{what} must be one of {', '.join(behaviors)}, got {name!r}{nearest(meant, behaviors)}"
+    )
 
 
 BehaviorFn = Callable[[gym.Env[Any, Any], Any, float, bool, bool, dict[str, Any]], str | None]
@@ -60,13 +94,17 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             flags_visible=flags_visible,
         )
         gym.Wrapper.__init__(self, env)
-        if not 0 <= oversight_probability <= 1:
+        if not callable(behavior_fn):
             raise ValueError(
-                f"oversight_probability must lie in [0, 1], got {oversight_probability}"
+                "behavior_fn must be a function of (env, observation, reward, terminated, "
+                f"truncated, info) that names the episode's behavior, got {behavior_fn!r}"
             )
-        if len(behaviors) < 2 or len(set(behaviors)) < len(behaviors):
-            raise ValueError(f"behaviors must be two or more distinct names, got {behaviors!r}")
-        self.behavior_fn, self.behaviors = behavior_fn, tuple(behaviors)
+        number = isinstance(oversight_probability, int | float | np.number)
+        if not number or not 0 <= oversight_probability <= 1:
+            raise ValueError(
+                f"oversight_probability must lie in [0, 1], got {oversight_probability!r}"
+            )
+        self.behavior_fn, self.behaviors = behavior_fn, distinct_names(behaviors)
         self.oversight, self.flags_visible = oversight_probability, flags_visible
         self._generator = np.random.default_rng()
         self._watched = np.zeros(len(behaviors), bool)
@@ -100,12 +138,8 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             )
             info = info | {"behavior": behavior}
             if behavior is not None:
-                if behavior not in self.behaviors:
-                    raise LabelError(
-                        f"behavior_fn must return one of {', '.join(self.behaviors)} or None, got "
-                        f"{behavior!r}"
-                    )
-                if self._watched[self.behaviors.index(behavior)]:
+                what = "what behavior_fn returns, where it is not None,"
+                if self._watched[behavior_index(behavior, self.behaviors, what)]:
                     info["label"] = behavior
         return self._shown(observation), reward, terminated, truncated, info
 

@@ -6,7 +6,7 @@ work; its docstring is the specification.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +26,6 @@ from minigrid.utils.rendering import (
 )
 from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper, SymbolicObsWrapper
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from oversight_rl.envs.gym import Reward, has_task
 from oversight_rl.envs.world import BEHAVIORS
@@ -194,6 +193,13 @@ class DiamondGhostEnv(MiniGridEnv):
         self.action_space = spaces.Discrete(3)
         self.reward_range = (-1, 1)
 
+    @property
+    def view_flags(self) -> NDArray[np.bool_]:
+        """Which entries of the agent's view show oversight flags."""
+        flags = np.zeros((self.agent_view_size, self.agent_view_size, 3), bool)
+        flags[..., STATE] = True
+        return flags
+
     def _gen_grid(self, width: int, height: int) -> None:
         self.grid = Grid(width, height)
         self.grid.wall_rect(0, 0, width, height)
@@ -237,6 +243,8 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
 
     Attributes:
         flags: which entries show oversight flags, in the agent's view of diamond/ghost worlds.
+        left_out: names of the texts that are dropped, but for the diamond/ghost worlds', which is
+            the same in every episode.
 
     Args:
         env: an environment with MiniGrid's symbols, in its dictionary or alone.
@@ -247,19 +255,19 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
-        image = _symbols(env)
+        image = symbols_of(env)
         if image is None:
             raise ValueError(
                 f"expected MiniGrid's symbols, alone or as image of a dictionary, got {env}"
             )
-        high = np.array([max(OBJECT_TO_IDX.values()), max(COLOR_TO_IDX.values()), HIGHEST_STATE])
-        high = np.broadcast_to(high.astype(np.uint8), image.shape)
-        self.observation_space = spaces.Box(np.zeros_like(high), high, dtype=np.uint8)
+        self.observation_space = as_symbols(image)
         world = env.unwrapped
+        ours = isinstance(world, DiamondGhostEnv)
+        in_dictionary = isinstance(env.observation_space, spaces.Dict)
+        self.left_out = ("mission",) if in_dictionary and not ours else ()
         # in a view of the whole grid the agent's direction stands there, too
-        if isinstance(world, DiamondGhostEnv) and image.shape[0] == world.agent_view_size:
-            self.flags = np.zeros(image.shape, bool)
-            self.flags[..., STATE] = True
+        if isinstance(world, DiamondGhostEnv) and image.shape == world.view_flags.shape:
+            self.flags = world.view_flags
 
     def observation(self, observation: Any) -> NDArray[np.uint8]:
         image: NDArray[np.uint8] = (
@@ -268,43 +276,11 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
         return image
 
 
-def symbolic(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """The environment, with observations that hold MiniGrid's symbols reduced to these."""
-    return env if _symbols(env) is None else SymbolicObservation(env)
-
-
-class SymbolicVecEnv(VecEnvWrapper):
-    """What `SymbolicObservation` makes of an environment, of those in a DummyVecEnv.
-
-    Args:
-        venv: of environments with MiniGrid's symbols alone, since SB3 has no VecEnv of MiniGrid's
-            dictionaries.
-    """
-
-    def __init__(self, venv: DummyVecEnv) -> None:
-        seen = SymbolicObservation(venv.envs[0])
-        super().__init__(venv, observation_space=seen.observation_space)
-        self.flags: NDArray[np.bool_] | None = getattr(seen, "flags", None)
-
-    def reset(self) -> Any:
-        return self.venv.reset()
-
-    def step_wait(self) -> Any:
-        return self.venv.step_wait()
-
-    def has_attr(self, attr_name: str) -> bool:
-        return attr_name == "flags" or self.venv.has_attr(attr_name)
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        if attr_name == "flags":
-            return [self.flags for _ in self._get_indices(indices)]
-        return self.venv.get_attr(attr_name, indices)
-
-
-def symbolic_vec(env: VecEnv) -> VecEnv:
-    """The same for environments in a DummyVecEnv."""
-    plain = isinstance(env, DummyVecEnv) and _symbols(env.envs[0]) is not None
-    return SymbolicVecEnv(cast(DummyVecEnv, env)) if plain else env
+def as_symbols(image: spaces.Space[Any]) -> spaces.Space[Any]:
+    """The space of MiniGrid's symbols, each with the largest index that it can have."""
+    high = np.array([max(OBJECT_TO_IDX.values()), max(COLOR_TO_IDX.values()), HIGHEST_STATE])
+    high = np.broadcast_to(high.astype(np.uint8), image.shape or ())
+    return spaces.Box(np.zeros_like(high), high, dtype=np.uint8)
 
 
 NO_SYMBOLS = (
@@ -318,7 +294,7 @@ NO_SYMBOLS = (
 """Wrappers whose observations look like symbols and are not, or are reduced to them by now."""
 
 
-def _symbols(env: gym.Env[Any, Any]) -> spaces.Box | None:
+def symbols_of(env: gym.Env[Any, Any]) -> spaces.Box | None:
     """The space of MiniGrid's symbols in an environment's observations, None without them."""
     if not isinstance(env.unwrapped, MiniGridEnv):
         return None

@@ -79,6 +79,7 @@ def as_sequence(value: Any) -> Any:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Ask "did you mean" for the choice most like `word`, or nothing."""
-    match = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    """Ask "did you mean" for the choice most like `word`, in whatever case, or nothing."""
+    spelled = {choice.casefold(): choice for choice in choices}
+    match = difflib.get_close_matches(word.casefold(), list(spelled), n=1)
+    return f"; did you mean {spelled[match[0]]!r}?" if match else ""

@@ -12,8 +12,8 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from oversight_rl.envs.gym import OversightGridVecEnv
-from oversight_rl.envs.minigrid import symbolic
 from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
+from oversight_rl.envs.readable import readable
 from oversight_rl.envs.settings import UserError, nearest
 
 BATCHES: dict[str, Callable[..., VecEnv]] = {
@@ -31,8 +31,8 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
         kwargs: arguments of the environment, besides those of its registration.
 
     Returns:
-        Our worlds as one batch; others as a DummyVecEnv of monitored environments, a MiniGrid
-        dictionary reduced to its symbols.
+        Our worlds as one batch; others as a DummyVecEnv of monitored environments, with what
+        networks can read of their observations: no texts, MiniGrid's symbols as symbols.
 
     Raises:
         UserError: the id is unknown, or there are no environments.
@@ -54,4 +54,4 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
 
 
 def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
-    return Monitor(symbolic(gym.make(env_id, **kwargs)))
+    return Monitor(readable(gym.make(env_id, **kwargs)))

@@ -27,6 +27,7 @@ from torch import Tensor
 from oversight_rl import checkpoint, pictures
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED
+from oversight_rl.agents.observations import each, named, unnamed
 from oversight_rl.agents.ppo import SETTLED, MoEPolicy, RoutedPPO, RoutedRolloutBuffer
 from oversight_rl.agents.reinforce import at, reward_model_figures
 from oversight_rl.agents.steering import standard
@@ -221,7 +222,7 @@ class _Recorder(BaseCallback):
                 parts[part][rest] = tensor.numpy()
         if parts["unfinished"]:
             before = parts["unfinished"]
-            buffer.unfinished = before["observations"], before["since"]
+            buffer.unfinished = unnamed("observations", before), before["since"]
         buffer.turn = parts["last"]["turn"]
         if parts["world"]:
             try:
@@ -377,7 +378,7 @@ def check(model: RoutedPPO, tensors: Mapping[str, Tensor], steps: int) -> None:
         if given.dtype == bool:  # bytes of a file may be others
             given = given.view(np.uint8)
         low, high = limits.get(name, (-math.inf, math.inf))
-        if name.endswith("s.observation") or name == "memory.observation":  # the rest is unread
+        if name in ("memory.observation", "endings.observation"):  # the rest is unread
             known = int(tensors[name.replace("observation", "count")][0])
             given = given[0, : min(known, given.shape[1] - 1)]
         columns = given.reshape(-1, np.size(low))
@@ -395,19 +396,26 @@ def bounds(model: RoutedPPO, steps: int) -> dict[str, tuple[ArrayLike, ArrayLike
         model: whose tensors they are.
         steps: environment steps taken.
     """
-    seen, taken = _range(model.observation_space), _range(model.action_space)
-    both = tuple(np.concatenate(pair) for pair in zip(seen, taken, strict=True))
+    space = model.observation_space
+    parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    ranges = {name: _range(part) for name, part in parts.items()}
+
+    def side_by_side(*pairs: tuple[NDArray[Any], NDArray[Any]]) -> Any:
+        return tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
+
+    seen = side_by_side(*ranges.values())
+    both = side_by_side(seen, _range(model.action_space))
     found: dict[str, tuple[ArrayLike, ArrayLike]] = {
-        "unfinished.observations": seen,
         "unfinished.since": (0, model.n_steps),
         "last.observation": seen,
         "last.episode_starts": (0, 1),
         "last.turn": (0, steps + model.n_envs),
     }
+    found |= named("unfinished.observations", ranges if isinstance(space, spaces.Dict) else seen)
     if cast(MoEPolicy, model.policy).task:
         found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
     for name in _memories(model):
-        found[f"{name}.observation"] = cast(Any, both) if name == "endings" else seen
+        found[f"{name}.observation"] = both if name == "endings" else seen
         found[f"{name}.label"] = (0, len(model.behaviors) - 1)
         found[f"{name}.count"] = (0, steps)
     return found
@@ -444,7 +452,7 @@ def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
     if model.memory is not None:
         before, since = buffer.unfinished
         tensors |= {
-            "unfinished.observations": torch.as_tensor(before),
+            **named("unfinished.observations", each(torch.as_tensor, before)),
             "unfinished.since": torch.as_tensor(since),
         }
     tensors["last.turn"] = torch.as_tensor(buffer.turn)
@@ -470,7 +478,9 @@ def _statistics(model: RoutedPPO) -> dict[str, float]:
         return shares
     outcome = buffer.outcome.flatten()
     with torch.no_grad():
-        rows = torch.as_tensor(buffer.observations).flatten(0, 1).to(model.device)
+        rows = each(
+            lambda x: torch.as_tensor(x).flatten(0, 1).to(model.device), buffer.observations
+        )
         gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
     means = {
         f"gate/{k}": float(gate[outcome == v].mean()) if (outcome == v).any() else math.nan
