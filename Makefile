@@ -2,10 +2,11 @@
 # make test    lint, import rules, types and tests with coverage: what CI runs
 # make audit   known vulnerabilities of the installed dependencies
 # make bench   how fast it is here, as ratios
+# make third-party   other people's environments, in an environment of their own (10 minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test audit bench clean
+.PHONY: train test audit bench third-party clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
@@ -34,5 +35,17 @@ bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+third-party: .venv-third-party/.installed
+	.venv-third-party/bin/python benchmarks/third_party.py
+
+.venv-third-party/.installed: pyproject.toml benchmarks/third_party.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	sed 's/ *#.*//' benchmarks/third_party.txt | grep . | while read -r package; do \
+		$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$package" < /dev/null \
+			|| echo "cannot be installed here: $$package"; \
+	done
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .venv-third-party build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
