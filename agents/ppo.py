@@ -25,7 +25,12 @@ from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+)
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.save_util import open_path
@@ -39,6 +44,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, is_vecenv_wrapped
 from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
 
 from oversight_rl.agents.endings import EndingClassifier, ending_memory
@@ -352,12 +358,22 @@ class MoEPolicy(ActorCriticPolicy):
         Raises:
             FloatingPointError: they are not finite.
         """
-        exported = torch.compiler.is_compiling() or torch.jit.is_tracing()  # to ONNX, say
-        if not exported and not parameters.isfinite().all():
+        if not torch.compiler.is_compiling() and not parameters.isfinite().all():
             raise FloatingPointError("the policy's output is not finite")
-        if isinstance(self.action_dist, DiagGaussianDistribution):
-            return self.action_dist.proba_distribution(parameters, self.log_std)
-        return self.action_dist.proba_distribution(action_logits=parameters)
+        # as SB3 makes them, but not validated once more, which exporters cannot follow
+        dist: Any = self.action_dist
+        if isinstance(dist, DiagGaussianDistribution):
+            spread = torch.ones_like(parameters) * self.log_std.exp()
+            dist.distribution = Normal(parameters, spread, validate_args=False)
+        elif isinstance(dist, MultiCategoricalDistribution):
+            dist.distribution = [
+                Categorical(logits=logits, validate_args=False)
+                for logits in parameters.split(list(dist.action_dims), dim=1)
+            ]
+        else:
+            kind = Bernoulli if isinstance(dist, BernoulliDistribution) else Categorical
+            dist.distribution = kind(logits=parameters, validate_args=False)
+        return cast(Distribution, dist)
 
     def forward(
         self, obs: Any, deterministic: bool = False, alone: Tensor | None = None
@@ -951,6 +967,7 @@ class RoutedPPO(PPO):
                     low, high = self.action_space.low, self.action_space.high
                     clipped_actions = np.clip(actions, low, high)
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
+                dones = np.asarray(dones, bool)  # SuperSuit's are bytes
                 self.num_timesteps += env.num_envs
                 callback.update_locals(locals())
                 goes_on = callback.on_step()
