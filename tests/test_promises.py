@@ -39,6 +39,7 @@ GRID, ROOM = "OversightGrid-v0", "MiniGrid-DiamondGhost-5x5-v0"
 IDS = [GRID, *(f"MiniGrid-DiamondGhost-{name}-v0" for name in ("5x5", "8x8", "16x16", "FourRooms"))]
 SMALL = {"n_steps": 32, "n_epochs": 1, "gate_replay": 32, "seed": 0,
          "policy_kwargs": {"net_arch": [8]}}  # fmt: skip
+PLAIN = {"method": "contrastive_routing", "task_weight": 0}  # labels alone teach, at once
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -218,7 +219,7 @@ def test_who_asks_for_a_new_best_is_told_when_the_steered_model_is_kept(tmp_path
         callback_after_eval=After(), eval_freq=32, n_eval_episodes=100, deterministic=False,
         verbose=0, warn=False,
     )  # fmt: skip
-    model = RoutedPPO("MoEPolicy", levers(8), **SMALL, task_weight=0, learning_rate=1e-3)
+    model = RoutedPPO("MoEPolicy", levers(8), **SMALL, **PLAIN, learning_rate=1e-3)
     model.learn(8 * 32 * 20, callback=callback)
     scores, rewards = zip(*best, strict=True)
     assert len(best) > 2
@@ -235,7 +236,7 @@ def test_training_stops_when_the_steered_model_is_good_or_gets_no_better(tmp_pat
             levers(4), best_model_save_path=tmp_path, eval_freq=32, n_eval_episodes=100,
             deterministic=False, verbose=0, warn=False, **callbacks,
         )  # fmt: skip
-        model = RoutedPPO("MoEPolicy", levers(8), **SMALL, task_weight=0)
+        model = RoutedPPO("MoEPolicy", levers(8), **SMALL, **PLAIN)
         model.learn(total, callback=judge)
         assert model.policy.steering.name == "mixture"
         assert model.num_timesteps < total
@@ -288,7 +289,7 @@ def test_optuna_searches_and_prunes():
             levers(8),
             **SMALL,
             task_weight=0,
-            method=trial.suggest_categorical("method", ["imputed_routing", "reward_model"]),
+            method=trial.suggest_categorical("method", ["contrastive_routing", "naive"]),
             learning_rate=trial.suggest_float("learning_rate", 1e-7, 1e-2, log=True),
         )
         judge = SteeredEvalCallback(
@@ -304,7 +305,7 @@ def test_optuna_searches_and_prunes():
         sampler=optuna.samplers.TPESampler(seed=0),
         pruner=optuna.pruners.ThresholdPruner(lower=0.8),
     )
-    good = {"method": "imputed_routing", "learning_rate": 5e-3}
+    good = {"method": "contrastive_routing", "learning_rate": 5e-3}
     study.enqueue_trial(good)
     study.enqueue_trial(good | {"learning_rate": 1e-7})
     study.optimize(objective, n_trials=3)
