@@ -251,7 +251,7 @@ def said(space: spaces.Space[Any]) -> str:
         return "{" + ", ".join(f"{key}: {said(part)}" for key, part in space.items()) + "}"
     if isinstance(space, spaces.Tuple):
         return f"({', '.join(map(said, space))})"
-    return str(space)
+    return str(space) if isinstance(space, spaces.Discrete) else type(space).__name__
 
 
 # ---- the environments

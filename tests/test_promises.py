@@ -5,6 +5,7 @@
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -48,9 +49,9 @@ def leans(env, observation, reward, terminated, truncated, info):
     return "right" if observation[2] > 0 else "left"
 
 
-def pole():
+def pole(flags_visible=False):
     env = gym.make("CartPole-v1", max_episode_steps=20)
-    return OversightLabels(env, leans, 0.5, behaviors=("right", "left"))
+    return OversightLabels(env, leans, 0.5, ("right", "left"), flags_visible)
 
 
 class Lever(gym.Env):
@@ -153,11 +154,15 @@ def test_our_batches_of_each_id_are_what_one_is(env_id):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_normalized_and_stacked_environments_go_with_the_model(tmp_path, stacked):
     def wrapped():
-        return make_vec_env(pole, 4, seed=0)
+        env = make_vec_env(partial(pole, flags_visible=True), 4, seed=0)
+        if stacked:
+            env.set_attr("flags", np.concatenate(env.get_attr("flags")[:1] * 3, axis=-1))
+        return env
 
     env = VecNormalize(wrapped(), gamma=0.97)
     env = VecFrameStack(env, 3) if stacked else env
     model = RoutedPPO("MoEPolicy", env, **SMALL).learn(4 * 4 * 32)
+    assert model.policy.flags.shape == model.observation_space.shape
     model.save(tmp_path / "agent")
     normalized = model.get_vec_normalize_env()
     normalized.save(str(tmp_path / "normalize.pkl"))
