@@ -441,7 +441,9 @@ class MoEPolicy(ActorCriticPolicy):
 
         The environment's own dictionary will do, with what was left out of it in training.
         """
-        return super().predict(seen(observation, self.observation_space), *args, **kwargs)
+        read = seen(observation, self.observation_space)
+        actions, state = super().predict(read, *args, **kwargs)
+        return np.asarray(actions, self.action_space.dtype), state
 
     def predict_values(self, obs: Any) -> Tensor:
         """What the mixture's endings are to be worth, `[B, 1]`."""
@@ -965,7 +967,7 @@ class RoutedPPO(PPO):
                 clipped_actions = actions
                 if isinstance(self.action_space, spaces.Box):
                     low, high = self.action_space.low, self.action_space.high
-                    clipped_actions = np.clip(actions, low, high)
+                    clipped_actions = np.clip(actions, low, high).astype(low.dtype, copy=False)
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
                 dones = np.asarray(dones, bool)  # SuperSuit's are bytes
                 self.num_timesteps += env.num_envs

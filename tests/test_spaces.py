@@ -30,6 +30,7 @@ from stable_baselines3.common.vec_env import (
 
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
+from oversight_rl.agents import endings, ppo
 from oversight_rl.agents.observations import as_rows, from_rows, row_type, row_width
 from oversight_rl.agents.ppo import EntryExtractor, SymbolicCNN
 from oversight_rl.cli import train
@@ -120,11 +121,8 @@ class Foreign(VecEnvWrapper):
 
     class Base:
         def __init__(self, venv):
-            self.step_async, self.step_wait, self._reset = (
-                venv.step_async,
-                venv.step_wait,
-                venv.reset,
-            )
+            self._reset, self.close = venv.reset, venv.close
+            self.step_async, self.step_wait = venv.step_async, venv.step_wait
 
         def reset(self):
             return self._reset(), [{}, {}]
@@ -278,7 +276,9 @@ def page_rows():
 
 @pytest.mark.filterwarnings("ignore:.*is left out of the observations", "ignore:Treating image")
 @pytest.mark.parametrize("row", ROWS)
-def test_the_pages_table_of_spaces_is_right(row):
+def test_the_pages_table_of_spaces_is_right(row, monkeypatch):
+    monkeypatch.setattr(endings, "LESSON", 8)  # of images they take a while
+    monkeypatch.setattr(ppo, "LESSONS", 1)
     outcome = page_rows()[row]
     for make in ROWS[row]:
         made = make()
@@ -289,7 +289,7 @@ def test_the_pages_table_of_spaces_is_right(row):
             assert "\n" not in str(e.value)
             continue
         assert outcome.startswith("trains")
-        model = trained(env, **more)
+        model = trained(env, gate_replay=8, **more)
         model.env.close()
 
 
@@ -408,7 +408,7 @@ def flagged(flags):
 def test_flags_of_a_dictionary_hide_the_entries_that_they_name():
     shown = np.zeros((36, 36, 3), bool)
     shown[0, 1, 2] = True
-    policy = trained(flagged({"lamps": np.ones(2, bool), "img": shown})).policy
+    policy = tiny(flagged({"lamps": np.ones(2, bool), "img": shown})).policy
     seen = {name: torch.zeros(1, *space.shape) for name, space in policy.observation_space.items()}
     action = torch.zeros(1, dtype=torch.long)
 
@@ -472,7 +472,7 @@ def test_a_dictionary_trains_into_a_run_folder_and_goes_on(tmp_path):
 
 def test_a_mission_is_left_out_and_said_once():
     env = RGBImgPartialObsWrapper(gym.make(EMPTY), tile_size=6)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="it is a text") as caught:
         model = trained(env, **NO)
     said = [str(w.message) for w in caught if "'mission' is left out" in str(w.message)]
     assert len(said) == 2  # by the model, and by the one that was loaded
@@ -480,7 +480,7 @@ def test_a_mission_is_left_out_and_said_once():
     assert "mission" in observation  # which does not harm
     assert model.predict(observation)[0].shape == ()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # ours says the same in every episode
+        warnings.filterwarnings("error", message=".*left out")  # ours is the same every time
         tiny(gym.make(OURS))
 
 
@@ -565,9 +565,8 @@ def test_a_steered_policy_exports_to_onnx(make, steering, dynamo, tmp_path):
 
 def test_sb3s_monitors_keep_the_behavior(tmp_path):
     for name in ("OversightGrid-v0", OURS):
-        env = Monitor(
-            gym.make(name, max_steps=3), str(tmp_path / name), info_keywords=("behavior",)
-        )
+        file = str(tmp_path / name)
+        env = Monitor(gym.make(name, max_steps=3), file, info_keywords=("behavior",))
         for episode in range(6):
             env.reset(seed=episode)
             while not any(env.step(env.action_space.sample())[2:4]):
@@ -594,10 +593,8 @@ def test_an_environment_that_says_nothing_is_told_of_after_the_first_rollouts():
             *rest, info = super().step(action)
             return *rest, {key: info[key] for key in self.keys if key in info}
 
-    for keys, cause in {
-        (): "neither label nor behavior",
-        ("behavior",): "a behavior and no",
-    }.items():
+    causes = {(): "neither label nor behavior", ("behavior",): "a behavior and no label"}
+    for keys, cause in causes.items():
         with pytest.warns(UserWarning, match=cause) as caught:
             tiny(many(lambda keys=keys: Says(*keys), 8)).learn(8 * 8 * 3)
         assert len([w for w in caught if "was labeled" in str(w.message)]) == 1
