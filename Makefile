@@ -2,7 +2,7 @@
 # make test    lint, import rules, types and tests with coverage: what CI runs
 # make audit   known vulnerabilities of the installed dependencies
 # make bench   how fast it is here, as ratios
-# make third-party   other people's environments, in an environment of their own (10 minutes)
+# make third-party   other people's environments, in an environment of their own (15 minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 
