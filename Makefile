@@ -3,10 +3,11 @@
 # make lowest  tests with every dependency at its lower bound
 # make audit   known vulnerabilities of the installed dependencies
 # make bench   how fast it is here, as ratios
+# make third-party   other people's environments, in an environment of their own (15 minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lowest audit bench clean
+.PHONY: train test lowest audit bench third-party clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
@@ -38,5 +39,17 @@ bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+third-party: .venv-third-party/.installed
+	.venv-third-party/bin/python benchmarks/third_party.py
+
+.venv-third-party/.installed: pyproject.toml benchmarks/third_party.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	sed 's/ *#.*//' benchmarks/third_party.txt | grep . | while read -r package; do \
+		$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$package" < /dev/null \
+			|| echo "cannot be installed here: $$package"; \
+	done
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .venv-lowest .venv-third-party build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage

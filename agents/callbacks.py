@@ -23,7 +23,9 @@ class SteeredEvalCallback(EvalCallback):
     `eval/p_NAME`, and `eval/score`: the mean over episodes of `info["ground_truth_reward"]` where
     the environment says it, else +1 for the wanted behavior, -1 for another and 0 for none. The
     model with the best score is saved as `best_model.zip`, steered, and greedy if it was judged so
-    (`deterministic`): `RoutedPPO.load` gives a policy that acts as it was judged.
+    (`deterministic`): `RoutedPPO.load` gives a policy that acts as it was judged. Then
+    `callback_on_new_best` is called. `best_mean_reward` is that score, and no reward: SB3's
+    StopTrainingOnRewardThreshold and StopTrainingOnNoModelImprovement look at it.
 
     Raises:
         ValueError: on learning, the environment says no behaviors, or others than the model's.
@@ -45,10 +47,14 @@ class SteeredEvalCallback(EvalCallback):
         env = readable(eval_env) if isinstance(eval_env, gym.Env) else eval_env
         super().__init__(env, **kwargs)
         self.steer, self.folder = steer, best_model_save_path
-        self.best_score = -math.inf
         self._endings: Counter[str | None] = Counter()
         self._scores: list[float] = []
         self._told = 0
+
+    @property
+    def best_score(self) -> float:
+        """The best mean score so far."""
+        return self.best_mean_reward
 
     def _init_callback(self) -> None:
         super()._init_callback()
@@ -71,18 +77,33 @@ class SteeredEvalCallback(EvalCallback):
         greedy = replace(steering, greedy=self.deterministic)  # so that what is kept acts as judged
         model.policy = trained.steered(greedy)
         try:
-            goes_on = super()._on_step()
-            if self._scores and not self._told:
-                raise ValueError("eval_env must say 'behavior' in info at an episode's end")
-            score = sum(self._scores) / max(1, len(self._scores))
-            if self._scores and score > self.best_score:
-                self.best_score = score
-                if self.folder is not None:
-                    Path(self.folder).mkdir(parents=True, exist_ok=True)
-                    model.save(Path(self.folder) / "best_model")
+            self._judge()
+            goes_on = self._keep_if_best(model)
         finally:
             model.policy = trained
-        return goes_on
+        return goes_on and (self.callback is None or self._on_event())
+
+    def _judge(self) -> None:
+        """Evaluate and log as EvalCallback does; no reward is the best, and nobody is told yet."""
+        best, after = self.best_mean_reward, self.callback
+        self.best_mean_reward, self.callback = math.inf, None
+        try:
+            super()._on_step()
+        finally:
+            self.best_mean_reward, self.callback = best, after
+        if self._scores and not self._told:
+            raise ValueError("eval_env must say 'behavior' in info at an episode's end")
+
+    def _keep_if_best(self, model: RoutedPPO) -> bool:
+        """Save the model if no other had its score; whether training goes on."""
+        score = sum(self._scores) / max(1, len(self._scores))
+        if not self._scores or score <= self.best_score:
+            return True
+        self.best_mean_reward = score
+        if self.folder is not None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            model.save(Path(self.folder) / "best_model")
+        return self.callback_on_new_best is None or self.callback_on_new_best.on_step()
 
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         super()._log_success_callback(locals_, globals_)
