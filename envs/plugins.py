@@ -68,5 +68,5 @@ def register_plugins() -> dict[str, str]:
 def why(error: Exception) -> str:
     """What a stranger's code raised, and where, in one line."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(last.filename).name}:{last.lineno}"
+    where = f"{Path(*Path(last.filename).parts[-2:])}:{last.lineno}"
     return f"{type(error).__name__}: {error}, {where}"

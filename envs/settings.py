@@ -36,7 +36,9 @@ class UserError(Exception):
 
     def __init__(self, message: object) -> None:
         words = " ".join(str(message).split())
-        shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in words)
+        # bytes of a file name that are no UTF-8 are told from other characters by 0xDC00
+        codes = (c if c.isprintable() else ord(c) % 0xDC00 for c in words)
+        shown = "".join(c if isinstance(c, str) else f"\\x{c:02x}" for c in codes)
         super().__init__(shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}...")
 
 

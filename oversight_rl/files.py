@@ -46,6 +46,11 @@ def writing(path: Path, more: str = "") -> Iterator[None]:
         raise UserError(f"{path}: cannot write there ({error.strerror or error}){more}") from None
 
 
+def as_text(path: str | Path) -> str:
+    """A path as text that can be written anywhere; what is no UTF-8 in it is escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def check_there(path: Path, what: str = "run folder") -> None:
     """Refuse a path at which there is nothing; what is called like it beside it is suggested.
 

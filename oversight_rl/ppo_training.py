@@ -97,7 +97,7 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
             seed=seed,
             device=config.torch_device(),
         )
-    except ValueError as error:
+    except (ValueError, AssertionError, NotImplementedError) as error:  # as SB3 refuses spaces
         raise UserError(f"env: {config.env}: {error}") from None
 
 

@@ -350,10 +350,13 @@ def sweep(
         Why runs failed, by folder; empty if all are finished.
 
     Raises:
-        UserError: the folder holds another sweep, or a setting is bad.
+        UserError: the folder holds another sweep, a setting is bad, or an environment does not fit.
     """
     out = out.resolve()  # workers may run in other folders
     runs = plan(config, out)
+    unlike = {run.config.env: run.config for run in reversed(runs) if not run.finished}
+    for first in unlike.values():
+        try_out(first)
     _claim(config, out, runs)
     gpu = runs[0].config.torch_device().type == "cuda"
     most = config.stack or (GPU_STACK if gpu else CPU_STACK)
