@@ -121,19 +121,19 @@ def try_out(config: Config) -> None:
     """
     few = {"worlds": min(config.ppo.worlds, 2), "steps": min(config.ppo.steps, TRIAL)}
     small = config.model_copy(update={"ppo": config.ppo.model_copy(update=few)})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself will say so
-        model = make_model(small)
-        env = cast(VecEnv, model.env)
-        try:
+    model = make_model(small)
+    env = cast(VecEnv, model.env)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself will say so
             model.learn(model.n_steps * env.num_envs)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a stranger's environment leads to
-            reason = str(error) if isinstance(error, LabelError) else why(error)
-            raise UserError(f"env: {config.env}: no first update ({reason})") from None
-        finally:
-            env.close()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's environment leads to
+        reason = str(error) if isinstance(error, LabelError) else why(error)
+        raise UserError(f"env: {config.env}: no first update ({reason})") from None
+    finally:
+        env.close()
 
 
 def fit(

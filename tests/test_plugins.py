@@ -51,15 +51,13 @@ class Corridor(gym.Env):
 
 
 def end(env, observation, *others):
-    return "middle" if env.unwrapped.fails == "by its label" else env.sides[observation[0] < 0]
-
-
-class Labels(OversightLabels):
-    sides = "right", "left"
+    if env.unwrapped.fails == "by its label":
+        return "middle"
+    return "right" if observation[0] > 0 else "left"
 
 
 def make(oversight, **settings):
-    return Labels(
+    return OversightLabels(
         Corridor(**settings), end, oversight_probability=oversight, behaviors=("right", "left")
     )
 
@@ -144,7 +142,7 @@ def test_a_users_own_environment_from_the_command_line(site, tmp_path):
     assert row["policy"] == "left"
     ppo = {"updates": 1, "worlds": 2, "steps": 32, "batch_size": 32}
     shared = {"algo": "ppo", "ppo": ppo, "agent": {"hidden": 8}, "pictures": False}
-    shared |= {"evaluation": {"episodes": 10, "oversight": 0.5}, "device": "cpu"}
+    shared |= {"evaluation": {"episodes": 10, "oversight": [0.5]}, "device": "cpu"}
     plan = {"settings": shared, "grid": {"env": ["own/Corridor-v0"], "seeds": [0]}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(plan))
     for where in ([], ["--ray", "local"]):
