@@ -649,7 +649,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
     """Real processes, whose clock stands still."""
     start = "import time; time.strftime = lambda _: 'now'; from oversight_rl.cli import train; "
     few = [*SMOKE, "--training.updates", "1"]
-    commands = [[*few, "--seeds", "3"]] * 3 + [[*few, "--seeds", "0", "1"]]
+    commands = [[*few, "--seeds", "3"]] * 2 + [[*few, "--seeds", "0", "1"]]
     running = [
         subprocess.Popen(
             [sys.executable, "-c", f"{start}train({command})"], cwd=tmp_path, stdout=subprocess.PIPE
@@ -657,11 +657,11 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
         for command in commands
     ]
     told = [process.communicate(timeout=120)[0].decode() for process in running]
-    assert [process.returncode for process in running] == [0] * 4
+    assert [process.returncode for process in running] == [0] * 3
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     one = "routing-0.1-seed_3-now"
-    assert names == [one, f"{one}-2", f"{one}-3", "routing-0.1-seeds_0_to_1-now"]
-    assert len(list(tmp_path.rglob("result.json"))) == 5
+    assert names == [one, f"{one}-2", "routing-0.1-seeds_0_to_1-now"]
+    assert len(list(tmp_path.rglob("result.json"))) == 4
     assert sorted(line.split(", in runs/")[1].split("\n")[0] for line in told) == names
 
 
