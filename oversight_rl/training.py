@@ -477,7 +477,8 @@ def try_out(config: Config) -> None:
     if config.algo == "ppo":
         from oversight_rl import ppo_training  # loading SB3 takes a while
 
-        ppo_training.try_out(config)
+        with on_threads(config.threads):
+            ppo_training.try_out(config)
 
 
 @contextmanager
