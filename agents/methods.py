@@ -3,19 +3,23 @@
 An episode has one of a few *outcomes*, as the learner sees it; a method says, for each outcome,
 the reward at its end, whether its samples count, and where its gradients flow. That is all a
 method is: adding one means adding a row to METHODS.
+
+torch, which takes a second, is loaded by what makes tensors only: settings look at the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL
 
-from oversight_rl.agents.routing import everything, own_expert_only
-from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from oversight_rl.envs.world import Seen, Truth
 
 # Outcomes of an episode as a learner sees them; LABELED + b is one labeled as behavior b
 UNFINISHED, TIMEOUT, UNLABELED, LABELED = range(4)
@@ -41,6 +45,29 @@ class Overseer:
         """Chance that an ending on the ghost is labeled."""
         flagged = self.ghost_oversight
         return self.recall * (self.oversight if flagged is None else flagged)
+
+
+def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[list[float]]:
+    """Routes of labeled episodes: each behavior trains the expert of the same index alone.
+
+    Args:
+        experts: number of experts K, at least `behaviors`.
+        behaviors: number of behaviors that labels tell apart.
+        other: weight of the gradient into the other experts (0 in the paper).
+
+    Returns:
+        `[behaviors][K + 1]` weights; the last column is the gate, which a labeled episode teaches
+        through the gate loss and not through the policy loss.
+    """
+    return [
+        [1.0 if expert == behavior else other for expert in range(experts)] + [0.0]
+        for behavior in range(behaviors)
+    ]
+
+
+def everything(experts: int, behaviors: int) -> list[list[float]]:
+    """Routes of labeled episodes without routing: every module learns from every episode."""
+    return [[1.0] * (experts + 1) for _ in range(behaviors)]
 
 
 @dataclass(frozen=True)
@@ -282,6 +309,8 @@ def tables(
     Raises:
         ValueError: a method's rewards depend on labels that its overseer does not give.
     """
+    import torch
+
     methods = [METHODS[name] for name in names]
     plain = [1.0] * (experts + 1)
 
@@ -323,6 +352,8 @@ def expected(table: Tensor, chances: Tensor) -> Tensor:
     Returns:
         `[R, T, N, *columns]`.
     """
+    import torch
+
     return torch.einsum("rtnb,rb...->rtn...", chances, table[:, LABELED:])
 
 
@@ -344,6 +375,8 @@ def outcomes(
         outcome `[R, T, N]`, and steps `[R, T, N]` from the sample to its episode's last step, or
         to the end of the window where the episode is unfinished.
     """
+    import torch
+
     steps, behaviors = audit.shape[1], methods.reward.shape[1] - LABELED
     sees_truth = methods.sees_truth[:, None, None]
     share = methods.label_share[:, None, None]

@@ -17,41 +17,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oversight_rl.agents.routing import route
-from oversight_rl.envs.settings import Settings, as_sequence
+from oversight_rl.agents.settings import AgentConfig as AgentConfig
 from oversight_rl.envs.world import Record
-
-Sizes = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=2**14)], ...],
-    BeforeValidator(as_sequence),
-    Field(min_length=1),
-]
-
-
-class AgentConfig(Settings):
-    """The networks."""
-
-    section: ClassVar[str] = "agent"
-
-    experts: int = Field(2, ge=2, le=64)
-    """Number of experts K of the methods that mix; the first is the diamond's, the second the
-    ghost's, further ones learn from unlabeled episodes only."""
-    hidden: Sizes = (128, 128)
-    """Units of each hidden layer of the experts, the gate and the value net."""
-    value_activation: Literal["relu", "none"] = "relu"
-    """Activation of the value net; "none" makes it affine, as in the published code."""
-    gate_conv: bool = False
-    """Whether the gate starts with a 1x1 convolution over the planes, as in the published code."""
-    biases: Literal["uniform", "zero"] = "uniform"
-    """What biases begin as; "zero", as in the published code, keeps the experts balanced longer."""
-
 
 PER_OBSERVATION = ("expert_logits", "head_logits", "gate_logits", "value")
 

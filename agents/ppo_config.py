@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from oversight_rl.agents.reinforce import NonNegative, Schedule
+from oversight_rl.agents.settings import NonNegative, Schedule
 from oversight_rl.envs.settings import Settings, UserError
 
 DEFAULT_METHOD = "imputed_routing"

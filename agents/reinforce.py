@@ -7,10 +7,8 @@ windows. Losses and their gradients are per run, so a stack learns what its runs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from oversight_rl.agents.memory import Memory
@@ -26,52 +24,8 @@ from oversight_rl.agents.methods import (
 from oversight_rl.agents.networks import Agent, Output
 from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.routing import lookup
-from oversight_rl.envs.settings import Settings, as_sequence
+from oversight_rl.agents.settings import ReinforceConfig as ReinforceConfig
 from oversight_rl.envs.world import Record, Seen, State, Truth, World
-
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Schedule = Annotated[
-    tuple[NonNegative, ...],
-    BeforeValidator(as_sequence),
-    Field(min_length=1, max_length=2),
-]
-"""One number: constant; two: linear from the first update to the last."""
-
-
-class ReinforceConfig(Settings):
-    """The learner. A schedule is one number (constant) or two (linear, first to last update)."""
-
-    section: ClassVar[str] = "training"
-
-    updates: int = Field(400, ge=1, le=2**31)
-    """Number of updates."""
-    worlds: int = Field(256, ge=1, le=2**20)
-    """Worlds N stepped in parallel by each run."""
-    steps: int = Field(16, ge=1, le=2**16)
-    """Steps T of each world per update."""
-    learning_rate: Schedule = (3e-3, 1e-4)
-    """Adam step size."""
-    discount: float = Field(0.97, gt=0, le=1)
-    """Discount per step, of training and of every reported return."""
-    value_coef: Schedule = (0.5,)
-    """Weight of the value loss."""
-    entropy_coef: Schedule = (0.01, 0.0005)
-    """Weight of the entropy bonus."""
-    gate_coef: Schedule = (1.0,)
-    """Weight of the gate loss."""
-    gate_replay: int = Field(1024, ge=0)
-    """Remembered labeled samples that the gate learns from in each update; 0, as published: those
-    of the update's own window."""
-    contrast_coef: Schedule = (0.3,)
-    """Weight of the contrast loss, for the methods that have one."""
-    reward_model_sees_flags: bool = False
-    """Whether a reward model looks at the flags too."""
-    labeled_weight: Schedule = (20.0,)
-    """Weight of a labeled episode's samples next to any other's in the policy and value losses;
-    1 as published."""
-    bootstrap: bool = True
-    """Whether the return of an episode cut by the window's end goes on with its value estimate;
-    false, as published, treats it as 0."""
 
 
 def at(schedule: tuple[float, ...], progress: float) -> float:

@@ -1,8 +1,9 @@
 """Gradient routing: weight the gradient, per sample and per module.
 
 `route` is the whole primitive: the identity forward, a weight per sample backward (arXiv
-2410.04332, section 3). Everything else about a routing scheme is a rule that computes weights:
-a table with a row per outcome of an episode and a column per module, looked up per sample.
+2410.04332, section 3). Everything else about a routing scheme is a rule that computes weights
+(`methods`): a table with a row per outcome of an episode and a column per module, looked up per
+sample.
 """
 
 from __future__ import annotations
@@ -62,29 +63,6 @@ def route(activation: Tensor, weight: Tensor) -> Tensor:
         constant = activation.detach()
         return constant + weight * (activation - constant)
     return _Route.apply(activation, weight)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[list[float]]:
-    """Routes of labeled episodes: each behavior trains the expert of the same index alone.
-
-    Args:
-        experts: number of experts K, at least `behaviors`.
-        behaviors: number of behaviors that labels tell apart.
-        other: weight of the gradient into the other experts (0 in the paper).
-
-    Returns:
-        `[behaviors][K + 1]` weights; the last column is the gate, which a labeled episode teaches
-        through the gate loss and not through the policy loss.
-    """
-    return [
-        [1.0 if expert == behavior else other for expert in range(experts)] + [0.0]
-        for behavior in range(behaviors)
-    ]
-
-
-def everything(experts: int, behaviors: int) -> list[list[float]]:
-    """Routes of labeled episodes without routing: every module learns from every episode."""
-    return [[1.0] * (experts + 1) for _ in range(behaviors)]
 
 
 def lookup(table: Tensor, outcome: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def shares(bench: Bench, chosen: Config, name: str) -> None:
         losses = timed("loss", reinforce.loss, agent, rollout, targets, None, trainer.gate_memory)
         trainer.optimizer.zero_grad()
         timed("backward", losses.total(learner, 0.5).sum().backward)
-        timed("optimizer", trainer.optimizer.step)
+        timed("optimizer", trainer.optimizer.step, learner.learning_rate[0])
     stepping = world_seconds(bench, learner.worlds, learner.steps)
     clock = {"world": stepping, "rollout_policy": clock.pop("collect") - stepping, **clock}
     whole = sum(clock.values())

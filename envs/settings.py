@@ -1,4 +1,7 @@
-"""The base of all configuration models: frozen, strict, and clear about what is wrong."""
+"""The base of all configuration models, frozen, strict and clear about what is wrong; the world's.
+
+Nothing here loads torch, which takes a second: settings are read, explained and refused before.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any, ClassVar, Self, get_args
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
@@ -16,6 +20,11 @@ from pydantic import (
     model_validator,
 )
 
+ACTIONS = ("up", "right", "down", "left")
+BEHAVIORS = ("diamond", "ghost")  # the two ways to terminate; their indices are the labels
+NO_LABEL = -1
+FLAGS = 4  # settings of the two flags: none, ghost's, diamond's, both
+PLANES = ("agent", "ghost", "diamond", "oversight")  # channels of the observation
 LONGEST = 600  # characters of a message
 
 
@@ -27,7 +36,9 @@ class UserError(Exception):
 
     def __init__(self, message: object) -> None:
         words = " ".join(str(message).split())
-        shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in words)
+        # bytes of a file name that are no UTF-8 are told from other characters by 0xDC00
+        codes = (c if c.isprintable() else ord(c) % 0xDC00 for c in words)
+        shown = "".join(c if isinstance(c, str) else f"\\x{c:02x}" for c in codes)
         super().__init__(shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}...")
 
 
@@ -66,6 +77,37 @@ class Settings(BaseModel):
             if isinstance(value, list | tuple) and any(isinstance(v, bool) for v in value):
                 raise ValueError("must be numbers")
         return value
+
+
+class WorldConfig(Settings):
+    """The world. Probabilities are per episode."""
+
+    section: ClassVar[str] = "world"
+
+    rows: int = Field(5, ge=2, le=64)
+    """Grid height in cells, at least 2."""
+    cols: int = Field(5, ge=2, le=64)
+    """Grid width in cells, at least 2."""
+    max_steps: int = Field(32, ge=1, le=10_000)
+    """Step limit of an episode, exact."""
+    diamond_oversight: float | None = Field(None, ge=0, le=1)
+    """Chance that the diamond is flagged, at deployment too; None: the overall oversight level."""
+    ghost_oversight: float | None = Field(None, ge=0, le=1)
+    """Chance that the ghost is flagged, at deployment too; None: the overall oversight level."""
+    spurious_oversight: float = Field(0.0, ge=0, le=1)
+    """Chance that any other cell shows a flag that means nothing."""
+    flags_visible: bool = True
+    """Whether the observation shows the flags; hidden flags still decide the labels."""
+
+    @property
+    def cells(self) -> int:
+        """Number of cells S."""
+        return self.rows * self.cols
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an observation: planes, rows, columns."""
+        return len(PLANES), self.rows, self.cols
 
 
 def _takes(annotation: Any, kind: type) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,11 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from oversight_rl.envs.gym import OversightGridVecEnv
+from oversight_rl.envs.labels import LabelError
 from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
+from oversight_rl.envs.plugins import find_spec, why
 from oversight_rl.envs.readable import readable
-from oversight_rl.envs.settings import UserError, nearest
+from oversight_rl.envs.settings import UserError
 
 BATCHES: dict[str, Callable[..., VecEnv]] = {
     "oversight_rl.envs.gym:OversightGridEnv": OversightGridVecEnv,
@@ -41,9 +44,9 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
     try:
         if module:
             importlib.import_module(module)
-        spec = gym.spec(name)
-    except (gym.error.Error, ModuleNotFoundError):
-        raise UserError(f"no environment {env_id!r}{nearest(name, gym.registry)}") from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"no environment {env_id!r} ({error})") from None
+    spec = find_spec(name)
     if num_envs < 1:
         raise UserError(f"num_envs must be at least 1, got {num_envs}")
     batch = BATCHES.get(str(spec.entry_point))
@@ -54,4 +57,30 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
 
 
 def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
-    return Monitor(readable(gym.make(env_id, **kwargs)))
+    return Monitor(readable(Told(gym.make(env_id, **kwargs))))
+
+
+class Told(gym.Wrapper[Any, Any, Any, Any]):
+    """Tells what goes wrong inside of an environment from what goes wrong outside, in one line.
+
+    Raises:
+        UserError: in place of whatever the environment's `reset` and `step` raise.
+    """
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        with self._told("reset"):
+            return self.env.reset(**kwargs)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        with self._told("step"):
+            return self.env.step(action)
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (UserError, LabelError):  # which tell themselves
+            raise
+        except Exception as error:
+            name = self.spec.id if self.spec else type(self.unwrapped).__name__
+            raise UserError(f"env: {name}: {what} failed ({why(error)})") from error

@@ -15,19 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from oversight_rl.envs.settings import Settings
-
-ACTIONS = ("up", "right", "down", "left")
-BEHAVIORS = ("diamond", "ghost")  # the two ways to terminate; their indices are the labels
-NO_LABEL = -1
-FLAGS = 4  # settings of the two flags: none, ghost's, diamond's, both
-PLANES = ("agent", "ghost", "diamond", "oversight")  # channels of the observation
+from oversight_rl.envs.settings import ACTIONS as ACTIONS
+from oversight_rl.envs.settings import BEHAVIORS as BEHAVIORS
+from oversight_rl.envs.settings import FLAGS as FLAGS
+from oversight_rl.envs.settings import NO_LABEL as NO_LABEL
+from oversight_rl.envs.settings import PLANES as PLANES
+from oversight_rl.envs.settings import WorldConfig as WorldConfig
 
 
 class Record:
@@ -101,37 +99,6 @@ class Step(Record):
     seen: Seen
     truth: Truth
     last: State  # before any reset: `observe(last)` is the final observation of an ended episode
-
-
-class WorldConfig(Settings):
-    """The world. Probabilities are per episode."""
-
-    section: ClassVar[str] = "world"
-
-    rows: int = Field(5, ge=2, le=64)
-    """Grid height in cells, at least 2."""
-    cols: int = Field(5, ge=2, le=64)
-    """Grid width in cells, at least 2."""
-    max_steps: int = Field(32, ge=1, le=10_000)
-    """Step limit of an episode, exact."""
-    diamond_oversight: float | None = Field(None, ge=0, le=1)
-    """Chance that the diamond is flagged, at deployment too; None: the overall oversight level."""
-    ghost_oversight: float | None = Field(None, ge=0, le=1)
-    """Chance that the ghost is flagged, at deployment too; None: the overall oversight level."""
-    spurious_oversight: float = Field(0.0, ge=0, le=1)
-    """Chance that any other cell shows a flag that means nothing."""
-    flags_visible: bool = True
-    """Whether the observation shows the flags; hidden flags still decide the labels."""
-
-    @property
-    def cells(self) -> int:
-        """Number of cells S."""
-        return self.rows * self.cols
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of an observation: planes, rows, columns."""
-        return len(PLANES), self.rows, self.cols
 
 
 class World:

@@ -31,7 +31,7 @@ from oversight_rl.agents.steering import Steering
 from oversight_rl.config import Config
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import ACTIONS, BEHAVIORS
-from oversight_rl.files import check_plain, read_json, write_atomically, writing
+from oversight_rl.files import as_text, check_plain, read_json, write_atomically, writing
 
 if TYPE_CHECKING:
     from oversight_rl.agents.ppo import MoEPolicy
@@ -159,17 +159,20 @@ def read_tensors(
     try:
         with path.open("rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
-        if header > MOST_TEXT:
-            raise UserError(f"{path}: its header claims {header:,} bytes")
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for name, ours in like.items():
-                shape = tuple(file.get_slice(name).get_shape()) if name in names else None
-                _check_shape(name, shape, ours.shape, path)
-                tensors[name] = file.get_tensor(name)
-                if tensors[name].dtype != ours.dtype:
-                    raise UserError(f"{path}: {name} is {tensors[name].dtype}, not {ours.dtype}")
-            return tensors, file.metadata() or {}
+            if header > MOST_TEXT:
+                raise UserError(f"{path}: its header claims {header:,} bytes")
+            # safetensors takes no name that is not UTF-8
+            source = str(path) if as_text(path) == str(path) else f"/dev/fd/{raw.fileno()}"
+            with safetensors.safe_open(source, framework="pt") as file:
+                names = set(file.keys())
+                for name, ours in like.items():
+                    shape = tuple(file.get_slice(name).get_shape()) if name in names else None
+                    _check_shape(name, shape, ours.shape, path)
+                    tensors[name] = file.get_tensor(name)
+                    kind = tensors[name].dtype
+                    if kind != ours.dtype:
+                        raise UserError(f"{path}: {name} is {kind}, not {ours.dtype}")
+                return tensors, file.metadata() or {}
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 

@@ -1,54 +1,45 @@
-"""The commands: `train.py`, and `oversight-rl` with its subcommands."""
+"""The commands: `train.py`, and `oversight-rl` with its subcommands.
+
+What is slow to load (torch takes a second, Stable-Baselines3 and pandas most of another) is loaded
+by the command that needs it, once what was asked for is known to be there: help and mistakes come
+at once.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
-import numpy as np
-import torch
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from oversight_rl import checkpoint, reference, report
-from oversight_rl import pictures as drawing
-from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.steering import Steering, parse, standard
-from oversight_rl.agents.threads import on_threads
 from oversight_rl.config import Config, Probability, load_yaml, settings_file
-from oversight_rl.envs import render
 from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import World
-from oversight_rl.evaluation import Row, Subject, evaluator_of
-from oversight_rl.files import writing
-from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
-from oversight_rl.tracking import (
-    RunFolder,
-    begin_seeds,
-    check_free,
-    deployed_policy,
-    find_runs,
-    open_runs,
-    planned_seeds,
-    write_json,
-)
-from oversight_rl.training import Interrupted, fit, stack_key
+from oversight_rl.files import check_there, writing
+
+if TYPE_CHECKING:
+    from oversight_rl.agents.steering import Steering
+    from oversight_rl.checkpoint import Saved
+    from oversight_rl.evaluation import Row
 
 DEFAULTS = Config()
 ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings
-BAD_INPUT, STOPPED = 2, 130  # exit codes
+UNSHOWN, BAD_INPUT, STOPPED = 1, 2, 130  # exit codes
 DESCRIPTION = "Train under partial oversight, steer, evaluate, compare. --version: which this is."
 
 
@@ -107,14 +98,24 @@ def _train(args: list[str], command: str) -> None:
     config = chosen.settings
     config.refuse_unused()
     config.refuse_words()
-    config.torch_device()  # refuses an absent one before anything is written
-    path = chosen.run_dir or _new_run_dir(config)
-    check_free(path)
-    runs = begin_seeds(path, config) if len(config.seeds) > 1 else {path: config}
-    _fit(list(runs.values()), list(runs), path, console, command)
+    # with torch, which takes a second to load
+    from oversight_rl.tracking import begin_seeds, check_free
+    from oversight_rl.training import try_out
+
+    if chosen.run_dir is not None:
+        check_free(chosen.run_dir)
+    try_out(config)
+    with _run_dir(chosen.run_dir, config) as path:
+        runs = begin_seeds(path, config) if len(config.seeds) > 1 else {path: config}
+        _fit(list(runs.values()), list(runs), path, console, command)
 
 
 def _resume(path: Path, console: Console, command: str) -> None:
+    check_there(path)
+    # with torch, which takes a second to load
+    from oversight_rl.tracking import RunFolder, find_runs, open_runs, planned_seeds
+    from oversight_rl.training import stack_key
+
     planned = planned_seeds(path)
     begun = find_runs(path) if planned else [folder.path for folder in open_runs(path)]
     runs = planned | {run: RunFolder.open(run).config() for run in begun}
@@ -134,6 +135,8 @@ def _fit(
     command: str,
     resume: bool = False,
 ) -> None:
+    from oversight_rl.training import Interrupted, fit  # with torch, which takes a second to load
+
     first = configs[0]
     _say(
         console,
@@ -155,9 +158,35 @@ def _say(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _new_run_dir(config: Config) -> Path:
-    name = f"{config.method}-{config.oversight:g}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path("runs") / name
+@contextmanager
+def _run_dir(asked: Path | None, config: Config) -> Iterator[Path]:
+    """The folder to write: as asked, or a new one under runs/, gone again if nothing came into it.
+
+    A new one is made at once, so that no run that starts in the same second gets it too.
+    """
+    if asked is not None:
+        yield asked
+        return
+    first, *more = config.seeds
+    seeds = f"seeds_{first}_to_{more[-1]}" if more else f"seed_{first}"
+    name = f"{config.method}-{config.oversight:g}-{seeds}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    with writing(Path("runs")):
+        path = next(path for path in map(Path("runs").joinpath, names) if _is_new(path))
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # which says that it is not empty
+            os.removedirs(path)
+
+
+def _is_new(path: Path) -> bool:
+    """Make a folder, if there is none."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def evaluate(
@@ -188,6 +217,14 @@ def evaluate(
     for level in oversight:
         if not 0 <= level <= 1:
             raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
+    check_there(run_dir)
+    # with torch, which takes a second to load
+    from oversight_rl import checkpoint
+    from oversight_rl.agents.steering import parse, standard
+    from oversight_rl.agents.threads import on_threads
+    from oversight_rl.evaluation import Subject, evaluator_of
+    from oversight_rl.tracking import open_runs, write_json
+
     console = Console()
     if run_dir.is_dir():
         loaded = [run.load() for run in open_runs(run_dir)]
@@ -226,7 +263,12 @@ def evaluate(
             write_json(json, rows)
 
 
-def _draw(folder: Path, saved: checkpoint.Saved, policies: Sequence[Steering]) -> None:
+def _draw(folder: Path, saved: Saved, policies: Sequence[Steering]) -> None:
+    from oversight_rl import pictures as drawing
+    from oversight_rl.agents.networks import Agent
+    from oversight_rl.envs import render
+    from oversight_rl.envs.world import World
+
     if isinstance(saved.agent, Agent):
         world = World(saved.config.world, saved.config.oversight)
         files = {
@@ -258,6 +300,8 @@ def import_reference(
         method: What it was trained with; guessed from its networks if not given.
         seed: To tell runs apart in tables.
     """
+    from oversight_rl import reference  # with torch, which takes a second to load
+
     folder = reference.import_state_dict(state_dict, run_dir, oversight, method, seed)
     _say(Console(), f"imported; evaluate it with: oversight-rl evaluate {folder.path}")
 
@@ -277,6 +321,9 @@ def run_sweep(
             otherwise. Default: one per core; one on a GPU.
         ray: Address of a Ray cluster to run on instead, or "local" to start one here.
     """
+    # with torch, which takes a second to load
+    from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
+
     plan = load_sweep(settings_file(config))
     console = Console()
     gpu = Config.model_validate({"device": "auto"} | plan.settings).torch_device().type == "cuda"
@@ -308,8 +355,11 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     Makes report.html (one file, for any browser), summary.csv, and figures/ as PNG and SVG.
 
     Args:
-        directory: Folder of run folders: a sweep's, or any other.
+        directory: Folder of run folders: a sweep's, or any other. Links are followed.
     """
+    check_there(directory, "folder")
+    from oversight_rl import report  # with pandas, matplotlib and scipy, which take two seconds
+
     console = Console()
     found, verdict = report.write(directory)
     for line in found.missing:
@@ -321,6 +371,8 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
 def _stack_memory(gpu: bool, workers: int) -> float:
     """Bytes that a stack may take: its share of half of what is free."""
     if gpu:
+        import torch
+
         return 0.5 * torch.cuda.mem_get_info()[0] / workers
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -364,18 +416,92 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(command: Callable[[list[str]], object], args: list[str]) -> None:
+    with _standard_streams():
+        try:
+            command(args)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(STOPPED) from None
+
+
+class _Stream:
+    """A standard stream that may fail: on a full disk, or left by its reader.
+
+    What a command was asked to do is done all the same, and what it cannot show is dropped.
+
+    Args:
+        stream: to write to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.failed: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._or_nowhere():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._or_nowhere():
+            self.stream.flush()
+
+    @contextmanager
+    def _or_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = error
+            # to where what is buffered can go, which would fail again at the interpreter's end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def _standard_streams() -> Iterator[None]:
+    """For a command: streams that may be closed, full or ASCII, and warnings of one line each.
+
+    Raises:
+        SystemExit: all went well, but could not be shown for a reason other than that nobody reads.
+    """
+    before = sys.stdout, sys.stderr, warnings.formatwarning
+    # descriptors that are closed: a file that is opened later shall not be taken for one of them
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    out, err = (_Stream(stream or open(os.devnull, "w")) for stream in before[:2])  # noqa: SIM115
+    for stream in (out, err):
+        if hasattr(stream, "reconfigure"):  # whatever characters the terminal has not
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {UserError(message)}\n"
+    stop = None
     try:
-        command(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(STOPPED) from None
+        yield
+    except SystemExit as asked:
+        stop = asked
+    finally:
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr, warnings.formatwarning = before
+    if out.failed is not None and not isinstance(out.failed, BrokenPipeError):
+        print(f"error: standard output: {out.failed.strerror}", file=sys.stderr)
+        stop = stop if stop is not None and stop.code else SystemExit(UNSHOWN)
+    if stop is not None:
+        raise stop
 
 
 def _print_summary(tables: list[list[Row]], console: Console) -> None:
     """The steering table at the training level: means over the runs, and the return's range."""
+    from oversight_rl.tracking import deployed_policy
+
     rows = [
         row
         for row in chain(*tables)
@@ -392,13 +518,13 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
         returns = [r.ground_truth_return for r in sampled]
         table.add_row(
             f"{policy} (deployed)" if policy == deployed else policy,
-            f"{np.mean(returns):.3f}",
+            f"{fmean(returns):.3f}",
             *([f"{min(returns):.2f}..{max(returns):.2f}"] if several else []),
-            f"{np.mean([r.ground_truth_return for r in greedy]):.3f}",
-            f"{np.mean([r.p_diamond for r in sampled]):.1%}",
-            f"{np.mean([r.p_ghost for r in sampled]):.1%}",
-            f"{np.mean([r.p_timeout for r in sampled]):.1%}",
-            f"{np.mean([r.episode_length for r in sampled]):.1f}",
+            f"{fmean([r.ground_truth_return for r in greedy]):.3f}",
+            f"{fmean([r.p_diamond for r in sampled]):.1%}",
+            f"{fmean([r.p_ghost for r in sampled]):.1%}",
+            f"{fmean([r.p_timeout for r in sampled]):.1%}",
+            f"{fmean([r.episode_length for r in sampled]):.1f}",
             style="bold" if policy == deployed else None,
         )
     optimum = rows[0].optimal_return
@@ -416,6 +542,7 @@ def _table(title: str) -> Table:
 
 def _print_rows(rows: Sequence[Row], console: Console) -> None:
     """A table for each run."""
+    between = "±" if console.encoding.startswith("utf") else "+-"
     windows = not all(math.isnan(row.window_return) for row in rows)  # no other world has any
     for (method, seed, level), own in groupby(
         rows, key=lambda row: (row.method, row.seed, row.train_oversight)
@@ -424,7 +551,7 @@ def _print_rows(rows: Sequence[Row], console: Console) -> None:
         for heading in ("oversight", "return", *(["window"] if windows else []), *ENDINGS):
             table.add_column(heading, justify="right")
         for row in own:
-            error = f" ± {row.return_se:.3f}" if row.return_se > 0 else ""
+            error = f" {between} {row.return_se:.3f}" if row.return_se > 0 else ""
             table.add_row(
                 f"{row.policy}{' (greedy)' if row.greedy else ''}",
                 f"{row.deploy_oversight:.2%}",

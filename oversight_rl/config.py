@@ -6,19 +6,26 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import torch
 import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from oversight_rl.agents.methods import METHODS, Overseer
-from oversight_rl.agents.networks import AgentConfig
 from oversight_rl.agents.ppo_config import DEFAULT_METHOD, PPOConfig
-from oversight_rl.agents.reinforce import ReinforceConfig
-from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
-from oversight_rl.envs.world import BEHAVIORS, WorldConfig
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.envs.settings import (
+    BEHAVIORS,
+    Settings,
+    UserError,
+    WorldConfig,
+    as_sequence,
+    nearest,
+)
 from oversight_rl.files import read_text
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_TEXT = 2**20  # bytes of a file of settings
 DEEPEST = 16  # levels of nesting in it
@@ -224,6 +231,8 @@ class Config(Settings):
         Raises:
             UserError: a GPU was asked for and there is none.
         """
+        import torch  # takes a second, and settings are read without it
+
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "device: cuda was asked for, but there is no GPU here; try --device cpu"

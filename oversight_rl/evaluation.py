@@ -427,9 +427,17 @@ def make_env(config: Config, level: float, count: int) -> Any:
     Raises:
         UserError: there is no such environment, or it does not take these settings.
     """
+    from oversight_rl.envs.plugins import why
     from oversight_rl.envs.vector import make_vec  # SB3 and MiniGrid take a while to load
 
     try:
         return make_vec(config.env, count, oversight=level, **config.env_arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"env: {config.env} cannot be made ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's code raises
+        if "unexpected keyword argument 'oversight'" in str(error):
+            raise UserError(
+                f"env: {config.env} does not take the argument oversight; register it wrapped in "
+                "OversightLabels, which does (docs/environments.md, From the command line)"
+            ) from None
+        raise UserError(f"env: {config.env} cannot be made ({why(error)})") from None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.settings import UserError, nearest
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -44,6 +44,27 @@ def writing(path: Path, more: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot write there ({error.strerror or error}){more}") from None
+
+
+def as_text(path: str | Path) -> str:
+    """A path as text that can be written anywhere; what is no UTF-8 in it is escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def check_there(path: Path, what: str = "run folder") -> None:
+    """Refuse a path at which there is nothing; what is called like it beside it is suggested.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if os.path.exists(path):
+        return
+    try:
+        beside = os.listdir(path.parent)
+    except OSError:
+        beside = []
+    likely = nearest(path.name, [name for name in beside if name != path.name])
+    raise UserError(f"no such {what}: {path}{likely}")
 
 
 def check_plain(path: Path) -> None:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from oversight_rl.agents.reinforce import at, reward_model_figures
 from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config
 from oversight_rl.envs.labels import LabelError
+from oversight_rl.envs.plugins import why
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import NO_LABEL
 from oversight_rl.evaluation import EnvEvaluator, Row, Subject, final_tables, make_env
@@ -48,6 +50,7 @@ from oversight_rl.training import (
 )
 
 MOST_PARAMETERS = 2**27
+TRIAL = 32  # steps that an environment is tried out for
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
 
 
@@ -96,7 +99,7 @@ def make_model(config: Config, envs: int | None = None) -> RoutedPPO:
             seed=seed,
             device=config.torch_device(),
         )
-    except ValueError as error:
+    except (ValueError, AssertionError, NotImplementedError) as error:  # as SB3 refuses spaces
         raise UserError(f"env: {config.env}: {error}") from None
 
 
@@ -112,6 +115,29 @@ def _seed(seed: int, update: int) -> np.random.Generator:
     return np.random.default_rng(states[2])
 
 
+def try_out(config: Config) -> None:
+    """Train for one small update, to refuse what cannot be, and forget it.
+
+    Raises:
+        UserError: the environment cannot be made, does not fit, or fails.
+    """
+    few = {"worlds": min(config.ppo.worlds, 2), "steps": min(config.ppo.steps, TRIAL)}
+    small = config.model_copy(update={"ppo": config.ppo.model_copy(update=few)})
+    model = make_model(small)
+    env = cast(VecEnv, model.env)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself will say so
+            model.learn(model.n_steps * env.num_envs)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's environment leads to
+        reason = str(error) if isinstance(error, LabelError) else why(error)
+        raise UserError(f"env: {config.env}: no first update ({reason})") from None
+    finally:
+        env.close()
+
+
 def fit(
     configs: Sequence[Config],
     paths: Sequence[Path],
@@ -120,7 +146,6 @@ def fit(
     stopping: Callable[[], bool],
 ) -> list[list[Row]]:
     """Train runs one after another, writing their folders; see `training.fit`."""
-    make_model(configs[0], envs=1)  # refuses what cannot be trained before anything is written
     with run_folders(configs, paths, resume) as folders:
         return [
             folder.result() if folder.finished else _train(config, folder, console, stopping)

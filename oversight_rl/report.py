@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from matplotlib.ticker import NullLocator
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.config import flat, read_yaml
 from oversight_rl.envs.settings import UserError
-from oversight_rl.files import read_text, write_atomically, writing
+from oversight_rl.files import as_text, check_there, read_text, write_atomically, writing
 from oversight_rl.statistics import (
     differ,
     interquartile_mean,
@@ -110,13 +111,14 @@ def gather(directory: Path) -> Found:
     Raises:
         UserError: there is no finished run.
     """
+    check_there(directory, "folder")
     if not directory.is_dir():
         raise UserError(f"{directory}: is not a folder")
     missing: list[str] = []
     unfinished: dict[str, list[str]] = {}
     runs: list[dict[str, Any]] = []
-    for path in sorted(directory.rglob(CONFIG)):
-        where = str(path.parent.relative_to(directory))
+    for path in _find(directory):
+        where = as_text(path.parent.relative_to(directory))
         folder = RunFolder.open(path.parent)
         try:
             config = folder.config()
@@ -179,6 +181,21 @@ def gather(directory: Path) -> Found:
     if len(made_by) > 1:
         found.missing.append(f"The runs were made by {len(made_by)} different versions, see below.")
     return found
+
+
+def _find(directory: Path) -> list[Path]:
+    """The settings of every run below a directory; links to folders are followed, none twice."""
+    found, met = [], set()
+    for folder, below, names in os.walk(directory, followlinks=True):
+        where = os.path.realpath(folder)
+        if where in met:
+            below.clear()
+            continue
+        met.add(where)
+        below.sort()
+        if CONFIG in names:
+            found.append(Path(folder) / CONFIG)
+    return sorted(found)
 
 
 MOST_TABLE = 2**28  # bytes of a CSV file that is read
@@ -795,7 +812,7 @@ def write(directory: Path) -> tuple[Found, str]:
             inline = svg[svg.index("<svg") :].replace(INK, "currentColor")
             drawn.append((*CAPTIONS[name], Markup(inline)))
         write_atomically(directory / "summary.csv", table.to_csv(index=False).encode())
-        page = _page(found, table, sentence, drawn, directory.resolve().name)
+        page = _page(found, table, sentence, drawn, as_text(directory.resolve().name))
         write_atomically(directory / "report.html", page.encode())
     return found, sentence
 

@@ -36,7 +36,7 @@ from oversight_rl.config import Config, as_yaml, read_yaml
 from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl.files import write_atomically, writing
 from oversight_rl.tracking import CHECKPOINTS, CONFIG, RESULT, RunFolder, deployed_row, locked
-from oversight_rl.training import Interrupted, fit, stack_key
+from oversight_rl.training import Interrupted, fit, stack_key, try_out
 
 SWEEP = "sweep.yaml"
 CPU_STACK, GPU_STACK = 5, 96  # runs per stack
@@ -187,6 +187,8 @@ def work(job: str) -> None:
     """
     runs = [Run(Path(path), Config.model_validate(config)) for path, config in json.loads(job)]
     resume = all(run.update >= 0 for run in runs)
+    if not resume:
+        try_out(runs[0].config)
     for run in runs:
         if not resume and run.path.is_dir():  # broken off before its first checkpoint
             if any(not file.name.endswith(".tmp") for file in run.path.iterdir()):
@@ -348,10 +350,13 @@ def sweep(
         Why runs failed, by folder; empty if all are finished.
 
     Raises:
-        UserError: the folder holds another sweep, or a setting is bad.
+        UserError: the folder holds another sweep, a setting is bad, or an environment does not fit.
     """
     out = out.resolve()  # workers may run in other folders
     runs = plan(config, out)
+    unlike = {run.config.env: run.config for run in reversed(runs) if not run.finished}
+    for first in unlike.values():
+        try_out(first)
     _claim(config, out, runs)
     gpu = runs[0].config.torch_device().type == "cuda"
     most = config.stack or (GPU_STACK if gpu else CPU_STACK)

@@ -34,7 +34,7 @@ from oversight_rl.agents.methods import METHODS
 from oversight_rl.config import Config, dump_yaml, flat, load_yaml, read_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.evaluation import Row
-from oversight_rl.files import check_plain, read_json, write_atomically, writing
+from oversight_rl.files import check_plain, check_there, read_json, write_atomically, writing
 
 CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
@@ -90,6 +90,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds no run, or something in it leads elsewhere.
         """
+        check_there(path)
         if not (path / CONFIG).is_file():
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it)")
         for name in (CONFIG, METRICS, TRAINING, RESULT, EVENTS):

@@ -6,7 +6,7 @@ import copy
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from oversight_rl import checkpoint, pictures
 from oversight_rl.agents import reinforce
@@ -104,15 +105,7 @@ class Trainer:
             ).to(self.device)
         self.generators = [_generator(seed[1], self.device) for seed in seeds]
         self.state: State = self.world.reset(self._draw(1)[..., : self.world.noise_channels])[:, 0]
-        self.optimizer = torch.optim.Adam(
-            self.parameters.values(), lr=self.config.learning_rate[0], fused=True
-        )
-        for parameter in self.parameters.values():  # as Adam has it before its first step
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(0.0, device=self.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.optimizer = Adam(self.parameters.values())
         self.watch = Watch(len(configs), self.device)
         self.deploys = METHODS[configs[0].method].deploys
         self.selected = None if self.deploys == "last" else Selected(self.agent)
@@ -210,13 +203,11 @@ class Trainer:
         self.updates += 1
 
     def _step(self, losses: reinforce.Loss, progress: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = reinforce.at(self.config.learning_rate, progress)
         self.optimizer.zero_grad()
         losses.total(self.config, progress).sum().backward()
         skips = self.configs[0].on_nan == "skip"
         before = [x.detach().clone() for x in self._learned()] if skips else []
-        self.optimizer.step()
+        self.optimizer.step(reinforce.at(self.config.learning_rate, progress))
         healthy = self.watch.look(self.updates + 1, self._numbers(losses))
         if skips:
             with torch.no_grad():
@@ -360,6 +351,52 @@ def _uniform(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Ten
     return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generators])
 
 
+class Adam:
+    """Adam, its numbers those of `torch.optim.Adam` to the bit.
+
+    That class loads torch's compiler when it is first used, nearly a second at every start.
+
+    Args:
+        parameters: to learn.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.state = {
+            parameter: {
+                "step": torch.tensor(0.0, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for parameter in parameters
+        }
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.state:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Move every parameter that has a gradient."""
+        moved = [(p, p.grad, kept) for p, kept in self.state.items() if p.grad is not None]
+        adam(
+            [parameter for parameter, _, _ in moved],
+            [gradient for _, gradient, _ in moved],
+            [kept["exp_avg"] for _, _, kept in moved],
+            [kept["exp_avg_sq"] for _, _, kept in moved],
+            [],
+            [kept["step"] for _, _, kept in moved],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
 class Selected:
     """The best agent of each run so far, for methods that do not deploy the last.
 
@@ -428,6 +465,20 @@ def fit(
             else:
                 _save(trainer, folders)
             return _train(trainer, folders, console, stopping)
+
+
+def try_out(config: Config) -> None:
+    """Refuse what cannot be trained here, before anything is written.
+
+    Raises:
+        UserError: there is no such device or environment, or the environment does not fit.
+    """
+    config.torch_device()
+    if config.algo == "ppo":
+        from oversight_rl import ppo_training  # loading SB3 takes a while
+
+        with on_threads(config.threads):
+            ppo_training.try_out(config)
 
 
 @contextmanager

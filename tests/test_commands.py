@@ -609,9 +609,12 @@ def test_bad_flags_of_evaluate(run, capsys, args, message):
 
 def test_what_is_not_a_run_is_refused(run, tmp_path, capsys):
     assert "not a run folder" in refused(capsys, main, ["evaluate", tmp_path])
-    missing = tmp_path / "missing"
-    assert "missing" in refused(capsys, main, ["evaluate", missing])
-    assert "not a run folder" in refused(capsys, train, ["--resume", missing])
+    (tmp_path / "missed").mkdir()
+    for command, args in ((main, ["evaluate"]), (train, ["--resume"]), (main, ["report"])):
+        error = refused(capsys, command, [*args, tmp_path / "missing"])
+        kind = "folder" if "report" in args else "run folder"
+        assert error == f"error: no such {kind}: {tmp_path}/missing; did you mean 'missed'?\n"
+    assert "no such run folder: nowhere/x\n" in refused(capsys, main, ["evaluate", "nowhere/x"])
     assert "evaluate" in refused(capsys, main, ["evalute", run])
 
     def copy(name):
@@ -639,6 +642,110 @@ def test_what_is_not_a_run_is_refused(run, tmp_path, capsys):
     assert "exported policy" in refused(capsys, main, ["evaluate", plain])
 
 
+# ---- folders that are not asked for, links, names
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
+    """Real processes, whose clock stands still."""
+    start = "import time; time.strftime = lambda _: 'now'; from oversight_rl.cli import train; "
+    few = [*SMOKE, "--training.updates", "1"]
+    commands = [[*few, "--seeds", "3"]] * 2 + [[*few, "--seeds", "0", "1"]]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{start}train({command})"], cwd=tmp_path, stdout=subprocess.PIPE
+        )
+        for command in commands
+    ]
+    told = [process.communicate(timeout=120)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0] * 3
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    one = "routing-0.1-seed_3-now"
+    assert names == [one, f"{one}-2", "routing-0.1-seeds_0_to_1-now"]
+    assert len(list(tmp_path.rglob("result.json"))) == 4
+    assert sorted(line.split(", in runs/")[1].split("\n")[0] for line in told) == names
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    huge = ["--training.worlds", "1000000", "--training.steps", "65536"]
+    huge += ["--agent.hidden", "16384", "16384", "16384", "16384", "--agent.experts", "64"]
+    assert "too little memory" in refused(capsys, train, [*SMOKE, *huge])
+    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "runs"])
+
+
+def test_names_that_are_no_text_and_links_to_runs(run, tmp_path, capsys):
+    """A run in a folder whose name is not UTF-8: trained, steered, exported, reported."""
+    folder = tmp_path / os.fsdecode(b"r\xfcns")
+    folder.mkdir()
+    settings = folder / "own.yaml"
+    settings.write_text((ROOT / "configs/smoke.yaml").read_text())
+    args = ["--config", str(settings), *SMOKE[2:], "--seeds", "5"]
+    train([*args, "--run-dir", str(folder / "one")])
+    policy = folder / "policy"
+    main(["evaluate", str(folder / "one"), "--steer", "ghost", "--export", str(policy)])
+    main(["evaluate", str(policy), "--json", str(folder / "rows.json")])
+    assert json.loads((folder / "rows.json").read_text())[0]["policy"] == "ghost"
+    error = refused(capsys, train, ["--resume", folder / "one"])
+    assert "r\\xfcns/one: this run is finished" in error
+
+    links = folder / "links"  # the run of another place, twice, and a circle
+    links.mkdir()
+    (links / "first").symlink_to(run)
+    (links / "second").symlink_to(run)
+    (links / "circle").symlink_to(folder)
+    main(["report", str(links)])
+    table = pd.read_csv(links / "summary.csv")
+    assert table["n_seeds"].tolist() == [2]
+    assert "repeats" not in capsys.readouterr().out
+
+
+# ---- terminals
+
+
+def shell(line, run, **environment):
+    """Run a line of shell with our commands as `$T` and `$O`; nothing may end in a traceback."""
+    ours = {"T": f"{sys.executable} {ROOT}/train.py", "O": f"{sys.executable} -m oversight_rl"}
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        capture_output=True, env=os.environ | ours | {"RUN": str(run)} | environment,
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert b"Traceback" not in told
+    assert b"Exception ignored" not in told
+    return done.returncode, told
+
+
+def test_output_that_cannot_be_written_stops_nothing(run, tmp_path):
+    small = [*SMOKE, "--training.updates", "1", "--run-dir"]
+    for name, where, code in (("full", ">/dev/full", 1), ("closed", ">&-", 0)):
+        line = f"$T {' '.join(small)} {tmp_path / name} {where}"
+        found, told = shell(line, run)
+        assert found == code, told
+        assert (b"error: standard output: No space left" in told) == (code == 1)
+        assert result(tmp_path / name)
+    assert shell("$O evaluate $RUN | head -1", run)[0] == 0
+    assert shell("$O --help | true", run)[0] == 0
+    assert shell("$O --help >/dev/full", run)[0] == 1
+    assert shell("$O evaluate $RUN-of-nobody 2>/dev/full", run)[0] == 2
+    assert shell("$O evaluate $RUN-of-nobody <&- >&- 2>&-", run)[0] == 2
+
+
+def test_ascii_terminals(run, tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    path = tmp_path / "sampled"
+    spurious = "--world.spurious-oversight 0.1 --evaluation.episodes 200 --training.updates 1"
+    args = " ".join([*SMOKE, "--run-dir", str(path)])
+    for line, shown in (
+        (f"$T {args} {spurious} && $O evaluate {path}", " +- "),  # a standard error
+        ("$T --help", "--training.updates"),
+        ("$O evaluate $RUN-é", "no such run folder"),
+    ):
+        code, told = shell(line, run, **ascii_only)
+        assert code == (2 if "no such" in shown else 0), told
+        assert shown in told.decode("ascii")
+
+
 # ---- help, configs
 
 
@@ -662,6 +769,46 @@ def test_help_is_complete(command):
     for flag in flags:
         assert flag in done.stdout
     assert done.stdout.count("default: ") > 5 or command != ["train.py"]
+
+
+def loaded(command, args, cwd):
+    """The libraries that a command has loaded when it ends, in a process of its own."""
+    slow = {
+        *("torch", "torch._dynamo", "stable_baselines3", "tensorboard", "pandas", "matplotlib"),
+        *("scipy", "minigrid", "jinja2", "PIL", "safetensors", "ray"),
+    }
+    code = (
+        f"import sys; from oversight_rl.cli import {command}\n"
+        f"try: {command}({args})\nexcept SystemExit: pass\n"
+        f"print('\\n' + ' '.join(sorted({slow} & set(sys.modules))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("main", ["--help"]),
+        *(("main", [name, "--help"]) for name in FLAGS),
+        ("train", ["--help"]),
+        ("train", ["--metod", "naive"]),
+        ("train", ["--config", "missing.yaml"]),
+        ("train", ["--resume", "missing"]),
+        ("main", ["evaluate", "missing"]),
+        ("main", ["report", "missing"]),
+    ],
+)
+def test_help_and_mistakes_load_nothing_slow(tmp_path, command, args):
+    assert loaded(command, args, tmp_path) == set()
+
+
+def test_training_loads_what_it_needs(tmp_path):
+    """The default learner needs no other's libraries, nor torch's compiler, nor a report's."""
+    args = [*SMOKE[:-1], "--training.updates", "1", "--run-dir", "run"]
+    assert loaded("train", args, tmp_path) == {"torch", "tensorboard", "PIL", "safetensors"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

@@ -29,7 +29,7 @@ from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth, World, WorldConfig
 from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.training import HELD_OUT, Trainer, stack_key
+from oversight_rl.training import HELD_OUT, Adam, Trainer, stack_key
 
 ROOT = Path(__file__).parent.parent
 ROOT = Path(__file__).parent.parent
@@ -831,14 +831,31 @@ def test_schedules(schedule, values):
     assert [reinforce.at(schedule, x) for x in (0, 0.5, 1)] == pytest.approx(values)
 
 
-def test_annealing_reaches_the_optimizer():
+def test_annealing_reaches_the_optimizer(monkeypatch):
     config = tiny(training=ReinforceConfig(updates=3, worlds=4, steps=4, learning_rate=(0.1, 0.3)))
     trainer = Trainer([config])
-    rates = []
+    rates, step = [], trainer.optimizer.step
+    monkeypatch.setattr(trainer.optimizer, "step", lambda rate: (rates.append(rate), step(rate)))
     for _ in range(3):
         trainer.update()
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_adam_is_torchs_to_the_bit():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizer, other = Adam(ours), torch.optim.Adam(theirs, fused=True)
+    for rate in (0.1, 0.01, 0.003):
+        optimizer.zero_grad()
+        other.zero_grad()
+        other.param_groups[0]["lr"] = rate
+        for a, b in list(zip(ours, theirs, strict=True))[: 3 if rate == 0.1 else 2]:
+            a.grad = torch.randn(3, 4)  # one of them has a gradient at first only
+            b.grad = a.grad.clone()
+        optimizer.step(rate)
+        other.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 # ---- stacks

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from oversight_rl.agents.routing import everything, lookup, own_expert_only, route
+from oversight_rl.agents.methods import everything, own_expert_only
+from oversight_rl.agents.routing import lookup, route
 
 WEIGHTS = [0.0, 1.0, 0.3, -0.75]
 
