@@ -64,6 +64,24 @@ class Memory(nn.Module):
             flat = torch.as_tensor(rows).flatten(1)
             self.add(flat[None], torch.as_tensor(labels)[None], known)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As a module has it; rows that nothing was put into are left out."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        known = min(int(self.count.max()), self.capacity)
+        for name in ("observation", "label"):
+            # a copy, since a view is saved with all that it is a view of
+            destination[prefix + name] = destination[prefix + name][:, :known].clone()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As a module has it; rows that were left out are empty again."""
+        for name in ("observation", "label"):
+            saved, ours = state_dict.get(prefix + name), getattr(self, name)
+            if saved is not None and saved.shape[1] < ours.shape[1]:
+                whole = torch.zeros_like(ours, dtype=saved.dtype, device=saved.device)
+                whole[:, : saved.shape[1]] = saved
+                state_dict[prefix + name] = whole
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw M samples, with replacement, by uniform numbers `[R, B]` in [0, 1); M <= B.
 
