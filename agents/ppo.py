@@ -1109,7 +1109,6 @@ class RoutedPPO(PPO):
                     low, high = self.action_space.low, self.action_space.high
                     clipped_actions = np.clip(actions, low, high).astype(low.dtype, copy=False)
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
-                dones = np.asarray(dones, bool)  # SuperSuit's are bytes
                 self.num_timesteps += env.num_envs
                 callback.update_locals(locals())
                 goes_on = callback.on_step()

@@ -31,7 +31,14 @@ from stable_baselines3.common.vec_env import (
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents import endings, memory, ppo
-from oversight_rl.agents.observations import as_rows, from_rows, row_type, row_width
+from oversight_rl.agents.observations import (
+    as_rows,
+    from_rows,
+    named,
+    row_type,
+    row_width,
+    unnamed,
+)
 from oversight_rl.agents.ppo import EntryExtractor, SymbolicCNN
 from oversight_rl.cli import train
 from oversight_rl.envs.labels import OversightLabels
@@ -377,6 +384,13 @@ def test_rows_hold_what_observations_were_made_of_them():
         assert np.array_equal(part.numpy(), batch[name].astype(part.numpy().dtype))
     assert row_type(spaces.Dict({"img": picture(4, 4, 3), "n": spaces.Discrete(9)})) is torch.uint8
     assert row_type(FEW["c"]) is torch.int32
+
+
+@pytest.mark.parametrize("kept", [np.ones(2), {"a.b": np.ones(2), "since": np.zeros(3)}])
+def test_observations_keep_their_names_in_files(kept):
+    saved = named("last", kept) | {"since": np.zeros(1), "lasting": np.zeros(1)}
+    found = unnamed("last", saved)
+    assert str(found) == str(kept)
 
 
 def test_entries_have_the_extractors_that_they_would_have_alone():
