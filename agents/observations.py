@@ -83,7 +83,7 @@ def _check_numbers(space: spaces.Space[Any], where: str) -> None:
         raise ValueError(f"{where} is of type {space.dtype}, and not of numbers")
 
 
-def flags_in_axes_of(space: spaces.Space[Any], flags: Any, turned: bool) -> Any:
+def flags_in_axes_of(space: spaces.Space[Any], flags: Any, turned: bool, stacked: int) -> Any:
     """An environment's flags in the axes that a policy sees, for each entry of a dictionary.
 
     Args:
@@ -91,6 +91,7 @@ def flags_in_axes_of(space: spaces.Space[Any], flags: Any, turned: bool) -> Any:
         flags: booleans in the shape of the environment's own observation; of a dictionary, for
             those entries that show any.
         turned: whether images were transposed on the way, channels first.
+        stacked: observations in a row that the policy sees, each with its flags.
 
     Raises:
         ValueError: they are no such thing.
@@ -108,7 +109,7 @@ def flags_in_axes_of(space: spaces.Space[Any], flags: Any, turned: bool) -> Any:
                 f"{', '.join(space.spaces)}{nearest(str(unknown[0]), space.spaces)}"
             )
         return {
-            name: flags_in_axes_of(part, flags[name], turned)
+            name: flags_in_axes_of(part, flags[name], turned, stacked)
             if name in flags
             else np.zeros(part.shape or (), bool)
             for name, part in space.items()
@@ -116,14 +117,16 @@ def flags_in_axes_of(space: spaces.Space[Any], flags: Any, turned: bool) -> Any:
     flags, shape = np.asarray(flags), space.shape
     if flags.dtype != bool:
         raise ValueError(f"the environment's flags must be booleans, got {flags.dtype}")
-    if flags.shape != shape and turned and flags.ndim == 3:
-        flags = np.moveaxis(flags, -1, 0)
-    if flags.shape != shape:
-        raise ValueError(
-            f"the environment's flags have shape {flags.shape}, its observations {shape}: "
-            "a wrapper that reshapes observations must set an attribute flags of its own"
-        )
-    return flags
+    tiled = [np.concatenate([flags] * stacked, axis) for axis in (-1, 0) if flags.ndim]
+    for seen in (flags, *tiled):
+        if seen.shape == shape:
+            return seen
+        if turned and seen.ndim == 3 and np.moveaxis(seen, -1, 0).shape == shape:
+            return np.moveaxis(seen, -1, 0)
+    raise ValueError(
+        f"the environment's flags have shape {flags.shape}, its observations {shape}: "
+        "a wrapper that reshapes observations must set an attribute flags of its own"
+    )
 
 
 def each(function: Callable[..., Any], first: Any, *others: Any) -> Any:

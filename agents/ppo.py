@@ -42,7 +42,13 @@ from stable_baselines3.common.torch_layers import (
 )
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, is_vecenv_wrapped
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    VecFrameStack,
+    VecTransposeImage,
+    is_vecenv_wrapped,
+    unwrap_vec_wrapper,
+)
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
@@ -1038,7 +1044,9 @@ class RoutedPPO(PPO):
             return None
         if flags is not None:
             turned = is_vecenv_wrapped(env, VecTransposeImage)
-            flags = flags_in_axes_of(env.observation_space, flags, turned)
+            stack = unwrap_vec_wrapper(env, VecFrameStack)
+            stacked = stack.stacked_obs.n_stack if stack else 1
+            flags = flags_in_axes_of(env.observation_space, flags, turned, stacked)
         if "behaviors" in made and not _same(flags, made.get("flags")):
             raise ValueError(
                 "the environment's flags are not those that the model's classifier was taught "
@@ -1061,6 +1069,22 @@ class RoutedPPO(PPO):
     def _new_memory(self) -> Memory:
         space = self.observation_space
         return Memory(1, row_width(space), self.gate_replay, row_type(space))
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """As SB3 has it.
+
+        Raises:
+            ValueError: the environment cannot be seeded.
+        """
+        try:
+            super().set_random_seed(seed)
+        except AttributeError as error:  # of a VecEnv that is not SB3's
+            if error.name != "seed":
+                raise
+            raise ValueError(
+                "seed: these environments cannot be seeded; leave it out, or seed them, torch and "
+                "NumPy yourself"
+            ) from error
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """As SB3 has it, with the model's number of threads."""

@@ -274,6 +274,11 @@ ROWS = {  # each row of the page's table: environments and their arguments
 }  # fmt: skip
 
 
+def test_environments_that_take_no_seed_are_told_of():
+    with pytest.raises(ValueError, match="seed: these environments cannot be seeded"):
+        RoutedPPO("MoEPolicy", Foreign(many(World)), **NO | {"seed": 0})
+
+
 def page_rows():
     """Outcome of each row of the page's table of spaces."""
     page = PAGE.read_text()
