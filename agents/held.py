@@ -64,8 +64,14 @@ class Steps(NamedTuple):
             )
         )
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        parts = (part.values() if isinstance(part, dict) else [part] for part in self)
+        return sum(part[:1].nbytes for several in parts for part in several)
+
     def last(self, rows: int) -> Self:
-        """The last rows; where there are fewer, empty ones above them."""
+        """The last rows, copied; where there are fewer, empty ones above them."""
         lacking = max(0, rows - len(self.done))
         return self.each(
             lambda x: np.pad(x[max(0, len(x) - rows) :], [(lacking, 0)] + [(0, 0)] * (x.ndim - 1))
@@ -76,15 +82,28 @@ LASTING = Steps._fields[: Steps._fields.index("ended")]
 """What is known of steps before their episode's end."""
 
 
+Apart = tuple[Steps, Steps | None]  # an episode, and its last step where it was cut
+
+
+class Cut(NamedTuple):
+    """Where an episode that did not go on was left: its last step is not learned from."""
+
+    row: int
+    column: int
+    last: Steps  # [1, 1], whose values stand for what would have followed
+
+
 @dataclass(frozen=True)
 class Window:
-    """A rollout, below the earlier steps of its episodes, and beside it episodes labeled late."""
+    """A rollout, below the earlier steps of its episodes, and beside it what else is due."""
 
     steps: Steps  # [W, C], the rollout being the last rows of the first columns
     exists: Bools  # [W, C], the last rows of each column; all others are padding
     older: Bools  # [W, C], taken before the rollout
+    late: Bools  # [W, C], of episodes whose label came late; they were learned from without it
+    cuts: list[Cut]
     earlier: int  # rows above the rollout
-    environments: int  # columns that are environments
+    environments: int  # columns that are environments; others hold one episode below another
 
 
 class Held:
@@ -97,15 +116,15 @@ class Held:
 
     def __init__(self, like: Steps, reach: int) -> None:
         self.environments, self.reach = like.done.shape[1], reach
-        self.steps = like  # [P, N], the last ones before the rollout
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget all of it."""
-        self.steps = self.steps.last(0)
+        self.steps = like.last(0)  # [P, N], the last ones before the rollout
         self.length = np.zeros(self.environments, np.int64)  # how many are of the same episode
+        self.goes_on = True
         # of episodes that ended unlabeled, by environment and id: steps since, and theirs [L, 1]
         self.ended: dict[tuple[int, Hashable], tuple[int, Steps]] = {}
+
+    def interrupt(self) -> None:
+        """No episode goes on from here, as after a rollout that was stopped on the way."""
+        self.goes_on = False
 
     def window(
         self, now: Steps, goes_on: Bools, late: Sequence[LateLabel]
@@ -120,8 +139,14 @@ class Held:
         Returns:
             The window, and the labels whose episode is not kept.
         """
-        self.length *= goes_on
-        steps, columns, missed = len(now.done), [], []
+        steps, apart, missed = len(now.done), list[Apart](), []
+        goes_on = goes_on & self.goes_on
+        for env in np.flatnonzero((self.length > 1) & ~goes_on):
+            whole = self.steps.part(slice(-self.length[env], None), slice(env, env + 1))
+            episode = whole.part(slice(-1), slice(None))
+            episode.done[-1] = True
+            apart.append((episode, whole.last(1)))
+        self.length, self.goes_on = self.length * goes_on, True
         for label in late:
             key = label.environment, label.episode
             if key not in self.ended:
@@ -130,38 +155,59 @@ class Held:
             since, episode = self.ended.pop(key)
             episode = episode.last(min(len(episode.done), self.reach - since))
             episode.label[-1], episode.ended[-1] = label.behavior, True
-            columns.append(episode._replace(learned=np.zeros_like(episode.learned)))
-        lengths = np.concatenate([steps + self.length, [len(c.done) for c in columns]])
-        rows = max(steps, int(lengths.max()))
+            apart.append((episode, None))
+        tallest = max([steps + int(self.length.max()), *(len(e.done) for e, _ in apart)])
+        columns = _packed(apart, tallest)
+        heights = [sum(len(episode.done) for episode, _ in column) for column in columns]
+        lengths = np.concatenate([steps + self.length, np.array(heights, np.int64)])
         whole = now
-        if rows > steps:
-            whole = self.steps.last(rows - steps).joined([now], axis=0)
+        if tallest > steps:
+            whole = self.steps.last(tallest - steps).joined([now], axis=0)
         if columns:
-            whole = whole.joined([column.last(rows) for column in columns], axis=1)
-        age = rows - np.arange(rows)[:, None]  # 1 for the last row
+            stacked = [
+                column[0][0].joined([e for e, _ in column[1:]], axis=0).last(tallest)
+                for column in columns
+            ]
+            whole = whole.joined(stacked, axis=1)
+        age = tallest - np.arange(tallest)[:, None]  # 1 for the last row
         exists = age <= lengths
         older = (age > steps) | (np.arange(len(lengths)) >= self.environments)
-        # what is above a column's episode is another one's
+        # what is above a column's episodes is of others
         whole = whole._replace(done=whole.done & exists, ended=whole.ended & exists)
-        return Window(whole, exists, older, rows - steps, self.environments), missed
+        is_late, cuts = np.zeros_like(exists), []
+        for number, column in enumerate(columns, start=self.environments):
+            row = tallest - heights[number - self.environments]
+            for episode, last in column:
+                end = row + len(episode.done)
+                if last is None:
+                    is_late[row:end, number] = True
+                else:
+                    cuts.append(Cut(end - 1, number, last))
+                row = end
+        earlier = tallest - steps
+        return Window(whole, exists, older, is_late, cuts, earlier, self.environments), missed
 
-    def keep(self, window: Window, ended: Sequence[tuple[int, int, Hashable]], waits: bool) -> None:
+    def keep(self, window: Window, ended: Sequence[tuple[int, int, Hashable]], waits: bool) -> int:
         """Keep what labels may still reach after a rollout.
 
         Args:
             window: as it was learned from.
             ended: row of the rollout, environment and id of the episodes that ended unlabeled.
             waits: whether to keep steps of episodes that go on.
+
+        Returns:
+            How many episodes that ended unlabeled are out of reach now.
         """
         rows = len(window.exists)
-        steps = window.steps.part(slice(None), slice(self.environments))
-        taken = rows - window.earlier
+        taken, before = rows - window.earlier, len(self.ended)
         self.ended = {
-            key: (since + taken, episode)
+            key: (since + taken, episode.last(min(len(episode.done), self.reach - since - taken)))
             for key, (since, episode) in self.ended.items()
             if since + taken < self.reach
         }
-        begun = np.where(steps.done, np.arange(1, rows + 1)[:, None], 0)
+        lost = before - len(self.ended)
+        steps = window.steps
+        begun = np.where(steps.done, np.arange(1, rows + 1)[:, None], 0)[:, : self.environments]
         first = np.argmax(window.exists, axis=0)[: self.environments]
         for row, env, name in ended:
             end = window.earlier + row
@@ -170,7 +216,9 @@ class Held:
                 episode = steps.part(slice(start, end + 1), slice(env, env + 1))
                 self.ended[env, name] = rows - 1 - end, episode
         self.length = np.minimum(rows - np.maximum(begun.max(0), first), self.reach) * waits
-        self.steps = steps.last(int(self.length.max()))
+        kept = slice(rows - int(self.length.max()), None)
+        self.steps = steps.part(kept, slice(self.environments))
+        return lost
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The steps of episodes that go on, in arrays of one shape, by name."""
@@ -186,3 +234,17 @@ class Held:
         unknown = np.full(nothing.shape, NO_LABEL)
         steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)
         self.steps = steps.last(int(self.length.max()))
+
+
+def _packed(episodes: Sequence[Apart], rows: int) -> list[list[Apart]]:
+    """Episodes in columns, one below another, each column at most so many rows high."""
+    columns: list[list[Apart]] = []
+    free = 0
+    for episode in episodes:
+        height = len(episode[0].done)
+        if height > free:
+            columns.append([])
+            free = rows
+        columns[-1].append(episode)
+        free -= height
+    return columns

@@ -561,8 +561,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
         nothing = np.zeros_like(self.values)
         steps = self._steps(nothing, nothing, nothing)
-        most = MOST_BYTES // max(1, as_rows(each(lambda x: x[:1], self.observations)).nbytes)
-        self.held = Held(steps, min(label_reach, most))
+        self.held = Held(steps, min(label_reach, MOST_BYTES // steps.row_bytes))
 
     def reset(self) -> None:
         """Forget the rollout, but not what labels still reach."""
@@ -611,9 +610,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
                 self.cuts.append((self.pos, env, info["terminal_observation"]))
             self.label[self.pos, env] = self._index(label, "label")
             self.truth[self.pos, env] = self._index(behavior, "behavior")
-            if info.get("episode_id") is not None:
-                self.names[env, info["episode_id"]] = self.pos
-            self.episodes += 1
+            if label is None and info.get("episode_id") is not None:
+                self._name(env, info["episode_id"])
+            else:
+                self.episodes += 1
             self.labels += label is not None
             self.told += label is not None and behavior is not None
         for env, info in enumerate(infos):
@@ -621,16 +621,32 @@ class RoutedRolloutBuffer(RolloutBuffer):
                 for name, label in _pairs(info["late_labels"]):
                     self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
 
+    def _name(self, env: int, name: Any) -> None:
+        """Keep the id of an episode whose label may come later."""
+        try:
+            taken = (env, name) in self.names or (env, name) in self.held.ended
+        except TypeError:
+            raise LabelError(f"info['episode_id'] must be hashable, got {name!r}") from None
+        if taken:
+            raise LabelError(
+                f"info['episode_id'] must be another one for each episode of an environment; "
+                f"{name!r} of environment {env} still waits for its label"
+            )
+        self.names[env, name] = self.pos
+
     def _note_late(self, label: LateLabel) -> None:
-        self.labels += 1
-        step = self.names.get((label.environment, label.episode))
-        if step is None:
+        key = label.environment, label.episode
+        if key not in self.names:
             self.late.append(label)
             return
-        env = label.environment
+        step, env = self.names.pop(key), label.environment
         self.label[step, env], self.ended[step, env] = label.behavior, True
-        self.told += self.truth[step, env] != NO_LABEL
         self.cuts = [cut for cut in self.cuts if cut[:2] != (step, env)]
+        self._count_late(self.truth[step, env])
+
+    def _count_late(self, truth: np.int64) -> None:
+        self.episodes, self.labels = self.episodes + 1, self.labels + 1
+        self.told += int(truth != NO_LABEL)
 
     def pass_on(self, dones: NDArray[np.bool_]) -> None:
         """Let the next episode have its turn, where one is done."""
@@ -660,6 +676,9 @@ class RoutedRolloutBuffer(RolloutBuffer):
         now = self._steps(own_value, task_value, task_reward)
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
         self.window, missed = self.held.window(now, goes_on, self.late)
+        late = self.window.late & self.window.steps.ended
+        for truth in self.window.steps.truth[late]:
+            self._count_late(truth)
         return missed
 
     def _steps(
@@ -695,7 +714,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
 
         audit = np.zeros(steps.done.shape, np.float32)  # episodes end in the rollout
         audit[self.window.earlier :, :n] = generator.random(self.label.shape, dtype=np.float32)
-        audit[-1, n:] = generator.random(len(audit[-1]) - n, dtype=np.float32)
+        late = self.window.late & steps.ended
+        audit[late] = generator.random(int(late.sum()), dtype=np.float32)
         seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
         outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(audit), methods)
         self.outcome = outcome[0].numpy()
@@ -711,7 +731,11 @@ class RoutedRolloutBuffer(RolloutBuffer):
         window = self.window
         age = len(window.exists) - np.arange(len(window.exists))[:, None]  # 1 for the last row
         ready = (self.outcome != UNFINISHED) | window.steps.alone | (age > self.held.reach)
-        self.due = window.exists & ~window.steps.learned & ready if waits else ~window.older
+        if waits:
+            again = window.late & (self.outcome >= LABELED)
+            self.due = window.exists & (~window.steps.learned & ready | again)
+        else:
+            self.due = ~window.older
 
     def hold(self, waits: bool) -> None:
         """Keep the steps that labels may still reach, and which of them were learned from.
@@ -721,13 +745,9 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """
         window = self.window
         learned = window.steps.learned | self.due
-        rows = self.outcome[window.earlier :]
-        ended = [
-            (step, env, name)
-            for (env, name), step in self.names.items()
-            if rows[step, env] < LABELED
-        ]
-        self.held.keep(replace(window, steps=window.steps._replace(learned=learned)), ended, waits)
+        ended = [(step, env, name) for (env, name), step in self.names.items()]
+        window = replace(window, steps=window.steps._replace(learned=learned))
+        self.episodes += self.held.keep(window, ended, waits)
 
     def remember(self, memory: Memory) -> None:
         """Keep labeled observations, those of earlier rollouts whose label came now, too."""
@@ -744,13 +764,18 @@ class RoutedRolloutBuffer(RolloutBuffer):
             memory.keep(np.concatenate([*parts], axis=-1), label[known])
 
     def set_targets(
-        self, targets: Targets, log_prob: NDArray[np.float32], share: NDArray[np.float32]
+        self,
+        targets: Targets,
+        log_prob: NDArray[np.float32],
+        value: NDArray[np.float32],
+        share: NDArray[np.float32],
     ) -> None:
         """Take over what the losses ask of each step of the window, `[W, C]` all.
 
         Args:
             targets: of all methods.
             log_prob: under the policy that PPO's ratio is to.
+            value: that PPO's clipped value is around.
             share: how much a step counts.
         """
         self.targets = targets
@@ -759,7 +784,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         steps, chosen = self.window.steps, share.T > 0
         parts = {name: getattr(targets, name) for name in OF_TARGETS}
         parts |= {"observations": steps.observations, "actions": steps.actions}
-        parts |= {"old_values": steps.value, "old_log_prob": log_prob, "alone": steps.alone}
+        parts |= {"old_values": value, "old_log_prob": log_prob, "alone": steps.alone}
         parts |= {"share": share, "outcome": self.outcome}
         self.flat = {
             name: each(lambda x: x.swapaxes(0, 1)[chosen], part) for name, part in parts.items()
@@ -878,8 +903,8 @@ class RoutedPPO(PPO):
                 raise ValueError(f"{name} must be at least 0 and finite, got {x}")
         if not 0 < labeled_weight < math.inf:
             raise ValueError(f"labeled_weight must be above 0 and finite, got {labeled_weight}")
-        if label_reach < 0:
-            raise ValueError(f"label_reach must be at least 0, got {label_reach}")
+        if not isinstance(label_reach, int | np.integer) or label_reach < 0:
+            raise ValueError(f"label_reach must be a whole number, 0 or more, got {label_reach!r}")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, or None, got {threads}")
         behaviors = None if behaviors is None else checked_behaviors(behaviors)
@@ -975,6 +1000,9 @@ class RoutedPPO(PPO):
         env = self._wrap_env(env, self.verbose)
         told = self._ask(env, self.policy_kwargs)
         super().set_env(env, force_reset)
+        held = cast(RoutedRolloutBuffer, self.rollout_buffer).held
+        held.interrupt()
+        held.ended.clear()  # its names are others
         self._heed(told)
         self._warn_of_texts()
         self._set_tables()
@@ -1140,7 +1168,7 @@ class RoutedPPO(PPO):
                     infos = [
                         info
                         if done
-                        else {"TimeLimit.truncated": True, "terminal_observation": last}
+                        else info | {"TimeLimit.truncated": True, "terminal_observation": last}
                         for info, done, last in zip(infos, dones, new_obs, strict=True)
                     ]
                     new_obs, dones = cast(Any, self._start(env)), np.ones_like(dones)
@@ -1163,7 +1191,7 @@ class RoutedPPO(PPO):
             raise
         finally:
             if not whole:
-                buffer.held.forget()
+                buffer.held.interrupt()
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -1215,6 +1243,9 @@ class RoutedPPO(PPO):
         if policy.task:
             task = self._of_all(policy.task_values, everything, buffer.alone.ravel()).reshape(shape)
             task_reward = self._in_task_scale(buffer)
+        if bool(self.tables.sees_truth.any()):  # and nobody's labels
+            buffer.names.clear()
+            buffer.late.clear()
         self._warn_of_late(buffer.look_back(own, task, task_reward))
         window = buffer.window
         steps = window.steps
@@ -1232,11 +1263,14 @@ class RoutedPPO(PPO):
                 at_end = np.take_along_axis(self.imputed, end[..., None], 0)
                 chances = np.nan_to_num(at_end)
 
-        def after(value: NDArray[np.float32], beyond: NDArray[np.float32]) -> NDArray[np.float32]:
+        def after(name: str, beyond: NDArray[np.float32]) -> NDArray[np.float32]:
+            value = getattr(steps, name)
             following = np.append(value[1:], np.zeros_like(value[:1]), axis=0)
             following[-1, : self.n_envs] = beyond[: self.n_envs]
             following = np.where(steps.done, np.float32(0), following)
             following[window.earlier + cut_at, cut_envs] = beyond[self.n_envs :]
+            for cut in window.cuts:
+                following[cut.row, cut.column] = getattr(cut.last, name)[0, 0]
             return following
 
         more: dict[str, Any] = {}
@@ -1244,7 +1278,7 @@ class RoutedPPO(PPO):
             beyond = self._of_all(policy.own_values, following)
             more |= {
                 "own_value": steps.own_value,
-                "own_value_after": after(steps.own_value, beyond),
+                "own_value_after": after("own_value", beyond),
             }
         if policy.task:
             turns = np.concatenate([buffer.acts_alone, buffer.alone[cut_at, cut_envs]])
@@ -1252,10 +1286,10 @@ class RoutedPPO(PPO):
             more |= {
                 "task_reward": steps.task_reward,
                 "task_value": steps.task_value,
-                "task_value_after": after(steps.task_value, beyond),
+                "task_value_after": after("task_value", beyond),
             }
         beyond = self._of_all(lambda x: policy.predict_values(x).flatten(), following)
-        share, log_prob = self._judged_anew(buffer)
+        share, log_prob, old_value = self._judged_anew(buffer)
         experience = Experience(
             outcome=outcome,
             left=left,
@@ -1263,7 +1297,7 @@ class RoutedPPO(PPO):
             done=steps.done,
             alone=steps.alone,
             value=steps.value,
-            value_after=after(steps.value, beyond),
+            value_after=after("value", beyond),
             gate=self._foretold(buffer, share, chances is not None) if policy.has_gate else None,
             chances=chances,
             share=share,
@@ -1279,23 +1313,23 @@ class RoutedPPO(PPO):
             normalize=self.normalize_advantage,
             task_weight=self.task_weight,
         )
-        buffer.set_targets(found, log_prob, share)
+        buffer.set_targets(found, log_prob, old_value, share)
         buffer.hold(self.tables.asks_labels)
 
-    def _judged_anew(
-        self, buffer: RoutedRolloutBuffer
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """How much the window's steps count, and their log-probabilities now. [W, C] each"""
+    def _judged_anew(self, buffer: RoutedRolloutBuffer) -> tuple[NDArray[np.float32], ...]:
+        """How much the window's steps count, their log-probabilities and values now. [W, C] each"""
         policy, steps = cast(MoEPolicy, self.policy), buffer.window.steps
         share, log_prob = buffer.due.astype(np.float32), steps.log_prob.copy()
-        older = buffer.window.older & buffer.due
+        value, older = steps.value.copy(), buffer.window.older & buffer.due
         if older.any():
             seen = each(lambda x: x[older], steps.observations)
             taken = steps.actions[older], steps.alone[older]
             now = self._of_all(policy.log_probabilities, seen, *taken)
             share[older] = older_share(now, log_prob[older])
             log_prob[older] = now
-        return share, log_prob
+            if self.clip_range_vf is not None:  # which is around these
+                value[older] = self._of_all(lambda x: policy.predict_values(x).flatten(), seen)
+        return share, log_prob, value
 
     def _of_all(
         self, function: Callable[..., Tensor], observations: Any, *more: NDArray[Any]
@@ -1415,7 +1449,14 @@ class RoutedPPO(PPO):
             )
 
     def _warn_of_late(self, missed: Sequence[LateLabel]) -> None:
-        """Warn, once, of late labels that are lost."""
+        """Warn, once, of late labels that are lost, or of no use."""
+        window = cast(RoutedRolloutBuffer, self.rollout_buffer).window
+        if window.late.any() and not self.tables.asks_labels and self.endings is None:
+            self._warn(
+                "late for nothing",
+                f"method {self.method} learns nothing from labels that come late: its rewards are "
+                "paid when an episode ends",
+            )
         if missed:
             label, buffer = missed[0], cast(RoutedRolloutBuffer, self.rollout_buffer)
             self._warn(
@@ -1538,7 +1579,7 @@ class RoutedPPO(PPO):
                 )
         if policy.task:  # the reward is seen in every episode, whatever the method drops
             task = policy.task_values(batch.observations, batch.alone)
-            parts["task_value_loss"] = ((batch.task_returns - task) ** 2).mean()
+            parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
         acting = (
             parts["policy_gradient_loss"]
             + self.ent_coef * parts["entropy_loss"]
@@ -1649,7 +1690,7 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
 
 def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
     """What an environment says of earlier episodes, as pairs of an id and a label."""
-    pairs = late if isinstance(late, list | tuple) else [None]
+    pairs = [] if late is None else late if isinstance(late, list | tuple) else [None]
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[1] is None:
             raise LabelError(

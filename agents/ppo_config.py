@@ -48,7 +48,7 @@ class PPOConfig(Settings):
     """Weight of the gate loss."""
     gate_replay: int = Field(512, ge=0)
     """Remembered labeled observations that the gate learns from in each minibatch."""
-    label_reach: int = Field(LABEL_REACH, ge=0, le=2**16)
+    label_reach: int = Field(LABEL_REACH, ge=0, le=2**12)
     """Steps before a rollout's end that its labels reach; a step waits for its label so long."""
     contrast_coef: NonNegative = 1.0
     """Weight of the contrast loss, for the methods that have one."""

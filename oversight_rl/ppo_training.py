@@ -481,11 +481,11 @@ def _tensors(model: RoutedPPO) -> dict[str, Tensor]:
     """Everything that a run needs to go on, by name."""
     tensors = _kept(model)
     buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-    if model.tables.asks_labels:
-        held = buffer.held.state()
-        tensors |= {f"held.{name}": torch.as_tensor(part) for name, part in held.items()}
     tensors["last.turn"] = torch.as_tensor(buffer.turn)
     if hasattr(model.env, "get_state"):  # other environments start anew on resuming
+        if model.tables.asks_labels:
+            held = buffer.held.state()
+            tensors |= {f"held.{name}": torch.as_tensor(part) for name, part in held.items()}
         world = cast(Any, model.env).get_state()
         tensors |= {f"world.{k}": torch.as_tensor(np.asarray(v)) for k, v in world.items()}
         tensors["last.observation"] = torch.as_tensor(model._last_obs)

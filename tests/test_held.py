@@ -1,5 +1,6 @@
 """Labels that reach steps of earlier rollouts, and labels that come after their episode's end."""
 
+import contextlib
 import warnings
 
 import gymnasium as gym
@@ -11,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import RoutedPPO
-from oversight_rl.agents.methods import LABELED, METHODS, UNFINISHED, UNLABELED
+from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.ppo_targets import older_share
 from oversight_rl.envs.labels import LabelError
 
@@ -181,13 +182,14 @@ def test_what_labels_do_not_reach_is_learned_from_without_them(reach):
             assert (number - 1) * 32 - taken <= max(reach, 0)
 
 
-def test_it_is_said_that_labels_reach_too_few_steps():
+def test_it_is_said_that_labels_reach_too_few_steps(monkeypatch):
+    monkeypatch.setattr("oversight_rl.agents.ppo.SETTLED", 12)
     with pytest.warns(UserWarning, match="more than 8 steps away: let label_reach be longer") as c:
-        taught(worlds(8, length=200), 52, label_reach=8)
+        taught(worlds(8, length=200), 14, label_reach=8)
     assert len([w for w in c if "label_reach" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        taught(worlds(8, length=60), 52)
+        taught(worlds(8, length=60), 14)
 
 
 # ---- older policies
@@ -319,12 +321,167 @@ def test_late_labels_in_another_form_are_refused(late):
 
 
 def test_label_reach_is_not_negative():
-    with pytest.raises(ValueError, match="label_reach must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="label_reach must be a whole number, 0 or more, got -1"):
         learner(worlds(), label_reach=-1)
 
 
+def learned_once(found, steps):
+    keys = list(zip(found.every("episode"), found.every("time"), strict=True))
+    assert len(set(keys)) == len(keys)
+    assert len(keys) >= steps
+
+
+def test_steps_of_episodes_that_somebody_reset_are_learned_from():
+    """SB3 resets the environments whenever `learn` is called anew."""
+    model, found = learner(worlds()), Taught()
+    for _ in range(20):
+        model.learn(32 * 3, found)
+    learned_once(found, 3 * (19 * 32 - 20))  # of each episode that was cut, all but the last step
+    assert set(found.every("outcome")) == {TIMEOUT}
+    assert not int(model.memory.count)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rollout_that_is_stopped_takes_nothing_else_with_it(fails):
+    class Stops(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 3 * 75:
+                if fails:
+                    raise KeyboardInterrupt
+                return False
+            return True
+
+    model, found = learner(worlds(length=60)), Taught()
+    with contextlib.suppress(KeyboardInterrupt):
+        model.learn(3 * 320, [found, Stops()])
+    before = len(found.every("time"))
+    assert before == 3 * 60
+    model.learn(3 * 64, found, reset_num_timesteps=False)
+    waiting = [(e, t) for e, t in zip(found.every("episode"), found.every("time"), strict=True)
+               if e % 10_000 == 1 and t < 4]  # fmt: skip
+    assert len(waiting) == 3 * 3  # the second episode's first steps but for the last of them
+    learned_once(found, before + 9)
+
+
+def test_what_is_cut_goes_on_with_the_value_of_its_last_step():
+    settings = {"normalize_advantage": False, "task_weight": 0.0, "gae_lambda": 1.0}
+    model, found = collected(worlds(), 1, method="no_routing", **settings)
+    _, callback = model._setup_learn(10**6, found)
+    model._last_obs = model.env.reset()
+    model._last_episode_starts = np.ones(3, bool)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 32)
+    update = found.updates[-1]
+    assert len(update["time"]) == 3 * 31
+    with torch.no_grad():
+        for episode, time, worth in zip(update["episode"], update["time"], update["returns"],
+                                        strict=True):  # fmt: skip
+            last = torch.tensor([[float(episode), 31.0]])
+            value = float(model.policy.predict_values(last))
+            assert worth == pytest.approx(model.gamma ** (31 - time) * value, rel=1e-3, abs=1e-4)
+
+
+def test_set_env_leaves_no_names_of_the_environments_before():
+    model, _ = taught(worlds(late=96), 4)
+    assert model.rollout_buffer.held.ended
+    model.set_env(DummyVecEnv(worlds(late=300)))
+    assert not model.rollout_buffer.held.ended
+
+
+def test_labels_that_go_missing_teach_nothing_twice():
+    _, found = taught(worlds(late=96), 13, label_recall=0.0)
+    learned_once(found, 3 * 40 * 9)
+    assert set(found.every("outcome")) == {UNLABELED}
+
+
+def test_the_first_label_stands():
+    class Twice(Long):
+        def step(self, action):
+            *rest, info = super().step(action)
+            if self.time == 5 and self.episode > 0:
+                wrong = self.behaviors[1 - (self.episode - 1) % 2]
+                info["late_labels"] = [(self.episode - 1, label) for label in
+                                       (self.behaviors[(self.episode - 1) % 2], wrong)]  # fmt: skip
+            elif self.time == self.length:
+                info["episode_id"] = self.episode
+            return *rest, info
+
+    for steps in (32, 11):  # in the rollout of its end, and in a later one
+        with pytest.warns(UserWarning, match="a late label is lost"):
+            _, found = taught([lambda: Twice(length=10, labeled=False)], 12, n_steps=steps)
+        by_label = found.every("outcome") >= LABELED
+        behavior = found.every("episode").astype(int) % 2
+        assert by_label.any()
+        assert (found.every("outcome") == LABELED + behavior)[by_label].all()
+
+
+def test_many_late_labels_at_once_take_no_more_room_than_their_steps():
+    class Batches(Long):
+        def step(self, action):
+            *rest, info = super().step(action)
+            info.pop("late_labels", None)
+            if self.clock % 192 == 0:
+                info["late_labels"], self.due = [(n, b) for _, n, b in self.due], []
+            return *rest, info
+
+    made = [*(lambda n=n: Batches(length=3, late=10**6, first=10_000 * n) for n in range(7)),
+            lambda: Long(length=250, first=70_000)]  # fmt: skip
+    model, found = taught(made, 12, n_steps=16)
+    cells = model.rollout_buffer.window.exists
+    assert cells.sum() > 7 * 150  # all that was labeled late
+    assert cells.mean() > 0.4
+    assert (found.updates[-1]["outcome"] >= LABELED).sum() > 7 * 150
+
+
+def test_late_labels_cause_no_false_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taught(worlds(8, late=96, length=20), 13)
+
+
+def test_methods_that_learn_nothing_from_late_labels_say_so():
+    class Hidden(Long):
+        flags_visible = False
+
+    with pytest.warns(UserWarning, match="ipw_hidden_flag learns nothing from labels that come"):
+        taught([lambda: Hidden(late=64)], 10, method="ipw_hidden_flag")
+
+
+@pytest.mark.parametrize("name", [[1], {"a": 1}, np.zeros(2)])
+def test_ids_that_cannot_be_looked_up_are_refused(name):
+    class Odd(Long):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, info | ({"episode_id": name} if rest[2] else {})
+
+    with pytest.raises(LabelError, match="episode_id'] must be hashable"):
+        taught([lambda: Odd(labeled=False)], 2)
+
+
+def test_ids_are_not_used_twice():
+    class Same(Long):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, info | ({"episode_id": 0} if rest[2] else {})
+
+    with pytest.raises(LabelError, match="still waits for its label"):
+        taught([lambda: Same(labeled=False)], 3)
+
+
+def test_a_callbacks_reset_keeps_the_labels_of_that_step():
+    class Resets(BaseCallback):
+        def _on_step(self):
+            if "late_labels" in self.locals["infos"][0]:
+                self.training_env.reset()
+            return True
+
+    model = learner([lambda: Long(late=96)])
+    model.learn(13 * 32, Resets())
+    assert model.rollout_buffer.labels == int(model.memory.count) / 40 > 3
+
+
 def test_held_steps_are_bounded_by_their_bytes(monkeypatch):
-    monkeypatch.setattr("oversight_rl.agents.ppo.MOST_BYTES", 3 * 2 * 4 * 50)
+    row = learner(worlds()).rollout_buffer.held.steps.joined([], 0).last(1).row_bytes
+    monkeypatch.setattr("oversight_rl.agents.ppo.MOST_BYTES", 50 * row)
     model, _ = taught(worlds(length=100), 12)
     assert model.rollout_buffer.held.reach == 50
     assert len(model.rollout_buffer.held.steps.done) <= 50
@@ -369,9 +526,8 @@ class Early(Long):
         return self.seen(), float(ends and self.choice != 0), ends, False, info
 
 
-@pytest.mark.parametrize("late", [0, 96])
-def test_what_is_decided_rollouts_before_its_label_is_learned(late):
-    made = [lambda: Early(late)] * 32
+def test_what_is_decided_rollouts_before_its_label_is_learned():
+    made = [lambda: Early(96)] * 32
     model = learner(made, method="contrastive_routing", n_epochs=4, batch_size=256,
                     policy_kwargs={"net_arch": [32]})  # fmt: skip
     model.learn(80_000)
