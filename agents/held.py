@@ -72,10 +72,10 @@ class Steps(NamedTuple):
 
     def last(self, rows: int) -> Self:
         """The last rows, copied; where there are fewer, empty ones above them."""
-        lacking = max(0, rows - len(self.done))
-        return self.each(
-            lambda x: np.pad(x[max(0, len(x) - rows) :], [(lacking, 0)] + [(0, 0)] * (x.ndim - 1))
-        )
+        lacking = rows - len(self.done)
+        if lacking <= 0:
+            return self.part(slice(-lacking, None), slice(None))
+        return self.each(lambda x: np.pad(x, [(lacking, 0)] + [(0, 0)] * (x.ndim - 1)))
 
 
 LASTING = Steps._fields[: Steps._fields.index("ended")]
@@ -152,8 +152,8 @@ class Held:
             if key not in self.ended:
                 missed.append(label)
                 continue
-            since, episode = self.ended.pop(key)
-            episode = episode.last(min(len(episode.done), self.reach - since))
+            _, episode = self.ended.pop(key)
+            episode = episode.last(len(episode.done))
             episode.label[-1], episode.ended[-1] = label.behavior, True
             apart.append((episode, None))
         tallest = max([steps + int(self.length.max()), *(len(e.done) for e, _ in apart)])
@@ -200,10 +200,11 @@ class Held:
         """
         rows = len(window.exists)
         taken, before = rows - window.earlier, len(self.ended)
+        aged = {key: (since + taken, episode) for key, (since, episode) in self.ended.items()}
         self.ended = {
-            key: (since + taken, episode.last(min(len(episode.done), self.reach - since - taken)))
-            for key, (since, episode) in self.ended.items()
-            if since + taken < self.reach
+            key: (since, self._within_reach(since, episode))
+            for key, (since, episode) in aged.items()
+            if since < self.reach
         }
         lost = before - len(self.ended)
         steps = window.steps
@@ -219,6 +220,11 @@ class Held:
         kept = slice(rows - int(self.length.max()), None)
         self.steps = steps.part(kept, slice(self.environments))
         return lost
+
+    def _within_reach(self, since: int, episode: Steps) -> Steps:
+        """The steps of an episode that are not too old; it ended so many steps ago."""
+        most = self.reach - since
+        return episode.last(most) if len(episode.done) > most else episode
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The steps of episodes that go on, in arrays of one shape, by name."""

@@ -1168,7 +1168,11 @@ class RoutedPPO(PPO):
                     infos = [
                         info
                         if done
-                        else info | {"TimeLimit.truncated": True, "terminal_observation": last}
+                        else {
+                            "TimeLimit.truncated": True,
+                            "terminal_observation": last,
+                            "late_labels": info.get("late_labels"),
+                        }
                         for info, done, last in zip(infos, dones, new_obs, strict=True)
                     ]
                     new_obs, dones = cast(Any, self._start(env)), np.ones_like(dones)
