@@ -886,6 +886,11 @@ class RoutedPPO(PPO):
         policy_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(policy, str) and policy not in self.policy_aliases:
+            raise ValueError(
+                "policy must be 'MoEPolicy', which takes vectors, images and dictionaries, or a "
+                f"subclass of it, got {policy!r}"
+            )
         if method not in PPO_METHODS:
             raise ValueError(
                 f"method must be one of {', '.join(PPO_METHODS)}, got {method!r}"
@@ -1115,7 +1120,13 @@ class RoutedPPO(PPO):
             ) from error
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
-        """As SB3 has it, with the model's number of threads."""
+        """As SB3 has it, with the model's number of threads.
+
+        Raises:
+            ValueError: there is no environment.
+        """
+        if self.env is None:
+            raise ValueError("there is no environment: load(..., env=env) or set_env(env) first")
         with on_threads(self.threads or torch.get_num_threads()):
             return super().learn(*args, **kwargs)
 
@@ -1653,9 +1664,12 @@ class RoutedPPO(PPO):
         """As SB3 has it; zips of version 0.1, too."""
         file = open_path(path, "r", suffix="zip")
         with ZipFile(file) as archive:
-            old = b'"__module__": "agents.ppo"' in archive.read("data")
+            data = archive.read("data")
+        old = b'"__module__": "agents.ppo"' in data
         if file is not path:
             file.close()
+        if b'"overseer"' not in data:
+            raise ValueError(f"{path}: holds a model of another kind, and not a RoutedPPO")
         with names_of_0_1() if old else nullcontext():
             return super().load(path, *args, **kwargs)
 

@@ -65,8 +65,9 @@ def register_plugins() -> dict[str, str]:
     return broken
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """What a stranger's code raised, and where, in one line."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(*Path(last.filename).parts[-2:])}:{last.lineno}"
-    return f"{type(error).__name__}: {error}, {where}"
+    said = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"{said}, {where}"

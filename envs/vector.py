@@ -57,7 +57,18 @@ def make_vec(env_id: str, num_envs: int, **kwargs: Any) -> VecEnv:
 
 
 def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
-    return Monitor(readable(Told(gym.make(env_id, **kwargs))))
+    try:
+        env = gym.make(env_id, **kwargs)
+    except TypeError as error:
+        if "unexpected keyword argument 'oversight'" in str(error):
+            raise UserError(
+                f"env: {env_id} does not take the argument oversight; wrap it in OversightLabels, "
+                "which does, and register that (docs/environments.md, From the command line)"
+            ) from None
+        if "required" in str(error) and "'oversight'" in str(error):
+            raise UserError(f"env: {env_id} needs to know its oversight: give oversight=") from None
+        raise
+    return Monitor(readable(Told(env)))
 
 
 class Told(gym.Wrapper[Any, Any, Any, Any]):
@@ -81,6 +92,6 @@ class Told(gym.Wrapper[Any, Any, Any, Any]):
             yield
         except (UserError, LabelError):  # which tell themselves
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name = self.spec.id if self.spec else type(self.unwrapped).__name__
             raise UserError(f"env: {name}: {what} failed ({why(error)})") from error

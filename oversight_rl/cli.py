@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from oversight_rl.evaluation import Row
 
 DEFAULTS = Config()
-ENDINGS = ("diamond", "ghost", "timeout", "steps")  # table headings
 UNSHOWN, BAD_INPUT, STOPPED = 1, 2, 130  # exit codes
 DESCRIPTION = "Train under partial oversight, steer, evaluate, compare. --version: which this is."
 
@@ -148,7 +148,7 @@ def _fit(
     except Interrupted:
         _say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
-    _print_summary(tables, console)
+    _print_summary(tables, first, console)
     _say(console, f"results in {path}")
     _say(console, f"pictures and curves: tensorboard --logdir {path}")
 
@@ -257,7 +257,7 @@ def evaluate(
                 _draw(pictures, saved, policies)
         if export is not None:
             checkpoint.write_policy(export, policies[0], saved)
-    _print_rows(rows, console)
+    _print_rows(rows, loaded[0].config, console)
     if json is not None:
         with writing(json):
             write_json(json, rows)
@@ -395,7 +395,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command `oversight-rl`."""
     given = list(sys.argv[1:] if args is None else args)
     if given == ["--version"]:
-        print(f"oversight-rl {version('oversight-rl')}")
+        _run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
         return
     if given[:1] == ["train"]:
         _run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
@@ -481,7 +481,7 @@ def _standard_streams() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):  # whatever characters the terminal has not
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {UserError(message)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {UserError(_plain(message))}\n"
     stop = None
     try:
         yield
@@ -498,7 +498,17 @@ def _standard_streams() -> Iterator[None]:
         raise stop
 
 
-def _print_summary(tables: list[list[Row]], console: Console) -> None:
+def _plain(warning: Warning | str) -> str:
+    """A warning without Gymnasium's colors and its own word for it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(warning)).removeprefix("WARN: ")
+
+
+def _endings(config: Config) -> tuple[str, ...]:
+    """Headings of what an episode was; a stranger's behaviors have names of their own."""
+    return (*(("diamond", "ghost") if config.ours else ("wanted", "unwanted")), "timeout", "steps")
+
+
+def _print_summary(tables: list[list[Row]], config: Config, console: Console) -> None:
     """The steering table at the training level: means over the runs, and the return's range."""
     from oversight_rl.tracking import deployed_policy
 
@@ -509,7 +519,7 @@ def _print_summary(tables: list[list[Row]], console: Console) -> None:
     ]
     table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
     several = len(tables) > 1
-    for heading in ("return", *(["range"] if several else []), "greedy", *ENDINGS):
+    for heading in ("return", *(["range"] if several else []), "greedy", *_endings(config)):
         table.add_column(heading, justify="right")
     deployed = deployed_policy(rows[0].method, [row.policy for row in rows])
     for policy in dict.fromkeys(row.policy for row in rows):
@@ -540,7 +550,7 @@ def _table(title: str) -> Table:
     return table
 
 
-def _print_rows(rows: Sequence[Row], console: Console) -> None:
+def _print_rows(rows: Sequence[Row], config: Config, console: Console) -> None:
     """A table for each run."""
     between = "±" if console.encoding.startswith("utf") else "+-"
     windows = not all(math.isnan(row.window_return) for row in rows)  # no other world has any
@@ -548,7 +558,7 @@ def _print_rows(rows: Sequence[Row], console: Console) -> None:
         rows, key=lambda row: (row.method, row.seed, row.train_oversight)
     ):
         table = _table(f"{method} trained at {level:.2%}, seed {seed}")
-        for heading in ("oversight", "return", *(["window"] if windows else []), *ENDINGS):
+        for heading in ("oversight", "return", *(["window"] if windows else []), *_endings(config)):
             table.add_column(heading, justify="right")
         for row in own:
             error = f" {between} {row.return_se:.3f}" if row.return_se > 0 else ""

@@ -43,7 +43,7 @@ RESOLVERS = {
 BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # in a file where a boolean is wanted
 
 PRESETS = Path(__file__).parent / "configs"
-GRID = "OversightGrid-v0"
+GRID, MINIGRID = "OversightGrid-v0", "MiniGrid-DiamondGhost-"
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -57,8 +57,9 @@ class EvaluationConfig(Settings):
     oversight: tuple[Probability, ...] = (0.0, 0.01, 0.1, 1.0)
     """Deployment oversight levels of the final table; the training level is always added. Squares
     that the world sets apart (world.ghost_oversight) keep their own."""
-    episodes: int = Field(20_000, ge=1, le=10_000_000)
-    """Episodes per policy and level where exact evaluation does not apply."""
+    episodes: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Episodes per policy and level where exact evaluation does not apply. Default: 20,000 in our
+    own worlds, which are stepped as one batch; 200 in any other."""
 
 
 class Config(Settings):
@@ -177,6 +178,16 @@ class Config(Settings):
     def learner(self) -> ReinforceConfig | PPOConfig:
         """Settings of the learner in use."""
         return self.ppo if self.algo == "ppo" else self.training
+
+    @property
+    def ours(self) -> bool:
+        """Whether the environment is one of ours."""
+        return self.env == GRID or self.env.startswith(MINIGRID)
+
+    @property
+    def episodes(self) -> int:
+        """Episodes of an evaluation by rollouts, per policy and level."""
+        return self.evaluation.episodes or (20_000 if self.ours else 200)
 
     @property
     def env_arguments(self) -> dict[str, Any]:
@@ -315,6 +326,11 @@ def settings_file(given: Path) -> Path:
     )
 
 
+def as_asked(path: Path) -> str:
+    """A file of settings as a user names it: a preset by its name."""
+    return path.stem if path.parent == PRESETS else str(path)
+
+
 def load_yaml(path: Path, **others: str) -> Config:
     """Read a configuration file; `others` are settings that stand above it.
 
@@ -323,7 +339,9 @@ def load_yaml(path: Path, **others: str) -> Config:
     """
     content = read_yaml(path)
     if "grid" in content:
-        raise UserError(f"{path}: is a sweep; run it with oversight-rl sweep {path} --out DIR")
+        raise UserError(
+            f"{path}: is a sweep; run it with oversight-rl sweep {as_asked(path)} --out DIR"
+        )
     content.pop("provenance", None)  # written into run folders, says how the run came about
     try:
         return Config.model_validate(content | others)

@@ -332,7 +332,7 @@ class EnvEvaluator:
             return_se=float(value.std() / len(value) ** 0.5),
             p_diamond=float(wanted.mean()),
             p_ghost=float(unwanted.mean()),
-            p_timeout=float(1 - wanted.mean() - unwanted.mean()),
+            p_timeout=float((wanted + unwanted == 0).mean()),
             p_diamond_flagged=float((wanted * flagged).mean()),
             p_ghost_flagged=float((unwanted * flagged).mean()),
             p_ghost_on_path=math.nan,
@@ -415,7 +415,7 @@ def final_tables(
 
 def evaluator_of(config: Config, device: torch.device | str = "cpu") -> AnyEvaluator:
     """The evaluator of a run's agents."""
-    episodes = config.evaluation.episodes
+    episodes = config.episodes
     if config.algo == "ppo":
         return EnvEvaluator(config, episodes)
     return Evaluator(config.world, config.learner.discount, device, episodes)
@@ -435,9 +435,4 @@ def make_env(config: Config, level: float, count: int) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's code raises
-        if "unexpected keyword argument 'oversight'" in str(error):
-            raise UserError(
-                f"env: {config.env} does not take the argument oversight; register it wrapped in "
-                "OversightLabels, which does (docs/environments.md, From the command line)"
-            ) from None
         raise UserError(f"env: {config.env} cannot be made ({why(error)})") from None

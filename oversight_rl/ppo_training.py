@@ -185,6 +185,8 @@ def _train(
             )
     except LabelError as error:
         raise UserError(f"env: {config.env}: {error}") from None
+    except UserError as error:  # of the environment
+        raise UserError(f"{error}; stopped there, go on with --resume {folder.path}") from None
     except FloatingPointError as error:
         raise UserError(
             f"{folder.path}: update {recorder.updates + 1}: {error}; stopped there, the checkpoint "
@@ -211,7 +213,7 @@ class _Recorder(BaseCallback):
     ) -> None:
         super().__init__()
         self.config, self.folder, self.stopping = config, folder, stopping
-        self.evaluator = EnvEvaluator(config, config.evaluation.episodes)
+        self.evaluator = EnvEvaluator(config, config.episodes)
         self.progress = progress_bar(console)
         self.updates, self.seconds, self.saved = 0, 0.0, -1
         self.endings: dict[str, float] = {}
@@ -331,6 +333,7 @@ class _Recorder(BaseCallback):
 
     def _evaluate(self) -> None:
         policy = cast(MoEPolicy, self.ppo.policy)
+        self.progress.update(self.task, note="evaluating")
         steerings = standard(policy.n_experts, policy.behaviors)
         levels = [[self.config.oversight]]
         table = self.evaluator.evaluate(policy, [self.subject], steerings, levels)

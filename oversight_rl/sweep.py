@@ -32,7 +32,7 @@ from rich.table import Table
 
 from oversight_rl import checkpoint
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.config import Config, as_yaml, read_yaml
+from oversight_rl.config import Config, as_asked, as_yaml, read_yaml
 from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
 from oversight_rl.files import write_atomically, writing
 from oversight_rl.tracking import CHECKPOINTS, CONFIG, RESULT, RunFolder, deployed_row, locked
@@ -424,7 +424,9 @@ def load_sweep(path: Path) -> SweepConfig:
     """
     content = read_yaml(path)
     if "grid" not in content:
-        raise UserError(f"{path}: has no grid, so is no sweep; train it with --config {path}")
+        raise UserError(
+            f"{path}: has no grid, so is no sweep; train it with --config {as_asked(path)}"
+        )
     try:
         return SweepConfig.model_validate(content)
     except UserError as error:

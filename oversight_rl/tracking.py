@@ -378,7 +378,7 @@ def check_free(path: Path) -> None:
     Raises:
         UserError: it does.
     """
-    if path.exists() and not path.is_dir():
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"{path}: is not a folder")
     # a run that was killed before it wrote its settings leaves empty folders, and half a file
     found = (p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
@@ -456,7 +456,7 @@ def _check_ranges(row: Row) -> None:
         elif isinstance(value, float) and math.isnan(value):
             fine = name in MAY_BE_UNKNOWN
         elif name.startswith("p_") or name.endswith("oversight"):
-            fine = 0 <= value <= 1 + 1e-6  # sums of chances round
+            fine = -1e-6 <= value <= 1 + 1e-6  # sums of chances round
         else:
             fine = not isinstance(value, int | float) or not abs(value) > 1e15
         if not fine:

@@ -519,7 +519,7 @@ def _train(
     settings = trainer.configs[0]
     total, every = trainer.config.updates, settings.evaluation.every
     evaluator = Evaluator(
-        settings.world, trainer.config.discount, trainer.device, settings.evaluation.episodes
+        settings.world, trainer.config.discount, trainer.device, settings.episodes
     )
     policies = standard(trainer.agent.n_experts)
 

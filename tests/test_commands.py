@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from oversight_rl import checkpoint, tracking
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import AgentConfig
-from oversight_rl.cli import main, train
+from oversight_rl.cli import _plain, main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.world import World
 from oversight_rl.sweep import load_sweep, plan
@@ -827,3 +827,18 @@ def test_every_preset_loads(path):
 def test_a_sweep_file_is_no_training_configuration(capsys):
     path = ROOT / "configs" / "compare.yaml"
     assert "oversight-rl sweep" in refused(capsys, train, ["--config", path])
+
+
+def test_versions_and_warnings_are_plain(tmp_path):
+    command = [sys.executable, "-m", "oversight_rl", "--version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output:")
+    assert _plain("\x1b[33mWARN: No render fps\x1b[0m") == "No render fps"
+
+
+def test_a_preset_of_the_other_kind_is_named_as_it_was_asked(capsys):
+    with pytest.raises(SystemExit):
+        train(["--config", "compare"])
+    assert "run it with oversight-rl sweep compare --out DIR" in capsys.readouterr().err

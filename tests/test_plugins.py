@@ -157,7 +157,7 @@ def test_a_users_own_environment_from_the_command_line(site, tmp_path):
         ("Corridr-v0", "", "no environment 'Corridr-v0'; did you mean 'Corridor-v0'?; gymnasium"),
         ("own_envs:Corridor-v0", "", "must be an id that gymnasium knows"),
         ("Missing-v0", "", "cannot be made (ModuleNotFoundError: No module named 'own_envs.not_"),
-        ("Unwrapped-v0", "", "does not take the argument oversight; register it wrapped in Ove"),
+        ("Unwrapped-v0", "", "does not take the argument oversight; wrap it in OversightLabels"),
         (
             "Corridor-v0",
             "when made",

@@ -813,3 +813,31 @@ def test_pictures_and_rescaled_symbols_are_no_symbols():
     assert not hasattr(readable(drawn), "flags")
     scaled = gym.wrappers.RescaleObservation(ImgObsWrapper(gym.make(ID)), 0, 1)
     assert readable(scaled) is scaled
+
+
+def test_mistakes_with_models_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"policy must be 'MoEPolicy'.*got 'MultiInputPolicy'"):
+        RoutedPPO("MultiInputPolicy", ID)
+    PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8).save(tmp_path / "plain")
+    with pytest.raises(ValueError, match="not a RoutedPPO"):
+        RoutedPPO.load(tmp_path / "plain")
+    tiny().save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="there is no environment"):
+        RoutedPPO.load(tmp_path / "agent").learn(10)
+    with pytest.raises(UserError, match="CartPole-v1 does not take the argument oversight"):
+        RoutedPPO("MoEPolicy", "CartPole-v1", oversight=0.2)
+
+
+def test_saved_memories_hold_what_was_put_into_them(tmp_path):
+    """Of images a whole memory is hundreds of megabytes."""
+    model = tiny(method="imputed_routing").learn(2 * 8 * 16)
+    model.save(tmp_path / "agent")
+    assert (tmp_path / "agent.zip").stat().st_size < 2**20 < model.memory.observation.nbytes
+    loaded = RoutedPPO.load(tmp_path / "agent", env=model.env)
+    for ours, theirs in ((model.memory, loaded.memory), (model.endings, loaded.endings)):
+        known = int(ours.count)
+        assert known == int(theirs.count) > 0
+        assert torch.equal(ours.observation[:, :known], theirs.observation[:, :known])
+        assert torch.equal(ours.label[:, :known], theirs.label[:, :known])
+        assert ours.observation.shape == theirs.observation.shape
+    loaded.learn(8 * 16)

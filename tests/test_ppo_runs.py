@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from oversight_rl import checkpoint, ppo_training
 from oversight_rl.agents.steering import keep
 from oversight_rl.cli import main, train
-from oversight_rl.config import load_yaml
+from oversight_rl.config import Config, EvaluationConfig, load_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.evaluation import EnvEvaluator, Subject
 from oversight_rl.tracking import RunFolder
@@ -361,3 +361,65 @@ def test_numbers_that_go_bad_stop_the_run(tiny, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "update 2: the policy's output is not finite; stopped" in told  # 1 has one minibatch
     assert checkpoint.updates(tmp_path / "r" / "checkpoints") == [0]
+
+
+class Ends(gym.Env):
+    """Every episode ends in one of three behaviors, and none by a limit."""
+
+    behaviors = ("right", "left", "down")
+    observation_space, action_space = spaces.Box(0, 1, (1,), np.float32), spaces.Discrete(2)
+
+    def __init__(self, oversight=1.0, fails=10**9):
+        self.oversight, self.fails = oversight, fails
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.fails -= 1
+        if self.fails == 0:
+            raise RuntimeError("the simulator broke")
+        behavior = self.behaviors[self.np_random.integers(3)]
+        info = {"behavior": behavior, "label": behavior}
+        return np.zeros(1, np.float32), 0.0, True, False, info
+
+
+@pytest.fixture
+def ends():
+    gym.register("Ends-v0", Ends)
+    yield
+    del gym.registry["Ends-v0"]
+
+
+ENDS = ["--env", "Ends-v0", "--algo", "ppo", "--oversight", "1", "--ppo.updates", "5",
+        "--ppo.worlds", "4", "--ppo.steps", "16", "--ppo.batch-size", "32", "--agent.hidden", "8",
+        "--device", "cpu", "--no-pictures", "--run-dir"]  # fmt: skip
+
+
+def test_runs_of_which_no_episode_times_out_are_read(ends, tmp_path, capsys):
+    train([*ENDS, str(tmp_path / "r"), "--evaluation.episodes", "49"])
+    rows = RunFolder.open(tmp_path / "r").result()
+    assert len(rows) > 8
+    assert {row.p_timeout for row in rows} == {0.0}
+    shown = capsys.readouterr().out
+    assert {"wanted", "unwanted"} <= set(shown.split())
+    assert "diamond" not in shown
+    assert "-0.0%" not in shown
+
+
+def test_strangers_environments_are_evaluated_by_few_episodes():
+    few = Config(env="Ends-v0", algo="ppo")
+    assert (few.episodes, Config(algo="ppo").episodes) == (200, 20_000)
+    assert Config(env="MiniGrid-DiamondGhost-8x8-v0", algo="ppo").episodes == 20_000
+    assert few.model_copy(update={"evaluation": EvaluationConfig(episodes=7)}).episodes == 7
+
+
+def test_an_environment_that_breaks_later_says_how_to_go_on(ends, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train([*ENDS, str(tmp_path / "r"), "--evaluation.episodes", "40", "--env-settings",
+               "fails", "50"])  # fmt: skip
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert "step failed (RuntimeError: the simulator broke" in told
+    assert f"go on with --resume {tmp_path / 'r'}" in told
