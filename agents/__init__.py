@@ -7,16 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oversight_rl.agents.callbacks import SteeredEvalCallback
-    from oversight_rl.agents.ppo import MoEPolicy, RoutedPPO
+    from oversight_rl.agents.ppo.algorithm import RoutedPPO
+    from oversight_rl.agents.ppo.callbacks import SteeredEvalCallback
+    from oversight_rl.agents.ppo.policy import MoEPolicy
 
-_MODULES = {"MoEPolicy": "ppo", "RoutedPPO": "ppo", "SteeredEvalCallback": "callbacks"}
+_MODULES = {"MoEPolicy": "policy", "RoutedPPO": "algorithm", "SteeredEvalCallback": "callbacks"}
 __all__ = ["MoEPolicy", "RoutedPPO", "SteeredEvalCallback"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(f"oversight_rl.agents.{_MODULES[name]}"), name)
+        return getattr(import_module(f"oversight_rl.agents.ppo.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import RoutedPPO
-from oversight_rl.agents.ppo_config import DEFAULT_METHOD
+from oversight_rl.agents.ppo.config import DEFAULT_METHOD
 from oversight_rl.envs.labels import OversightLabels
 
 

@@ -8,15 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oversight_rl.agents.callbacks import SteeredEvalCallback
-    from oversight_rl.agents.ppo import MoEPolicy, RoutedPPO
+    from oversight_rl.agents.ppo.algorithm import RoutedPPO
+    from oversight_rl.agents.ppo.callbacks import SteeredEvalCallback
+    from oversight_rl.agents.ppo.policy import MoEPolicy
     from oversight_rl.envs.labels import OversightLabels
 
 _MODULES = {
-    "MoEPolicy": "agents.ppo",
+    "MoEPolicy": "agents.ppo.policy",
     "OversightLabels": "envs.labels",
-    "RoutedPPO": "agents.ppo",
-    "SteeredEvalCallback": "agents.callbacks",
+    "RoutedPPO": "agents.ppo.algorithm",
+    "SteeredEvalCallback": "agents.ppo.callbacks",
 }
 __all__ = ["MoEPolicy", "OversightLabels", "RoutedPPO", "SteeredEvalCallback"]
 

@@ -45,13 +45,12 @@ def same_as_ours(root: str) -> None:
 @contextmanager
 def names_of_0_1() -> Iterator[None]:
     """While a zip of version 0.1 is read: the modules that it names, whoever else has the names."""
-    ours = {
-        "agents": "oversight_rl.agents",
-        "agents.methods": "oversight_rl.agents.methods",
-        "agents.ppo": "oversight_rl.agents.ppo",
-    }
+    ours = {name: import_module(f"oversight_rl.{name}") for name in ("agents", "agents.methods")}
+    ours["agents.ppo"] = ppo = ModuleType("agents.ppo")  # one file then, a package now
+    for name, part in {"MoEPolicy": "policy", "RoutedRolloutBuffer": "buffer"}.items():
+        setattr(ppo, name, getattr(import_module(f"oversight_rl.agents.ppo.{part}"), name))
     before = {name: sys.modules.get(name) for name in ours}
-    sys.modules.update({name: import_module(module) for name, module in ours.items()})
+    sys.modules.update(ours)
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ from oversight_rl.envs.world import ACTIONS, BEHAVIORS
 from oversight_rl.files import as_text, check_plain, read_json, write_atomically, writing
 
 if TYPE_CHECKING:
-    from oversight_rl.agents.ppo import MoEPolicy
+    from oversight_rl.agents.ppo.policy import MoEPolicy
 
 AnyAgent: TypeAlias = "Agent | MoEPolicy"
 POLICY = "oversight_rl_policy"  # metadata key of an exported policy

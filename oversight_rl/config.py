@@ -12,7 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from oversight_rl.agents.methods import METHODS, Overseer
-from oversight_rl.agents.ppo_config import DEFAULT_METHOD, PPOConfig
+from oversight_rl.agents.ppo.config import DEFAULT_METHOD, PPOConfig
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.envs.settings import (
     BEHAVIORS,

@@ -21,7 +21,7 @@ from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, World, WorldConfig
 
 if TYPE_CHECKING:
-    from oversight_rl.agents.ppo import MoEPolicy
+    from oversight_rl.agents.ppo.policy import MoEPolicy
 
 WINDOW = 32
 """Steps of the published metric's windows."""

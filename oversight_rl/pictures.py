@@ -17,7 +17,7 @@ from oversight_rl.evaluation import make_env
 from oversight_rl.steering import SteeredPolicy
 
 if TYPE_CHECKING:
-    from oversight_rl.agents.ppo import MoEPolicy
+    from oversight_rl.agents.ppo.policy import MoEPolicy
 
 MOST_POLICIES = 4  # panels in a row; a page shows no more
 FRAMES = 48

@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from oversight_rl import ppo_training
 from oversight_rl.agents import MoEPolicy, RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.ppo import PPO_METHODS
-from oversight_rl.agents.ppo_config import DEFAULT_METHOD
+from oversight_rl.agents.ppo.algorithm import PPO_METHODS
+from oversight_rl.agents.ppo.config import DEFAULT_METHOD
 from oversight_rl.agents.steering import Steering, parse
 from oversight_rl.cli import train
 from oversight_rl.config import Config, load_yaml

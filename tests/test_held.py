@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
-from oversight_rl.agents.ppo_targets import older_share
+from oversight_rl.agents.ppo.targets import older_share
 from oversight_rl.envs.labels import LabelError
 
 WAITING = ("routing", "contrastive_routing", "filtering", "naive", "no_routing", "no_gate")
@@ -183,7 +183,7 @@ def test_what_labels_do_not_reach_is_learned_from_without_them(reach):
 
 
 def test_it_is_said_that_labels_reach_too_few_steps(monkeypatch):
-    monkeypatch.setattr("oversight_rl.agents.ppo.SETTLED", 12)
+    monkeypatch.setattr("oversight_rl.agents.ppo.algorithm.SETTLED", 12)
     with pytest.warns(UserWarning, match="more than 8 steps away: let label_reach be longer") as c:
         taught(worlds(8, length=200), 14, label_reach=8)
     assert len([w for w in c if "label_reach" in str(w.message)]) == 1
@@ -481,7 +481,7 @@ def test_a_callbacks_reset_keeps_the_labels_of_that_step():
 
 def test_held_steps_are_bounded_by_their_bytes(monkeypatch):
     row = learner(worlds()).rollout_buffer.held.steps.joined([], 0).last(1).row_bytes
-    monkeypatch.setattr("oversight_rl.agents.ppo.MOST_BYTES", 50 * row)
+    monkeypatch.setattr("oversight_rl.agents.ppo.buffer.MOST_BYTES", 50 * row)
     model, _ = taught(worlds(length=100), 12)
     assert model.rollout_buffer.held.reach == 50
     assert len(model.rollout_buffer.held.steps.done) <= 50

@@ -138,7 +138,7 @@ def test_the_wheel_holds_one_package_with_presets_and_types(wheel):
         files = {name: archive.read(name) for name in archive.namelist()}
     named = f"oversight_rl-{PROJECT['version']}.dist-info"
     assert {name.split("/")[0] for name in files} == {"oversight_rl", named}
-    assert {"oversight_rl/envs/world.py", "oversight_rl/agents/ppo.py"} < set(files)
+    assert {"oversight_rl/envs/world.py", "oversight_rl/agents/ppo/algorithm.py"} < set(files)
     presets = {name: text for name, text in files.items() if "/configs/" in name}
     assert presets == {f"oversight_rl/configs/{p.name}": p.read_bytes() for p in CONFIGS}
     assert "oversight_rl/py.typed" in files
@@ -189,7 +189,7 @@ def test_in_a_repository_with_envs_and_agents_of_its_own(installed, mine):
     assert str(installed.parent) in there
     types = run(sys.executable, "-m", "mypy", "--cache-dir", mine / "cache",
                 "--python-executable", installed / "python", "typed.py", cwd=mine)  # fmt: skip
-    assert "oversight_rl.agents.ppo.RoutedPPO" in types
+    assert "oversight_rl.agents.ppo.algorithm.RoutedPPO" in types
     assert "oversight_rl.envs.labels.OversightLabels" in types
 
 

@@ -29,7 +29,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
-from oversight_rl.agents.ppo import PPO_METHODS, EntryExtractor, SymbolicCNN, default_extractor
+from oversight_rl.agents.ppo.algorithm import PPO_METHODS
+from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.minigrid import SymbolicObservation
 from oversight_rl.envs.readable import readable

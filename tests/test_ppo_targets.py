@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import RoutedPPO
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, Overseer, tables
-from oversight_rl.agents.ppo_targets import Experience, gae, moments, targets
+from oversight_rl.agents.ppo.targets import Experience, gae, moments, targets
 
 
 class Random(gym.Env):

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oversight_rl.agents.ppo import RoutedPPO
+from oversight_rl.agents.ppo.algorithm import RoutedPPO
 from oversight_rl.agents.reinforce import ReinforceConfig
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train

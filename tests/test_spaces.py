@@ -31,7 +31,8 @@ from stable_baselines3.common.vec_env import (
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents import endings, memory, ppo
-from oversight_rl.agents.observations import (
+from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN
+from oversight_rl.agents.ppo.observations import (
     as_rows,
     from_rows,
     named,
@@ -39,7 +40,6 @@ from oversight_rl.agents.observations import (
     row_width,
     unnamed,
 )
-from oversight_rl.agents.ppo import EntryExtractor, SymbolicCNN
 from oversight_rl.cli import train
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.vector import make_vec

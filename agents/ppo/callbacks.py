@@ -11,7 +11,8 @@ from typing import Any, cast
 import gymnasium as gym
 from stable_baselines3.common.callbacks import EvalCallback
 
-from oversight_rl.agents.ppo import MoEPolicy, RoutedPPO
+from oversight_rl.agents.ppo.algorithm import RoutedPPO
+from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import KEPT
 from oversight_rl.envs.readable import readable, said
 

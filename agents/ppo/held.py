@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from oversight_rl.agents.observations import each, named, unnamed
+from oversight_rl.agents.ppo.observations import each, named, unnamed
 from oversight_rl.envs.world import NO_LABEL
 
 Bools = NDArray[np.bool_]

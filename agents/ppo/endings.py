@@ -17,7 +17,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.observations import row_type, row_width
+from oversight_rl.agents.ppo.observations import row_type, row_width
 
 HIDDEN = 64
 LESSON = 512

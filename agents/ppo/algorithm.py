@@ -7,14 +7,13 @@ end, so `RoutedRolloutBuffer` writes it back to the episode's steps before the l
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Self, cast
 from zipfile import ZipFile
 
 import gymnasium as gym
@@ -23,24 +22,10 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    DiagGaussianDistribution,
-    Distribution,
-    MultiCategoricalDistribution,
-)
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
-from stable_baselines3.common.torch_layers import (
-    BaseFeaturesExtractor,
-    CombinedExtractor,
-    FlattenExtractor,
-    NatureCNN,
-)
-from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import (
     VecEnv,
@@ -50,24 +35,23 @@ from stable_baselines3.common.vec_env import (
     unwrap_vec_wrapper,
 )
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Normal
-from torch.nn import functional as F
 
-from oversight_rl.agents.endings import EndingClassifier, ending_memory
-from oversight_rl.agents.held import Held, LateLabel, Steps, Window
-from oversight_rl.agents.memory import MOST_BYTES, Memory
+from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import (
-    LABELED,
     METHODS,
     UNFINISHED,
-    MethodTables,
     Overseer,
-    outcomes,
     tables,
 )
-from oversight_rl.agents.networks import Agent, AgentConfig, Output
-from oversight_rl.agents.observations import (
-    as_rows,
+from oversight_rl.agents.ppo.buffer import (
+    RoutedDictRolloutBuffer,
+    RoutedRolloutBuffer,
+    RoutedSamples,
+)
+from oversight_rl.agents.ppo.config import DEFAULT_METHOD, LABEL_REACH
+from oversight_rl.agents.ppo.endings import ending_memory
+from oversight_rl.agents.ppo.held import LateLabel, Steps
+from oversight_rl.agents.ppo.observations import (
     check_spaces,
     each,
     flags_in_axes_of,
@@ -76,10 +60,9 @@ from oversight_rl.agents.observations import (
     row_type,
     row_width,
 )
-from oversight_rl.agents.ppo_config import DEFAULT_METHOD, LABEL_REACH
-from oversight_rl.agents.ppo_targets import (
+from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.ppo.targets import (
     Experience,
-    Targets,
     gae,
     judged,
     learns_alone,
@@ -87,728 +70,52 @@ from oversight_rl.agents.ppo_targets import (
     targets,
 )
 from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
-from oversight_rl.agents.steering import KEPT, MIXTURE, Steering, parse
+from oversight_rl.agents.steering import KEPT, MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
-from oversight_rl.envs.labels import LabelError, behavior_index, distinct_names
-from oversight_rl.envs.readable import readable, readable_vec, said, seen
-from oversight_rl.envs.settings import UserError, nearest
+from oversight_rl.envs.labels import distinct_names
+from oversight_rl.envs.readable import readable, readable_vec, said
+from oversight_rl.envs.settings import nearest
 from oversight_rl.envs.vector import make_vec
-from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth
+from oversight_rl.envs.world import BEHAVIORS, NO_LABEL
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
+
 FIRST_ROLLOUTS, PATIENCE = 2, 20
 """Rollouts, and episodes in them, without a single label after which a warning is due, if the level
 is not known."""
+
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
+
 SETTLED = 50
 """Rollouts after which it should be warned of episodes that are longer than a rollout, and about as
 many as the scale of the task's returns is a mean over."""
-SMALLEST_IMAGE = 36  # pixels along a side that SB3's NatureCNN takes
-SYMBOLS = 64
-"""Integer observations with fewer values than this are symbols, and not pixels."""
+
 LESSONS = 12
 """Steps of the classifier of endings in an update; it must be right before the experts are set."""
+
 ROLLOUT = 2048
 """Samples of a rollout at least, unless its steps are given: few environments need long ones."""
+
 MINIBATCHES, LEAST_MINIBATCH = 4, 64
 """Of a rollout at most, and samples in each at least, unless their size is given."""
+
 RESERVED = (MIXTURE.name, KEPT, "single")
+
 ASKED = (
     "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
 )  # fmt: skip
 """Attributes of an environment that say something to a model."""
+
 AT_ONCE = 4096
 """Observations that a network judges at once."""
+
 FIRST_LABELS = 100
 """Labeled endings that the classifier is to have seen before the policy learns."""
+
 LOOKING = 0.1
 """Share of training that this may take at most."""
-COMBINATIONS = 2**16
-"""Combinations of a cell's symbols at most, which `SymbolicCNN` has a table of."""
-
-
-# ---- networks
-
-
-class SymbolicCNN(BaseFeaturesExtractor):
-    """A small CNN over a grid of symbols: `[B, rows, cols, channels]` integers.
-
-    Each channel is a one-hot code. A 1x1 convolution of the codes is a sum of a few rows of a
-    table, so it is looked up; a 3x3 convolution of stride 2 follows.
-
-    Args:
-        observation_space: `Box` of integers from 0, with three axes.
-        width: channels after the first convolution.
-        channels: channels after the second.
-    """
-
-    sizes: Tensor
-    """Number of symbols in each channel."""
-
-    def __init__(self, observation_space: spaces.Box, width: int = 8, channels: int = 16) -> None:
-        kernel = cast(Any, tuple(min(3, side) for side in observation_space.shape[:2]))
-        steps = [(side - 3) // 2 + 1 if side > 3 else 1 for side in observation_space.shape[:2]]
-        super().__init__(observation_space, channels * math.prod(steps))
-        sizes = observation_space.high.max(axis=(0, 1)).astype(np.int64) + 1
-        self.register_buffer("sizes", torch.as_tensor(sizes), persistent=False)
-        self.codes = nn.ParameterList(nn.Parameter(torch.randn(n, width)) for n in sizes)
-        self.convolution = nn.Conv2d(width, channels, kernel, stride=2)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        """Features `[B, features_dim]`."""
-        # one row for each combination of symbols, so that a cell is one look-up
-        table = self.codes[0]
-        for code in list(self.codes)[1:]:
-            table = (table[:, None] + code).flatten(0, 1)
-        combination: Tensor = observation[..., 0].long()
-        for channel, size in enumerate(self.sizes[1:].unbind(), start=1):
-            combination = combination * size + observation[..., channel].long()
-        x = F.embedding(combination, table).relu()
-        return self.convolution(x.permute(0, 3, 1, 2)).relu().flatten(1)  # type: ignore[no-any-return]
-
-
-class EntryExtractor(CombinedExtractor):
-    """SB3's CombinedExtractor; an entry that its CNN does not fit has the extractor that it would
-    have alone.
-
-    Args:
-        observation_space: `Dict`.
-        kwargs: as CombinedExtractor's, for the other entries.
-    """
-
-    def __init__(self, observation_space: spaces.Dict, **kwargs: Any) -> None:
-        own = {name: default_extractor(part) for name, part in observation_space.items()}
-        plain = {
-            name: part
-            for name, part in observation_space.items()
-            if own[name] is NatureCNN or not (is_image_space(part) or own[name] is SymbolicCNN)
-        }
-        super().__init__(spaces.Dict(plain), **kwargs)
-        self._observation_space = observation_space
-        for name in own.keys() - plain.keys():
-            extractor = own[name](observation_space[name])
-            self.extractors[name] = extractor
-            self._features_dim += extractor.features_dim
-
-
-def default_extractor(space: spaces.Space[Any]) -> type[BaseFeaturesExtractor]:
-    """The features extractor of an observation space, where none is asked for."""
-    if isinstance(space, spaces.Dict):
-        return EntryExtractor
-    if is_image_space(space) and min(cast(spaces.Box, space).shape[-2:]) >= SMALLEST_IMAGE:
-        return NatureCNN
-    if is_symbolic(space):
-        return SymbolicCNN
-    return FlattenExtractor
-
-
-def is_symbolic(space: spaces.Space[Any]) -> bool:
-    """Whether observations are grids of a few integer symbols, as MiniGrid's are."""
-    return (
-        isinstance(space, spaces.Box)
-        and len(space.shape) == 3
-        and np.issubdtype(space.dtype, np.integer)
-        and bool((space.low == 0).all() and space.high.max() < SYMBOLS)
-        and math.prod(int(n) + 1 for n in space.high.max(axis=(0, 1))) <= COMBINATIONS
-    )
-
-
-class MoEPolicy(ActorCriticPolicy):
-    """A mixture of experts under one shared linear head, a gate and a value net.
-
-    The networks are those of `networks.Agent`, on the features that SB3's extractor makes
-    of an observation. The mixture of the experts' outputs are the parameters of the action
-    distribution: logits, or the mean of a Gaussian.
-
-    Args:
-        args: as SB3's ActorCriticPolicy.
-        experts: number of experts; 1 for a single policy without a gate.
-        behaviors: that the first experts are meant for, by name.
-        gate: "learned", or "fixed" at 1/K.
-        imputes: whether there is a classifier of endings, see `oversight_rl.agents.endings`.
-        flags: which entries of an observation show oversight flags, as a boolean array of its
-            shape, or one for each name of a dictionary; the classifier does not look at them.
-        task: whether the environment's reward is a task of its own, which has a value net, too.
-        steering: what the experts are made into.
-        kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
-            gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
-            symbols, SB3's NatureCNN for images, none for vectors, and these side by side for
-            dictionaries.
-
-    Raises:
-        ValueError: an argument asks for what this policy has not got.
-    """
-
-    FIXED: ClassVar[dict[str, Any]] = {
-        "activation_fn": nn.ReLU,
-        "ortho_init": False,
-        "use_sde": False,
-        "share_features_extractor": True,
-    }
-
-    def __init__(
-        self,
-        *args: Any,
-        experts: int = 2,
-        behaviors: Sequence[str] = BEHAVIORS,
-        gate: str = "learned",
-        imputes: bool = False,
-        flags: Any = None,
-        task: bool = False,
-        steering: Steering = MIXTURE,
-        **kwargs: Any,
-    ) -> None:
-        for name, only in self.FIXED.items():
-            if kwargs.setdefault(name, only) != only:
-                raise ValueError(f"MoEPolicy: {name} must be {only}, got {kwargs[name]}")
-        space: Any = kwargs.get("observation_space", args[0] if args else None)
-        kwargs.setdefault("features_extractor_class", default_extractor(space))
-        net_arch = kwargs.get("net_arch")
-        if net_arch is None:
-            kwargs["net_arch"] = [64, 64]
-        elif not isinstance(net_arch, list | tuple) or not net_arch:
-            raise ValueError(
-                "MoEPolicy: net_arch must be one list of hidden units (experts, gate and value "
-                f"net are alike), got {net_arch!r}"
-            )
-        self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
-        self.imputes, self.flags, self.task = imputes, flags, task
-        self.steering = steering
-        super().__init__(*args, **kwargs)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
-        own |= {"imputes": self.imputes, "flags": self.flags, "task": self.task}
-        own |= {"steering": self.steering}
-        return super()._get_constructor_parameters() | own
-
-    def _build(self, lr_schedule: Schedule) -> None:
-        gaussian = isinstance(self.action_dist, DiagGaussianDistribution)
-        if gaussian:
-            outputs = int(np.prod(self.action_space.shape or (1,)))
-            self.log_std = nn.Parameter(torch.full((outputs,), float(self.log_std_init)))
-        else:  # a categorical distribution over all choices, concatenated
-            net = self.action_dist.proba_distribution_net(latent_dim=1)
-            outputs = cast(nn.Linear, net).out_features
-        self.agent = Agent(
-            AgentConfig(experts=max(2, self.n_experts), hidden=tuple(cast(Any, self.net_arch))),
-            (1, self.features_dim),
-            outputs,
-            runs=1,
-            experts="many" if self.n_experts > 1 else "one",
-            gate=cast(Any, self.gate),
-            generators=[torch.default_generator],
-        )
-        self.endings = None
-        if self.imputes:
-            extractor = self.make_features_extractor()
-            self.endings = EndingClassifier(extractor, self.action_space, len(self.behaviors))
-        two = self.imputes and self.n_experts > 1  # who act: the mixture, an expert by itself
-        self.own_value_net = self._value_net(1) if two else None
-        self.task_value_net = None
-        if self.task:
-            self.task_value_net = self._value_net(1 + two)
-            # where there is no reward, there is no error, and nothing is learned from that
-            nn.init.zeros_(self.task_value_net[-1].weight)  # type: ignore[arg-type]
-            nn.init.zeros_(self.task_value_net[-1].bias)  # type: ignore[arg-type]
-            self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
-        self.optimizer = self.optimizer_class(
-            self.parameters(),
-            lr=lr_schedule(1),
-            **self.optimizer_kwargs,  # type: ignore[call-arg]
-        )
-
-    def _value_net(self, outputs: int) -> nn.Sequential:
-        width = cast(Any, self.net_arch)[-1]
-        return nn.Sequential(
-            nn.Linear(self.features_dim, width), nn.ReLU(), nn.Linear(width, outputs)
-        )
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether there is a gate that learns."""
-        return self.agent.has_gate
-
-    def output(self, obs: Any) -> Output:
-        """Everything that the networks compute for B observations: `Output` with R = 1."""
-        return self.agent(self._features(obs))  # type: ignore[no-any-return]
-
-    def gate_log_probabilities(self, obs: Any) -> Tensor:
-        """The gate's log-probabilities alone, `[1, B, K]`."""
-        return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
-
-    def ending_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
-        """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
-        assert self.endings is not None
-        if self.flags is not None:
-            obs = each(_hide, obs, self.flags)
-        features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
-        return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
-
-    def own_values(self, obs: Any) -> Tensor:
-        """What the deployed expert by itself is to get, `[B]`."""
-        assert self.own_value_net is not None
-        return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
-
-    def task_values(self, obs: Any, alone: Tensor) -> Tensor:
-        """What the task is to pay, in units of its scale, `[B]`.
-
-        Args:
-            obs: B observations.
-            alone: where the deployed expert acts by itself, `[B]` bool; else the mixture does.
-        """
-        assert self.task_value_net is not None
-        values = self.task_value_net(self.extract_features(obs))  # [B, 1 or 2]
-        column = alone.long().clamp(max=values.shape[-1] - 1)
-        return values.gather(-1, column[:, None])[:, 0]  # type: ignore[no-any-return]
-
-    def _features(self, obs: Any) -> Tensor:
-        return cast(Tensor, self.extract_features(obs))[None]
-
-    def distribution(self, parameters: Tensor) -> Distribution:
-        """The action distribution with these logits or means, `[B, A]`.
-
-        Raises:
-            FloatingPointError: they are not finite.
-        """
-        if not torch.compiler.is_compiling() and not parameters.isfinite().all():
-            raise FloatingPointError("the policy's output is not finite")
-        # as SB3 makes them, but not validated once more, which exporters cannot follow
-        dist: Any = self.action_dist
-        if isinstance(dist, DiagGaussianDistribution):
-            spread = torch.ones_like(parameters) * self.log_std.exp()
-            dist.distribution = Normal(parameters, spread, validate_args=False)
-        elif isinstance(dist, MultiCategoricalDistribution):
-            dist.distribution = [
-                Categorical(logits=logits, validate_args=False)
-                for logits in parameters.split(list(dist.action_dims), dim=1)
-            ]
-        else:
-            kind = Bernoulli if isinstance(dist, BernoulliDistribution) else Categorical
-            dist.distribution = kind(logits=parameters, validate_args=False)
-        return cast(Distribution, dist)
-
-    def forward(
-        self, obs: Any, deterministic: bool = False, alone: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions of the steered policy, values `[B, 1]` and log-probabilities `[B]`.
-
-        Values are those of the mixture. Where `alone` (`[B]` bool) says so, the deployed expert
-        acts by itself.
-        """
-        output = self.output(obs)
-        distribution = self.distribution(self._acting(output, alone))
-        actions = distribution.get_actions(deterministic or self.steering.greedy)
-        log_prob = distribution.log_prob(actions)
-        actions = actions.reshape((-1, *(self.action_space.shape or ())))
-        return actions, output.value[0][:, None], log_prob
-
-    def log_probabilities(self, obs: Any, actions: Tensor, alone: Tensor) -> Tensor:
-        """Of actions that were taken, by the deployed expert where it was `alone`. `[B]`"""
-        distribution = self.distribution(self._acting(self.output(obs), alone))
-        return distribution.log_prob(self.as_taken(actions))
-
-    def as_taken(self, rows: Tensor) -> Tensor:
-        """Actions as the distribution has them, from rows of numbers `[B, ...]`."""
-        if isinstance(self.action_space, spaces.Discrete):
-            return rows.long().flatten()
-        return rows.flatten(1).float()
-
-    def _acting(self, output: Output, alone: Tensor | None) -> Tensor:
-        """Parameters of the action distribution of who acts, `[B, A]`."""
-        parameters = self._steered(output)
-        if alone is None:
-            return parameters
-        return torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
-
-    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
-        output = self.output(obs)
-        return self._judged(output, self._steered(output), actions)
-
-    def evaluate_output(
-        self, output: Output, actions: Tensor, routes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same of the mixture, from what the networks computed.
-
-        Args:
-            output: for B observations.
-            actions: that were taken.
-            routes: gradient weights into the experts and the gate, `[B, K + 1]`; None: all 1.
-        """
-        if routes is not None:
-            output = output.routed(routes[None])
-        return self._judged(output, output.mix(output.gate)[0], actions)
-
-    def _judged(
-        self, output: Output, parameters: Tensor, actions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        distribution = self.distribution(parameters)
-        if isinstance(self.action_space, spaces.Box):
-            actions = actions.flatten(1)
-        return output.value[0][:, None], distribution.log_prob(actions), distribution.entropy()
-
-    def _steered(self, output: Output) -> Tensor:
-        """Parameters of the action distribution under the policy's steering, `[B, A]`."""
-        parameters = self.steering.mix(output)[0]
-        if self.steering.temperature == 1.0:  # always, where actions are continuous
-            return parameters
-        return parameters / self.steering.temperature
-
-    def get_distribution(self, obs: Any) -> Distribution:
-        """The action distribution under the policy's steering, the mixture's by default."""
-        return self.distribution(self._steered(self.output(obs)))
-
-    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
-        return super()._predict(observation, deterministic or self.steering.greedy)
-
-    def predict(
-        self, observation: Any, *args: Any, **kwargs: Any
-    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Actions, as SB3's policies predict them.
-
-        The environment's own dictionary will do, with what was left out of it in training.
-        """
-        read = seen(observation, self.observation_space)
-        actions, state = super().predict(read, *args, **kwargs)
-        return np.asarray(actions, self.action_space.dtype), state
-
-    def predict_values(self, obs: Any) -> Tensor:
-        """What the mixture's endings are to be worth, `[B, 1]`."""
-        return self.agent.prepare().value(self._features(obs))[0][:, None]
-
-    def steer(self, text: str) -> MoEPolicy:
-        """The same policy, steered; it shares the parameters. See `steering.parse`.
-
-        Raises:
-            UserError: the text names no expert.
-        """
-        return self.steered(parse(text, self.n_experts, self.behaviors))
-
-    def steered(self, steering: Steering) -> MoEPolicy:
-        """The same policy under a steering; it shares the parameters.
-
-        Raises:
-            UserError: a temperature, where actions are continuous.
-        """
-        if steering.temperature != 1 and isinstance(self.action_dist, DiagGaussianDistribution):
-            raise UserError("temperature: continuous actions have none; steer greedily")
-        policy = copy.copy(self)
-        policy.steering = steering
-        return policy
-
-
-# ---- experience
-
-
-class RoutedSamples(NamedTuple):
-    """A minibatch: SB3's `RolloutBufferSamples`, and the rest of `ppo_targets.Targets`."""
-
-    observations: Tensor
-    actions: Tensor
-    old_values: Tensor
-    old_log_prob: Tensor
-    advantages: Tensor
-    returns: Tensor
-    weights: Tensor
-    own_weights: Tensor
-    alone_weights: Tensor
-    routes: Tensor
-    signed: Tensor
-    own_returns: Tensor
-    task_returns: Tensor
-    alone: Tensor  # [B] bool, where the deployed expert acted by itself
-    share: Tensor  # how much a step counts, less than 1 where an older policy took it
-
-
-OF_TARGETS = RoutedSamples._fields[4:-2]
-"""Those that are fields of `ppo_targets.Targets`."""
-
-
-class RoutedRolloutBuffer(RolloutBuffer):
-    """A rollout buffer that learns at an episode's end, or later, what the episode was.
-
-    Args:
-        args: as SB3's RolloutBuffer.
-        behaviors: names that labels may have.
-        solo_share: share of the episodes in which the deployed expert acts by itself.
-        label_reach: steps before a rollout's end that labels reach, as far as MOST_BYTES allow.
-        kwargs: as SB3's RolloutBuffer.
-    """
-
-    targets: Targets | None = None
-    """What the losses ask of each step of the window, once the rollout is whole."""
-    window: Window
-    """The rollout, with the steps of earlier ones that its labels reach."""
-    outcome: NDArray[np.int64]
-    """Of each step's episode, in the window. [W, C]"""
-    due: NDArray[np.bool_]
-    """Which steps of the window are to be learned from now. [W, C]"""
-
-    def __init__(
-        self,
-        *args: Any,
-        behaviors: Sequence[str],
-        solo_share: float,
-        label_reach: int,
-        **kwargs: Any,
-    ) -> None:
-        self.behaviors, self.solo_share = tuple(behaviors), solo_share
-        self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
-        super().__init__(*args, **kwargs)
-        self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
-        nothing = np.zeros_like(self.values)
-        steps = self._steps(nothing, nothing, nothing)
-        self.held = Held(steps, min(label_reach, MOST_BYTES // steps.row_bytes))
-
-    def reset(self) -> None:
-        """Forget the rollout, but not what labels still reach."""
-        super().reset()
-        shape = (self.buffer_size, self.n_envs)
-        self.ended, self.done, self.alone = (np.zeros(shape, bool) for _ in range(3))
-        self.label, self.truth = np.full((2, *shape), NO_LABEL)
-        self.cuts: list[tuple[int, int, Any]] = []  # (step, environment, last observation)
-        self.names: dict[tuple[int, Hashable], int] = {}  # environment, episode's id: its last step
-        self.late: list[LateLabel] = []
-        self.targets = None
-
-    @property
-    def acts_alone(self) -> NDArray[np.bool_]:
-        """In which environments the deployed expert acts by itself now. [N]
-
-        Episodes take turns, the first of four (at three quarters) being the mixture's.
-        """
-        share = self.solo_share
-        alone: NDArray[np.bool_] = np.floor((self.turn + 1) * share) > np.floor(self.turn * share)
-        return alone
-
-    def note(self, infos: Sequence[dict[str, Any]], dones: NDArray[np.bool_]) -> None:
-        """Keep what the current step's infos say of episodes that ended.
-
-        An episode that ended in some behavior has it as `info["behavior"]` (only oracle methods
-        look at which one it was), and as `info["label"]` too where an overseer saw it. Without
-        either, a terminated episode counts as one that nobody saw, a truncated one as a timeout.
-        A label may come later: the episode's end then says `info["episode_id"]`, and a later step
-        of the same environment `info["late_labels"] = [(episode_id, label), ...]`.
-
-        Raises:
-            LabelError: a behavior is unknown.
-        """
-        self.alone[self.pos] = self.acts_alone
-        self.done[self.pos] = dones
-        for env in np.flatnonzero(dones).tolist():
-            info = infos[env]
-            behavior, label = info.get("behavior"), info.get("label")
-            cut = bool(info.get("TimeLimit.truncated", False))
-            ended = label is not None or behavior is not None
-            if not ended and "behavior" not in info:
-                ended = not cut
-            self.ended[self.pos, env] = ended
-            if cut and not ended:
-                self.cuts.append((self.pos, env, info["terminal_observation"]))
-            self.label[self.pos, env] = self._index(label, "label")
-            self.truth[self.pos, env] = self._index(behavior, "behavior")
-            if label is None and info.get("episode_id") is not None:
-                self._name(env, info["episode_id"])
-            else:
-                self.episodes += 1
-            self.labels += label is not None
-            self.told += label is not None and behavior is not None
-        for env, info in enumerate(infos):
-            if "late_labels" in info:
-                for name, label in _pairs(info["late_labels"]):
-                    self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
-
-    def _name(self, env: int, name: Any) -> None:
-        """Keep the id of an episode whose label may come later."""
-        try:
-            taken = (env, name) in self.names or (env, name) in self.held.ended
-        except TypeError:
-            raise LabelError(f"info['episode_id'] must be hashable, got {name!r}") from None
-        if taken:
-            raise LabelError(
-                f"info['episode_id'] must be another one for each episode of an environment; "
-                f"{name!r} of environment {env} still waits for its label"
-            )
-        self.names[env, name] = self.pos
-
-    def _note_late(self, label: LateLabel) -> None:
-        key = label.environment, label.episode
-        if key not in self.names:
-            self.late.append(label)
-            return
-        step, env = self.names.pop(key), label.environment
-        self.label[step, env], self.ended[step, env] = label.behavior, True
-        self.cuts = [cut for cut in self.cuts if cut[:2] != (step, env)]
-        self._count_late(self.truth[step, env])
-
-    def _count_late(self, truth: np.int64) -> None:
-        self.episodes, self.labels = self.episodes + 1, self.labels + 1
-        self.told += int(truth != NO_LABEL)
-
-    def pass_on(self, dones: NDArray[np.bool_]) -> None:
-        """Let the next episode have its turn, where one is done."""
-        self.turn = self.turn + dones
-
-    def _index(self, name: Any, key: str) -> int:
-        if name is None:
-            return NO_LABEL
-        try:
-            return behavior_index(name, self.behaviors, f"info[{key!r}]")
-        except LabelError as error:
-            raise LabelError(f"{error}; RoutedPPO takes others as behaviors=(...)") from None
-
-    def look_back(
-        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
-    ) -> list[LateLabel]:
-        """Make the window of a rollout that is whole.
-
-        Args:
-            own_value: what the networks say of the rollout's steps, `[T, N]`.
-            task_value: likewise.
-            task_reward: of the rollout's steps, in the task's scale of now.
-
-        Returns:
-            Labels of episodes that are not kept.
-        """
-        now = self._steps(own_value, task_value, task_reward)
-        goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        self.window, missed = self.held.window(now, goes_on, self.late)
-        late = self.window.late & self.window.steps.ended
-        for truth in self.window.steps.truth[late]:
-            self._count_late(truth)
-        return missed
-
-    def _steps(
-        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
-    ) -> Steps:
-        return Steps(
-            self.observations,
-            self.actions,
-            self.log_probs,
-            self.alone,
-            self.values,
-            own_value,
-            task_value,
-            task_reward,
-            np.zeros_like(self.done),
-            self.ended,
-            self.done,
-            self.label,
-            self.truth,
-        )
-
-    def outcomes(
-        self, methods: MethodTables, generator: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`.
-
-        Both are of the window, `[W, C]`.
-        """
-        steps, n = self.window.steps, self.n_envs
-
-        def stacked(x: NDArray[Any]) -> Tensor:
-            return torch.as_tensor(x)[None]  # [1, W, C]
-
-        audit = np.zeros(steps.done.shape, np.float32)  # episodes end in the rollout
-        audit[self.window.earlier :, :n] = generator.random(self.label.shape, dtype=np.float32)
-        late = self.window.late & steps.ended
-        audit[late] = generator.random(int(late.sum()), dtype=np.float32)
-        seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
-        outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(audit), methods)
-        self.outcome = outcome[0].numpy()
-        return self.outcome, left[0].numpy()
-
-    def choose(self, waits: bool) -> None:
-        """Say which steps of the window are to be learned from now.
-
-        Args:
-            waits: whether the method asks what an episode was, so that steps wait for its end: all
-                but those where the deployed expert acted by itself, of which nothing is routed.
-        """
-        window = self.window
-        age = len(window.exists) - np.arange(len(window.exists))[:, None]  # 1 for the last row
-        ready = (self.outcome != UNFINISHED) | window.steps.alone | (age > self.held.reach)
-        if waits:
-            again = window.late & (self.outcome >= LABELED)
-            self.due = window.exists & (~window.steps.learned & ready | again)
-        else:
-            self.due = ~window.older
-
-    def hold(self, waits: bool) -> None:
-        """Keep the steps that labels may still reach, and which of them were learned from.
-
-        Args:
-            waits: whether steps wait for their episode's end.
-        """
-        window = self.window
-        learned = window.steps.learned | self.due
-        ended = [(step, env, name) for (env, name), step in self.names.items()]
-        window = replace(window, steps=window.steps._replace(learned=learned))
-        self.episodes += self.held.keep(window, ended, waits)
-
-    def remember(self, memory: Memory) -> None:
-        """Keep labeled observations, those of earlier rollouts whose label came now, too."""
-        label = self.outcome - LABELED
-        known = (label >= 0) & self.window.exists
-        memory.keep(_rows_where(known, self.window.steps.observations), label[known])
-
-    def remember_endings(self, memory: Memory) -> None:
-        """Keep the labeled endings, each with its action."""
-        steps, label = self.window.steps, self.outcome - LABELED
-        known = steps.ended & (label >= 0)
-        if known.any():
-            parts = (_rows_where(known, x) for x in (steps.observations, steps.actions))
-            memory.keep(np.concatenate([*parts], axis=-1), label[known])
-
-    def set_targets(
-        self,
-        targets: Targets,
-        log_prob: NDArray[np.float32],
-        value: NDArray[np.float32],
-        share: NDArray[np.float32],
-    ) -> None:
-        """Take over what the losses ask of each step of the window, `[W, C]` all.
-
-        Args:
-            targets: of all methods.
-            log_prob: under the policy that PPO's ratio is to.
-            value: that PPO's clipped value is around.
-            share: how much a step counts.
-        """
-        self.targets = targets
-        rollout = slice(self.window.earlier, None), slice(self.n_envs)
-        self.advantages, self.returns = targets.advantages[rollout], targets.returns[rollout]
-        steps, chosen = self.window.steps, share.T > 0
-        parts = {name: getattr(targets, name) for name in OF_TARGETS}
-        parts |= {"observations": steps.observations, "actions": steps.actions}
-        parts |= {"old_values": value, "old_log_prob": log_prob, "alone": steps.alone}
-        parts |= {"share": share, "outcome": self.outcome}
-        self.flat = {
-            name: each(lambda x: x.swapaxes(0, 1)[chosen], part) for name, part in parts.items()
-        }
-
-    def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of `RoutedSamples` at most so large, in random order."""
-        samples = len(self.flat["alone"])  # none, where all steps wait
-        order = np.random.permutation(samples)
-        parts = math.ceil(samples / (batch_size or max(1, samples)))
-        for part in np.array_split(order, parts) if parts else ():
-            yield RoutedSamples(
-                *(
-                    each(lambda x, at=part: self.to_torch(x[at]), self.flat[name])
-                    for name in RoutedSamples._fields
-                )
-            )
-
-
-class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):
-    """The same for Dict observations, kept as SB3 keeps them: an array for each entry."""
-
-
-# ---- the algorithm
 
 
 class RoutedPPO(PPO):
@@ -1706,32 +1013,11 @@ def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
     return found
 
 
-def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
-    """What an environment says of earlier episodes, as pairs of an id and a label."""
-    pairs = [] if late is None else late if isinstance(late, list | tuple) else [None]
-    for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[1] is None:
-            raise LabelError(
-                f"info['late_labels'] must be a list of (episode_id, label), got {late!r}"
-            )
-    return cast("list[tuple[Hashable, Any]]", pairs)
-
-
 def _same(ours: Any, theirs: Any) -> bool:
     """Whether two things that environments say are the same; arrays among them."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
     return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
-
-
-def _hide(seen: Tensor, flags: NDArray[np.bool_]) -> Tensor:
-    """Observations without what their oversight flags say. [B, ...]"""
-    return torch.where(torch.as_tensor(flags, device=seen.device), torch.zeros_like(seen), seen)
-
-
-def _rows_where(chosen: NDArray[np.bool_], observations: Any) -> NDArray[Any]:
-    """Those observations `[T, N, ...]` that are chosen, `[T, N]`, as rows `[B, D]`."""
-    return as_rows(each(lambda x: x[chosen], observations))
 
 
 def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:

@@ -1,0 +1,1 @@
+"""PPO with routed gradients, on Stable-Baselines3."""

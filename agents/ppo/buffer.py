@@ -1,0 +1,353 @@
+"""A rollout buffer that learns at an episode's end, or later, what the episode was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from torch import Tensor
+
+from oversight_rl.agents.memory import MOST_BYTES, Memory
+from oversight_rl.agents.methods import (
+    LABELED,
+    UNFINISHED,
+    MethodTables,
+    outcomes,
+)
+from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
+from oversight_rl.agents.ppo.observations import (
+    as_rows,
+    each,
+)
+from oversight_rl.agents.ppo.targets import (
+    Targets,
+)
+from oversight_rl.envs.labels import LabelError, behavior_index
+from oversight_rl.envs.world import NO_LABEL, Seen, Truth
+
+
+class RoutedSamples(NamedTuple):
+    """A minibatch: SB3's `RolloutBufferSamples`, and the rest of `ppo_targets.Targets`."""
+
+    observations: Tensor
+    actions: Tensor
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+    own_weights: Tensor
+    alone_weights: Tensor
+    routes: Tensor
+    signed: Tensor
+    own_returns: Tensor
+    task_returns: Tensor
+    alone: Tensor  # [B] bool, where the deployed expert acted by itself
+    share: Tensor  # how much a step counts, less than 1 where an older policy took it
+
+
+OF_TARGETS = RoutedSamples._fields[4:-2]
+"""Those that are fields of `ppo_targets.Targets`."""
+
+
+class RoutedRolloutBuffer(RolloutBuffer):
+    """A rollout buffer that learns at an episode's end, or later, what the episode was.
+
+    Args:
+        args: as SB3's RolloutBuffer.
+        behaviors: names that labels may have.
+        solo_share: share of the episodes in which the deployed expert acts by itself.
+        label_reach: steps before a rollout's end that labels reach, as far as MOST_BYTES allow.
+        kwargs: as SB3's RolloutBuffer.
+    """
+
+    targets: Targets | None = None
+    """What the losses ask of each step of the window, once the rollout is whole."""
+    window: Window
+    """The rollout, with the steps of earlier ones that its labels reach."""
+    outcome: NDArray[np.int64]
+    """Of each step's episode, in the window. [W, C]"""
+    due: NDArray[np.bool_]
+    """Which steps of the window are to be learned from now. [W, C]"""
+
+    def __init__(
+        self,
+        *args: Any,
+        behaviors: Sequence[str],
+        solo_share: float,
+        label_reach: int,
+        **kwargs: Any,
+    ) -> None:
+        self.behaviors, self.solo_share = tuple(behaviors), solo_share
+        self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
+        super().__init__(*args, **kwargs)
+        self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
+        nothing = np.zeros_like(self.values)
+        steps = self._steps(nothing, nothing, nothing)
+        self.held = Held(steps, min(label_reach, MOST_BYTES // steps.row_bytes))
+
+    def reset(self) -> None:
+        """Forget the rollout, but not what labels still reach."""
+        super().reset()
+        shape = (self.buffer_size, self.n_envs)
+        self.ended, self.done, self.alone = (np.zeros(shape, bool) for _ in range(3))
+        self.label, self.truth = np.full((2, *shape), NO_LABEL)
+        self.cuts: list[tuple[int, int, Any]] = []  # (step, environment, last observation)
+        self.names: dict[tuple[int, Hashable], int] = {}  # environment, episode's id: its last step
+        self.late: list[LateLabel] = []
+        self.targets = None
+
+    @property
+    def acts_alone(self) -> NDArray[np.bool_]:
+        """In which environments the deployed expert acts by itself now. [N]
+
+        Episodes take turns, the first of four (at three quarters) being the mixture's.
+        """
+        share = self.solo_share
+        alone: NDArray[np.bool_] = np.floor((self.turn + 1) * share) > np.floor(self.turn * share)
+        return alone
+
+    def note(self, infos: Sequence[dict[str, Any]], dones: NDArray[np.bool_]) -> None:
+        """Keep what the current step's infos say of episodes that ended.
+
+        An episode that ended in some behavior has it as `info["behavior"]` (only oracle methods
+        look at which one it was), and as `info["label"]` too where an overseer saw it. Without
+        either, a terminated episode counts as one that nobody saw, a truncated one as a timeout.
+        A label may come later: the episode's end then says `info["episode_id"]`, and a later step
+        of the same environment `info["late_labels"] = [(episode_id, label), ...]`.
+
+        Raises:
+            LabelError: a behavior is unknown.
+        """
+        self.alone[self.pos] = self.acts_alone
+        self.done[self.pos] = dones
+        for env in np.flatnonzero(dones).tolist():
+            info = infos[env]
+            behavior, label = info.get("behavior"), info.get("label")
+            cut = bool(info.get("TimeLimit.truncated", False))
+            ended = label is not None or behavior is not None
+            if not ended and "behavior" not in info:
+                ended = not cut
+            self.ended[self.pos, env] = ended
+            if cut and not ended:
+                self.cuts.append((self.pos, env, info["terminal_observation"]))
+            self.label[self.pos, env] = self._index(label, "label")
+            self.truth[self.pos, env] = self._index(behavior, "behavior")
+            if label is None and info.get("episode_id") is not None:
+                self._name(env, info["episode_id"])
+            else:
+                self.episodes += 1
+            self.labels += label is not None
+            self.told += label is not None and behavior is not None
+        for env, info in enumerate(infos):
+            if "late_labels" in info:
+                for name, label in _pairs(info["late_labels"]):
+                    self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
+
+    def _name(self, env: int, name: Any) -> None:
+        """Keep the id of an episode whose label may come later."""
+        try:
+            taken = (env, name) in self.names or (env, name) in self.held.ended
+        except TypeError:
+            raise LabelError(f"info['episode_id'] must be hashable, got {name!r}") from None
+        if taken:
+            raise LabelError(
+                f"info['episode_id'] must be another one for each episode of an environment; "
+                f"{name!r} of environment {env} still waits for its label"
+            )
+        self.names[env, name] = self.pos
+
+    def _note_late(self, label: LateLabel) -> None:
+        key = label.environment, label.episode
+        if key not in self.names:
+            self.late.append(label)
+            return
+        step, env = self.names.pop(key), label.environment
+        self.label[step, env], self.ended[step, env] = label.behavior, True
+        self.cuts = [cut for cut in self.cuts if cut[:2] != (step, env)]
+        self._count_late(self.truth[step, env])
+
+    def _count_late(self, truth: np.int64) -> None:
+        self.episodes, self.labels = self.episodes + 1, self.labels + 1
+        self.told += int(truth != NO_LABEL)
+
+    def pass_on(self, dones: NDArray[np.bool_]) -> None:
+        """Let the next episode have its turn, where one is done."""
+        self.turn = self.turn + dones
+
+    def _index(self, name: Any, key: str) -> int:
+        if name is None:
+            return NO_LABEL
+        try:
+            return behavior_index(name, self.behaviors, f"info[{key!r}]")
+        except LabelError as error:
+            raise LabelError(f"{error}; RoutedPPO takes others as behaviors=(...)") from None
+
+    def look_back(
+        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+    ) -> list[LateLabel]:
+        """Make the window of a rollout that is whole.
+
+        Args:
+            own_value: what the networks say of the rollout's steps, `[T, N]`.
+            task_value: likewise.
+            task_reward: of the rollout's steps, in the task's scale of now.
+
+        Returns:
+            Labels of episodes that are not kept.
+        """
+        now = self._steps(own_value, task_value, task_reward)
+        goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
+        self.window, missed = self.held.window(now, goes_on, self.late)
+        late = self.window.late & self.window.steps.ended
+        for truth in self.window.steps.truth[late]:
+            self._count_late(truth)
+        return missed
+
+    def _steps(
+        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+    ) -> Steps:
+        return Steps(
+            self.observations,
+            self.actions,
+            self.log_probs,
+            self.alone,
+            self.values,
+            own_value,
+            task_value,
+            task_reward,
+            np.zeros_like(self.done),
+            self.ended,
+            self.done,
+            self.label,
+            self.truth,
+        )
+
+    def outcomes(
+        self, methods: MethodTables, generator: np.random.Generator
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`.
+
+        Both are of the window, `[W, C]`.
+        """
+        steps, n = self.window.steps, self.n_envs
+
+        def stacked(x: NDArray[Any]) -> Tensor:
+            return torch.as_tensor(x)[None]  # [1, W, C]
+
+        audit = np.zeros(steps.done.shape, np.float32)  # episodes end in the rollout
+        audit[self.window.earlier :, :n] = generator.random(self.label.shape, dtype=np.float32)
+        late = self.window.late & steps.ended
+        audit[late] = generator.random(int(late.sum()), dtype=np.float32)
+        seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
+        outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(audit), methods)
+        self.outcome = outcome[0].numpy()
+        return self.outcome, left[0].numpy()
+
+    def choose(self, waits: bool) -> None:
+        """Say which steps of the window are to be learned from now.
+
+        Args:
+            waits: whether the method asks what an episode was, so that steps wait for its end: all
+                but those where the deployed expert acted by itself, of which nothing is routed.
+        """
+        window = self.window
+        age = len(window.exists) - np.arange(len(window.exists))[:, None]  # 1 for the last row
+        ready = (self.outcome != UNFINISHED) | window.steps.alone | (age > self.held.reach)
+        if waits:
+            again = window.late & (self.outcome >= LABELED)
+            self.due = window.exists & (~window.steps.learned & ready | again)
+        else:
+            self.due = ~window.older
+
+    def hold(self, waits: bool) -> None:
+        """Keep the steps that labels may still reach, and which of them were learned from.
+
+        Args:
+            waits: whether steps wait for their episode's end.
+        """
+        window = self.window
+        learned = window.steps.learned | self.due
+        ended = [(step, env, name) for (env, name), step in self.names.items()]
+        window = replace(window, steps=window.steps._replace(learned=learned))
+        self.episodes += self.held.keep(window, ended, waits)
+
+    def remember(self, memory: Memory) -> None:
+        """Keep labeled observations, those of earlier rollouts whose label came now, too."""
+        label = self.outcome - LABELED
+        known = (label >= 0) & self.window.exists
+        memory.keep(_rows_where(known, self.window.steps.observations), label[known])
+
+    def remember_endings(self, memory: Memory) -> None:
+        """Keep the labeled endings, each with its action."""
+        steps, label = self.window.steps, self.outcome - LABELED
+        known = steps.ended & (label >= 0)
+        if known.any():
+            parts = (_rows_where(known, x) for x in (steps.observations, steps.actions))
+            memory.keep(np.concatenate([*parts], axis=-1), label[known])
+
+    def set_targets(
+        self,
+        targets: Targets,
+        log_prob: NDArray[np.float32],
+        value: NDArray[np.float32],
+        share: NDArray[np.float32],
+    ) -> None:
+        """Take over what the losses ask of each step of the window, `[W, C]` all.
+
+        Args:
+            targets: of all methods.
+            log_prob: under the policy that PPO's ratio is to.
+            value: that PPO's clipped value is around.
+            share: how much a step counts.
+        """
+        self.targets = targets
+        rollout = slice(self.window.earlier, None), slice(self.n_envs)
+        self.advantages, self.returns = targets.advantages[rollout], targets.returns[rollout]
+        steps, chosen = self.window.steps, share.T > 0
+        parts = {name: getattr(targets, name) for name in OF_TARGETS}
+        parts |= {"observations": steps.observations, "actions": steps.actions}
+        parts |= {"old_values": value, "old_log_prob": log_prob, "alone": steps.alone}
+        parts |= {"share": share, "outcome": self.outcome}
+        self.flat = {
+            name: each(lambda x: x.swapaxes(0, 1)[chosen], part) for name, part in parts.items()
+        }
+
+    def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
+        """Minibatches of `RoutedSamples` at most so large, in random order."""
+        samples = len(self.flat["alone"])  # none, where all steps wait
+        order = np.random.permutation(samples)
+        parts = math.ceil(samples / (batch_size or max(1, samples)))
+        for part in np.array_split(order, parts) if parts else ():
+            yield RoutedSamples(
+                *(
+                    each(lambda x, at=part: self.to_torch(x[at]), self.flat[name])
+                    for name in RoutedSamples._fields
+                )
+            )
+
+
+class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):
+    """The same for Dict observations, kept as SB3 keeps them: an array for each entry."""
+
+
+def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
+    """What an environment says of earlier episodes, as pairs of an id and a label."""
+    pairs = [] if late is None else late if isinstance(late, list | tuple) else [None]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[1] is None:
+            raise LabelError(
+                f"info['late_labels'] must be a list of (episode_id, label), got {late!r}"
+            )
+    return cast("list[tuple[Hashable, Any]]", pairs)
+
+
+def _rows_where(chosen: NDArray[np.bool_], observations: Any) -> NDArray[Any]:
+    """Those observations `[T, N, ...]` that are chosen, `[T, N]`, as rows `[B, D]`."""
+    return as_rows(each(lambda x: x[chosen], observations))

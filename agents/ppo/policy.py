@@ -1,0 +1,326 @@
+"""A mixture of experts as a Stable-Baselines3 policy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Normal
+
+from oversight_rl.agents.networks import Agent, AgentConfig, Output
+from oversight_rl.agents.ppo.endings import EndingClassifier
+from oversight_rl.agents.ppo.extractors import (
+    default_extractor,
+)
+from oversight_rl.agents.ppo.observations import (
+    each,
+)
+from oversight_rl.agents.reinforce import DEPLOYED
+from oversight_rl.agents.steering import MIXTURE, Steering, parse
+from oversight_rl.envs.readable import seen
+from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import BEHAVIORS
+
+
+class MoEPolicy(ActorCriticPolicy):
+    """A mixture of experts under one shared linear head, a gate and a value net.
+
+    The networks are those of `networks.Agent`, on the features that SB3's extractor makes
+    of an observation. The mixture of the experts' outputs are the parameters of the action
+    distribution: logits, or the mean of a Gaussian.
+
+    Args:
+        args: as SB3's ActorCriticPolicy.
+        experts: number of experts; 1 for a single policy without a gate.
+        behaviors: that the first experts are meant for, by name.
+        gate: "learned", or "fixed" at 1/K.
+        imputes: whether there is a classifier of endings, see `oversight_rl.agents.ppo.endings`.
+        flags: which entries of an observation show oversight flags, as a boolean array of its
+            shape, or one for each name of a dictionary; the classifier does not look at them.
+        task: whether the environment's reward is a task of its own, which has a value net, too.
+        steering: what the experts are made into.
+        kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
+            gate and value net alike; the features extractor defaults to `SymbolicCNN` for grids of
+            symbols, SB3's NatureCNN for images, none for vectors, and these side by side for
+            dictionaries.
+
+    Raises:
+        ValueError: an argument asks for what this policy has not got.
+    """
+
+    FIXED: ClassVar[dict[str, Any]] = {
+        "activation_fn": nn.ReLU,
+        "ortho_init": False,
+        "use_sde": False,
+        "share_features_extractor": True,
+    }
+
+    def __init__(
+        self,
+        *args: Any,
+        experts: int = 2,
+        behaviors: Sequence[str] = BEHAVIORS,
+        gate: str = "learned",
+        imputes: bool = False,
+        flags: Any = None,
+        task: bool = False,
+        steering: Steering = MIXTURE,
+        **kwargs: Any,
+    ) -> None:
+        for name, only in self.FIXED.items():
+            if kwargs.setdefault(name, only) != only:
+                raise ValueError(f"MoEPolicy: {name} must be {only}, got {kwargs[name]}")
+        space: Any = kwargs.get("observation_space", args[0] if args else None)
+        kwargs.setdefault("features_extractor_class", default_extractor(space))
+        net_arch = kwargs.get("net_arch")
+        if net_arch is None:
+            kwargs["net_arch"] = [64, 64]
+        elif not isinstance(net_arch, list | tuple) or not net_arch:
+            raise ValueError(
+                "MoEPolicy: net_arch must be one list of hidden units (experts, gate and value "
+                f"net are alike), got {net_arch!r}"
+            )
+        self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
+        self.imputes, self.flags, self.task = imputes, flags, task
+        self.steering = steering
+        super().__init__(*args, **kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
+        own |= {"imputes": self.imputes, "flags": self.flags, "task": self.task}
+        own |= {"steering": self.steering}
+        return super()._get_constructor_parameters() | own
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        gaussian = isinstance(self.action_dist, DiagGaussianDistribution)
+        if gaussian:
+            outputs = int(np.prod(self.action_space.shape or (1,)))
+            self.log_std = nn.Parameter(torch.full((outputs,), float(self.log_std_init)))
+        else:  # a categorical distribution over all choices, concatenated
+            net = self.action_dist.proba_distribution_net(latent_dim=1)
+            outputs = cast(nn.Linear, net).out_features
+        self.agent = Agent(
+            AgentConfig(experts=max(2, self.n_experts), hidden=tuple(cast(Any, self.net_arch))),
+            (1, self.features_dim),
+            outputs,
+            runs=1,
+            experts="many" if self.n_experts > 1 else "one",
+            gate=cast(Any, self.gate),
+            generators=[torch.default_generator],
+        )
+        self.endings = None
+        if self.imputes:
+            extractor = self.make_features_extractor()
+            self.endings = EndingClassifier(extractor, self.action_space, len(self.behaviors))
+        two = self.imputes and self.n_experts > 1  # who act: the mixture, an expert by itself
+        self.own_value_net = self._value_net(1) if two else None
+        self.task_value_net = None
+        if self.task:
+            self.task_value_net = self._value_net(1 + two)
+            # where there is no reward, there is no error, and nothing is learned from that
+            nn.init.zeros_(self.task_value_net[-1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(self.task_value_net[-1].bias)  # type: ignore[arg-type]
+            self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
+        self.optimizer = self.optimizer_class(
+            self.parameters(),
+            lr=lr_schedule(1),
+            **self.optimizer_kwargs,  # type: ignore[call-arg]
+        )
+
+    def _value_net(self, outputs: int) -> nn.Sequential:
+        width = cast(Any, self.net_arch)[-1]
+        return nn.Sequential(
+            nn.Linear(self.features_dim, width), nn.ReLU(), nn.Linear(width, outputs)
+        )
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether there is a gate that learns."""
+        return self.agent.has_gate
+
+    def output(self, obs: Any) -> Output:
+        """Everything that the networks compute for B observations: `Output` with R = 1."""
+        return self.agent(self._features(obs))  # type: ignore[no-any-return]
+
+    def gate_log_probabilities(self, obs: Any) -> Tensor:
+        """The gate's log-probabilities alone, `[1, B, K]`."""
+        return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
+
+    def ending_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
+        """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
+        assert self.endings is not None
+        if self.flags is not None:
+            obs = each(_hide, obs, self.flags)
+        features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
+        return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
+
+    def own_values(self, obs: Any) -> Tensor:
+        """What the deployed expert by itself is to get, `[B]`."""
+        assert self.own_value_net is not None
+        return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
+
+    def task_values(self, obs: Any, alone: Tensor) -> Tensor:
+        """What the task is to pay, in units of its scale, `[B]`.
+
+        Args:
+            obs: B observations.
+            alone: where the deployed expert acts by itself, `[B]` bool; else the mixture does.
+        """
+        assert self.task_value_net is not None
+        values = self.task_value_net(self.extract_features(obs))  # [B, 1 or 2]
+        column = alone.long().clamp(max=values.shape[-1] - 1)
+        return values.gather(-1, column[:, None])[:, 0]  # type: ignore[no-any-return]
+
+    def _features(self, obs: Any) -> Tensor:
+        return cast(Tensor, self.extract_features(obs))[None]
+
+    def distribution(self, parameters: Tensor) -> Distribution:
+        """The action distribution with these logits or means, `[B, A]`.
+
+        Raises:
+            FloatingPointError: they are not finite.
+        """
+        if not torch.compiler.is_compiling() and not parameters.isfinite().all():
+            raise FloatingPointError("the policy's output is not finite")
+        # as SB3 makes them, but not validated once more, which exporters cannot follow
+        dist: Any = self.action_dist
+        if isinstance(dist, DiagGaussianDistribution):
+            spread = torch.ones_like(parameters) * self.log_std.exp()
+            dist.distribution = Normal(parameters, spread, validate_args=False)
+        elif isinstance(dist, MultiCategoricalDistribution):
+            dist.distribution = [
+                Categorical(logits=logits, validate_args=False)
+                for logits in parameters.split(list(dist.action_dims), dim=1)
+            ]
+        else:
+            kind = Bernoulli if isinstance(dist, BernoulliDistribution) else Categorical
+            dist.distribution = kind(logits=parameters, validate_args=False)
+        return cast(Distribution, dist)
+
+    def forward(
+        self, obs: Any, deterministic: bool = False, alone: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions of the steered policy, values `[B, 1]` and log-probabilities `[B]`.
+
+        Values are those of the mixture. Where `alone` (`[B]` bool) says so, the deployed expert
+        acts by itself.
+        """
+        output = self.output(obs)
+        distribution = self.distribution(self._acting(output, alone))
+        actions = distribution.get_actions(deterministic or self.steering.greedy)
+        log_prob = distribution.log_prob(actions)
+        actions = actions.reshape((-1, *(self.action_space.shape or ())))
+        return actions, output.value[0][:, None], log_prob
+
+    def log_probabilities(self, obs: Any, actions: Tensor, alone: Tensor) -> Tensor:
+        """Of actions that were taken, by the deployed expert where it was `alone`. `[B]`"""
+        distribution = self.distribution(self._acting(self.output(obs), alone))
+        return distribution.log_prob(self.as_taken(actions))
+
+    def as_taken(self, rows: Tensor) -> Tensor:
+        """Actions as the distribution has them, from rows of numbers `[B, ...]`."""
+        if isinstance(self.action_space, spaces.Discrete):
+            return rows.long().flatten()
+        return rows.flatten(1).float()
+
+    def _acting(self, output: Output, alone: Tensor | None) -> Tensor:
+        """Parameters of the action distribution of who acts, `[B, A]`."""
+        parameters = self._steered(output)
+        if alone is None:
+            return parameters
+        return torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
+        output = self.output(obs)
+        return self._judged(output, self._steered(output), actions)
+
+    def evaluate_output(
+        self, output: Output, actions: Tensor, routes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same of the mixture, from what the networks computed.
+
+        Args:
+            output: for B observations.
+            actions: that were taken.
+            routes: gradient weights into the experts and the gate, `[B, K + 1]`; None: all 1.
+        """
+        if routes is not None:
+            output = output.routed(routes[None])
+        return self._judged(output, output.mix(output.gate)[0], actions)
+
+    def _judged(
+        self, output: Output, parameters: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        distribution = self.distribution(parameters)
+        if isinstance(self.action_space, spaces.Box):
+            actions = actions.flatten(1)
+        return output.value[0][:, None], distribution.log_prob(actions), distribution.entropy()
+
+    def _steered(self, output: Output) -> Tensor:
+        """Parameters of the action distribution under the policy's steering, `[B, A]`."""
+        parameters = self.steering.mix(output)[0]
+        if self.steering.temperature == 1.0:  # always, where actions are continuous
+            return parameters
+        return parameters / self.steering.temperature
+
+    def get_distribution(self, obs: Any) -> Distribution:
+        """The action distribution under the policy's steering, the mixture's by default."""
+        return self.distribution(self._steered(self.output(obs)))
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
+        return super()._predict(observation, deterministic or self.steering.greedy)
+
+    def predict(
+        self, observation: Any, *args: Any, **kwargs: Any
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Actions, as SB3's policies predict them.
+
+        The environment's own dictionary will do, with what was left out of it in training.
+        """
+        read = seen(observation, self.observation_space)
+        actions, state = super().predict(read, *args, **kwargs)
+        return np.asarray(actions, self.action_space.dtype), state
+
+    def predict_values(self, obs: Any) -> Tensor:
+        """What the mixture's endings are to be worth, `[B, 1]`."""
+        return self.agent.prepare().value(self._features(obs))[0][:, None]
+
+    def steer(self, text: str) -> MoEPolicy:
+        """The same policy, steered; it shares the parameters. See `steering.parse`.
+
+        Raises:
+            UserError: the text names no expert.
+        """
+        return self.steered(parse(text, self.n_experts, self.behaviors))
+
+    def steered(self, steering: Steering) -> MoEPolicy:
+        """The same policy under a steering; it shares the parameters.
+
+        Raises:
+            UserError: a temperature, where actions are continuous.
+        """
+        if steering.temperature != 1 and isinstance(self.action_dist, DiagGaussianDistribution):
+            raise UserError("temperature: continuous actions have none; steer greedily")
+        policy = copy.copy(self)
+        policy.steering = steering
+        return policy
+
+
+def _hide(seen: Tensor, flags: NDArray[np.bool_]) -> Tensor:
+    """Observations without what their oversight flags say. [B, ...]"""
+    return torch.where(torch.as_tensor(flags, device=seen.device), torch.zeros_like(seen), seen)
