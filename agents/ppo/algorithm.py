@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Self, cast
@@ -27,13 +27,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.utils import LinearSchedule, explained_variance, obs_as_tensor
-from stable_baselines3.common.vec_env import (
-    VecEnv,
-    VecFrameStack,
-    VecTransposeImage,
-    is_vecenv_wrapped,
-    unwrap_vec_wrapper,
-)
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from oversight_rl.agents.memory import Memory
@@ -51,10 +45,10 @@ from oversight_rl.agents.ppo.buffer import (
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, LABEL_REACH
 from oversight_rl.agents.ppo.endings import ending_memory
 from oversight_rl.agents.ppo.held import LateLabel, Steps
+from oversight_rl.agents.ppo.losses import losses
 from oversight_rl.agents.ppo.observations import (
     check_spaces,
     each,
-    flags_in_axes_of,
     from_rows,
     how_many,
     row_type,
@@ -69,12 +63,12 @@ from oversight_rl.agents.ppo.targets import (
     older_share,
     targets,
 )
-from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
-from oversight_rl.agents.steering import KEPT, MIXTURE
+from oversight_rl.agents.ppo.told import Told, ask, checked_behaviors
+from oversight_rl.agents.reinforce import cross_entropy
+from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
-from oversight_rl.envs.labels import distinct_names
-from oversight_rl.envs.readable import readable, readable_vec, said
+from oversight_rl.envs.readable import readable, readable_vec
 from oversight_rl.envs.settings import nearest
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.envs.world import BEHAVIORS, NO_LABEL
@@ -100,13 +94,6 @@ ROLLOUT = 2048
 
 MINIBATCHES, LEAST_MINIBATCH = 4, 64
 """Of a rollout at most, and samples in each at least, unless their size is given."""
-
-RESERVED = (MIXTURE.name, KEPT, "single")
-
-ASKED = (
-    "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
-)  # fmt: skip
-"""Attributes of an environment that say something to a model."""
 
 AT_ONCE = 4096
 """Observations that a network judges at once."""
@@ -264,9 +251,9 @@ class RoutedPPO(PPO):
         method = METHODS[self.method]
         flags, task = (self.policy_kwargs.get(name) for name in ("flags", "task"))
         if self.env is not None:
-            told = self._ask(self.env, self.policy_kwargs)
+            told = ask(self.env, self.method, self.told_behaviors, self.policy_kwargs)
             self._heed(told)
-            flags, task = told["flags"], told["has_task"]
+            flags, task = told.flags, told.has_task
         self.behaviors = self.behaviors or BEHAVIORS
         experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
         experts = experts if method.experts == "many" else 1
@@ -310,7 +297,7 @@ class RoutedPPO(PPO):
             ValueError: it does not fit what the model was made for.
         """
         env = self._wrap_env(env, self.verbose)
-        told = self._ask(env, self.policy_kwargs)
+        told = ask(env, self.method, self.told_behaviors, self.policy_kwargs)
         super().set_env(env, force_reset)
         held = cast(RoutedRolloutBuffer, self.rollout_buffer).held
         held.interrupt()
@@ -319,91 +306,16 @@ class RoutedPPO(PPO):
         self._warn_of_texts()
         self._set_tables()
 
-    def _ask(self, env: VecEnv, made: Mapping[str, Any]) -> dict[str, Any]:
-        """What an environment says of behaviors, oversight and its reward.
-
-        Args:
-            env: the environment.
-            made: arguments of the policy, as far as there is one.
-
-        Returns:
-            Its attributes by name; None for those that it has not got.
-
-        Raises:
-            ValueError: it says what cannot be, or does not fit the method or the policy.
-        """
-        told: dict[str, Any] = {}
-        for name in ASKED:
-            values = said(env, name) or [None]
-            if not all(_same(values[0], value) for value in values[1:]):
-                raise ValueError(f"the environments of one model must agree in their {name}")
-            told[name] = values[0]
-        behaviors, method = told["behaviors"], METHODS[self.method]
-        if behaviors is not None:
-            behaviors = checked_behaviors(behaviors, "the environment's behaviors")
-        before = tuple(self.told_behaviors or made.get("behaviors", ()))  # a zip has lists
-        if behaviors and before and behaviors != before:
-            raise ValueError(
-                f"the environment's behaviors are {', '.join(behaviors)}; the model was made for "
-                f"{', '.join(before)}, in this order"
-            )
-        told["behaviors"] = behaviors
-        told["flags"] = self._checked_flags(env, told["flags"], made)
-        for name in ("oversight", "ghost_oversight"):
-            level = told[name]
-            number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
-            if level is not None and not (number and 0 <= level <= 1):
-                raise ValueError(f"the environment's {name} must lie in [0, 1], got {level!r}")
-        if method.hides_flags and told["flags_visible"] is not False:
-            raise ValueError(
-                f"method {self.method} is for environments that hide their flags from the policy "
-                "(an attribute flags_visible that is False)"
-            )
-        if told["oversight"] is None and method.labels == "audit":
-            raise ValueError(
-                f"method {self.method} needs to know the share of episodes that it may look at: "
-                "give the environment an attribute oversight"
-            )
-        task = True if told["has_task"] is None else told["has_task"]
-        if not isinstance(task, bool | np.bool_):
-            raise ValueError(f"the environment's has_task must be True or False, got {task!r}")
-        if "behaviors" in made and task != made.get("task", False):
-            if "task" not in made:
-                raise ValueError(
-                    "a model of version 0.1 had no task part: load it without env to act, or "
-                    "train one anew"
-                )
-            raise ValueError(
-                f"the environment's has_task is {task}; the model was made for {not task}"
-            )
-        return told | {"has_task": bool(task)}
-
-    def _checked_flags(self, env: VecEnv, flags: Any, made: Mapping[str, Any]) -> Any:
-        """An environment's flags, in the axes that the policy sees."""
-        if not METHODS[self.method].imputes:
-            return None
-        if flags is not None:
-            turned = is_vecenv_wrapped(env, VecTransposeImage)
-            stack = unwrap_vec_wrapper(env, VecFrameStack)
-            stacked = stack.stacked_obs.n_stack if stack else 1
-            flags = flags_in_axes_of(env.observation_space, flags, turned, stacked)
-        if "behaviors" in made and not _same(flags, made.get("flags")):
-            raise ValueError(
-                "the environment's flags are not those that the model's classifier was taught "
-                "without"
-            )
-        return flags
-
-    def _heed(self, told: Mapping[str, Any]) -> None:
+    def _heed(self, told: Told) -> None:
         """Take over what an environment said."""
-        self.told_behaviors = told["behaviors"] or self.told_behaviors
+        self.told_behaviors = told.behaviors or self.told_behaviors
         self.behaviors = self.behaviors or self.told_behaviors
-        self.left_out = told["left_out"] or ()
-        self._knows_level = told["oversight"] is not None
+        self.left_out = told.left_out
+        self._knows_level = told.oversight is not None
         self.overseer = replace(
             self.overseer,
-            oversight=float(told["oversight"] or 0.0),
-            ghost_oversight=told["ghost_oversight"],
+            oversight=float(told.oversight or 0.0),
+            ghost_oversight=told.ghost_oversight,
         )
 
     def _new_memory(self) -> Memory:
@@ -852,56 +764,15 @@ class RoutedPPO(PPO):
         )
 
     def loss(self, batch: RoutedSamples, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a minibatch, and its parts.
-
-        The surrogate and entropy losses reach the experts and the gate through `route`; the value
-        loss reaches the value net, and the gate loss (cross entropy against remembered labels) the
-        gate; all reach the features extractor, and all samples the shared head.
-        """
-        policy, weight, share = cast(MoEPolicy, self.policy), batch.weights, batch.share
-        actions = policy.as_taken(batch.actions)
-        output = policy.output(batch.observations)
-        values, log_prob, entropy = policy.evaluate_output(
-            output, actions, batch.routes if policy.n_experts > 1 else None
-        )
-        advantages = batch.advantages
-        # a ratio to who did not act may be anything, and 0 times that is nan
-        log_ratio = torch.where(batch.alone, 0.0, log_prob - batch.old_log_prob)
-        ratio = log_ratio.exp()
-        gain = _surrogate(advantages, ratio, clip)
-        values = values.flatten()
-        if self.clip_range_vf is not None:
-            within = self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
-            values = batch.old_values + (values - batch.old_values).clamp(-within, within)
-        spread = -log_prob if entropy is None else entropy
-        parts = {
-            "policy_gradient_loss": -_mean(share * gain, weight),
-            "value_loss": _mean(share * (batch.returns - values) ** 2, weight),
-            "entropy_loss": -_mean(share * spread, weight),
-            "gate_loss": self._gate_loss(policy),
-        }
-        own = log_prob
-        if METHODS[self.method].contrasts:
-            alone = policy.distribution(output.alone(DEPLOYED)[0])
-            own, own_spread = alone.log_prob(actions), alone.entropy()
-            # off-policy from what the mixture did, PPO where the expert acted by itself
-            signed = share * batch.signed
-            taken = own, batch.old_log_prob, signed, batch.own_weights * ~batch.alone
-            own_log_ratio = torch.where(batch.alone, own - batch.old_log_prob, 0.0)
-            own_gain = _surrogate(signed, own_log_ratio.exp(), clip)
-            parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0] - _mean(
-                own_gain, batch.alone_weights
-            )
-            own_spread = share * (-own if own_spread is None else own_spread)
-            parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.alone_weights)
-            if policy.own_value_net is not None:
-                error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
-                parts["value_loss"] = parts["value_loss"] + _mean(
-                    share * error, batch.alone_weights
-                )
-        if policy.task:  # the reward is seen in every episode, whatever the method drops
-            task = policy.task_values(batch.observations, batch.alone)
-            parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
+        """The loss of a minibatch, and its parts."""
+        policy, within = cast(MoEPolicy, self.policy), cast(Any, self.clip_range_vf)
+        parts = losses(
+            policy,
+            batch,
+            contrasts=METHODS[self.method].contrasts,
+            clip=clip,
+            clip_value=within and within(self._current_progress_remaining),
+        ) | {"gate_loss": self._gate_loss(policy)}
         acting = (
             parts["policy_gradient_loss"]
             + self.ent_coef * parts["entropy_loss"]
@@ -912,13 +783,7 @@ class RoutedPPO(PPO):
             + self.vf_coef * (parts["value_loss"] + parts.get("task_value_loss", 0.0))
             + self.gate_coef * parts["gate_loss"]
         )
-        parts = {name: value.detach() for name, value in parts.items()}
-        with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
-            log_ratio = torch.where(batch.alone, own - batch.old_log_prob, log_ratio)
-            ratio = log_ratio.exp()
-            parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
-            parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
-        return loss, parts | {"loss": loss.detach()}
+        return loss, {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
 
     def _gate_loss(self, policy: MoEPolicy) -> Tensor:
         """Cross entropy of the gate against remembered labels; 0 where there are none."""
@@ -1000,37 +865,7 @@ class RoutedPPO(PPO):
         return modules + kept, variables
 
 
-def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
-    """The names of behaviors as a tuple.
-
-    Raises:
-        ValueError: they are not two or more distinct names, or cannot be steered to.
-    """
-    found = distinct_names(names, whose)
-    for name in found:
-        if name in RESERVED or name.startswith(("without:", "expert_")) or set("=,") & set(name):
-            raise ValueError(f"{whose}: {name!r} would mean something else when steering")
-    return found
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two things that environments say are the same; arrays among them."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
-    return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
-
-
 def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:
     """N observations and then single ones, in the shape that a rollout keeps them in."""
     shape = kept.shape[2:]
     return np.concatenate([np.asarray(x).reshape(-1, *shape) for x in (last, *finals)])
-
-
-def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
-    """The clipped gain of each sample (arXiv 1707.06347, equation 7). [B]"""
-    return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
-
-
-def _mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean of `x` `[B]` under weights `[B]`; 0 where all are 0."""
-    return weighted_mean(x[None], weight[None])[0]

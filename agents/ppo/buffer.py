@@ -25,9 +25,7 @@ from oversight_rl.agents.ppo.observations import (
     as_rows,
     each,
 )
-from oversight_rl.agents.ppo.targets import (
-    Targets,
-)
+from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.world import NO_LABEL, Seen, Truth
 

@@ -1,0 +1,88 @@
+"""PPO's losses of a minibatch, with every gradient routed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oversight_rl.agents.ppo.buffer import RoutedSamples
+from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, weighted_mean
+
+
+def losses(
+    policy: MoEPolicy,
+    batch: RoutedSamples,
+    *,
+    contrasts: bool,
+    clip: float,
+    clip_value: float | None,
+) -> dict[str, Tensor]:
+    """The parts of the loss, and how far the policy has moved.
+
+    The surrogate and entropy losses reach the experts and the gate through `route`, the value
+    losses reach the value nets; all reach the features extractor, and all samples the shared head.
+
+    Args:
+        policy: as it is now.
+        batch: B samples.
+        contrasts: whether labeled episodes teach the deployed expert by itself.
+        clip: how far the ratio of new to old policy counts.
+        clip_value: how far values may move; None: as far as they like.
+    """
+    weight, share = batch.weights, batch.share
+    actions = policy.as_taken(batch.actions)
+    output = policy.output(batch.observations)
+    values, log_prob, entropy = policy.evaluate_output(
+        output, actions, batch.routes if policy.n_experts > 1 else None
+    )
+    advantages = batch.advantages
+    # a ratio to who did not act may be anything, and 0 times that is nan
+    log_ratio = torch.where(batch.alone, 0.0, log_prob - batch.old_log_prob)
+    ratio = log_ratio.exp()
+    gain = _surrogate(advantages, ratio, clip)
+    values = values.flatten()
+    if clip_value is not None:
+        values = batch.old_values + (values - batch.old_values).clamp(-clip_value, clip_value)
+    spread = -log_prob if entropy is None else entropy
+    parts = {
+        "policy_gradient_loss": -_mean(share * gain, weight),
+        "value_loss": _mean(share * (batch.returns - values) ** 2, weight),
+        "entropy_loss": -_mean(share * spread, weight),
+    }
+    own = log_prob
+    if contrasts:
+        alone = policy.distribution(output.alone(DEPLOYED)[0])
+        own, own_spread = alone.log_prob(actions), alone.entropy()
+        # off-policy from what the mixture did, PPO where the expert acted by itself
+        signed = share * batch.signed
+        taken = own, batch.old_log_prob, signed, batch.own_weights * ~batch.alone
+        own_log_ratio = torch.where(batch.alone, own - batch.old_log_prob, 0.0)
+        own_gain = _surrogate(signed, own_log_ratio.exp(), clip)
+        parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0] - _mean(
+            own_gain, batch.alone_weights
+        )
+        own_spread = share * (-own if own_spread is None else own_spread)
+        parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.alone_weights)
+        if policy.own_value_net is not None:
+            error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
+            parts["value_loss"] = parts["value_loss"] + _mean(share * error, batch.alone_weights)
+    if policy.task:  # the reward is seen in every episode, whatever the method drops
+        task = policy.task_values(batch.observations, batch.alone)
+        parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
+    with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
+        log_ratio = torch.where(batch.alone, own - batch.old_log_prob, log_ratio)
+        ratio = log_ratio.exp()
+        parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
+        parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
+    return parts
+
+
+def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
+    """The clipped gain of each sample (arXiv 1707.06347, equation 7). [B]"""
+    return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def _mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of `x` `[B]` under weights `[B]`; 0 where all are 0."""
+    return weighted_mean(x[None], weight[None])[0]

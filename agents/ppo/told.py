@@ -1,0 +1,129 @@
+"""What an environment says of its behaviors, its overseer and its reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    VecFrameStack,
+    VecTransposeImage,
+    is_vecenv_wrapped,
+    unwrap_vec_wrapper,
+)
+
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.ppo.observations import flags_in_axes_of
+from oversight_rl.agents.steering import KEPT, MIXTURE
+from oversight_rl.envs.labels import distinct_names
+from oversight_rl.envs.readable import said
+
+RESERVED = (MIXTURE.name, KEPT, "single")  # names of policies
+ASKED = (
+    "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
+)  # fmt: skip
+"""Attributes of an environment that say something to a model."""
+
+
+class Told(NamedTuple):
+    """What an environment said; None where it has no such attribute."""
+
+    behaviors: tuple[str, ...] | None
+    oversight: float | None
+    ghost_oversight: float | None
+    flags: Any  # in the axes that the policy sees; None where the method has no use for them
+    has_task: bool
+    left_out: tuple[str, ...]
+
+
+def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Told:
+    """What an environment says of behaviors, oversight and its reward.
+
+    Args:
+        env: the environment.
+        method_name: of the method that it is for.
+        before: behaviors of the environment before, if there was one that named any.
+        made: arguments of the policy, as far as there is one.
+
+    Raises:
+        ValueError: it says what cannot be, or does not fit the method or the policy.
+    """
+    told: dict[str, Any] = {}
+    for name in ASKED:
+        values = said(env, name) or [None]
+        if not all(_same(values[0], value) for value in values[1:]):
+            raise ValueError(f"the environments of one model must agree in their {name}")
+        told[name] = values[0]
+    behaviors, method = told["behaviors"], METHODS[method_name]
+    if behaviors is not None:
+        behaviors = checked_behaviors(behaviors, "the environment's behaviors")
+    known = tuple(before or made.get("behaviors", ()))  # a zip has lists
+    if behaviors and known and behaviors != known:
+        raise ValueError(
+            f"the environment's behaviors are {', '.join(behaviors)}; the model was made for "
+            f"{', '.join(known)}, in this order"
+        )
+    flags = _checked_flags(env, told["flags"], made) if method.imputes else None
+    for name in ("oversight", "ghost_oversight"):
+        level = told[name]
+        number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
+        if level is not None and not (number and 0 <= level <= 1):
+            raise ValueError(f"the environment's {name} must lie in [0, 1], got {level!r}")
+    if method.hides_flags and told["flags_visible"] is not False:
+        raise ValueError(
+            f"method {method_name} is for environments that hide their flags from the policy "
+            "(an attribute flags_visible that is False)"
+        )
+    if told["oversight"] is None and method.labels == "audit":
+        raise ValueError(
+            f"method {method_name} needs to know the share of episodes that it may look at: "
+            "give the environment an attribute oversight"
+        )
+    task = True if told["has_task"] is None else told["has_task"]
+    if not isinstance(task, bool | np.bool_):
+        raise ValueError(f"the environment's has_task must be True or False, got {task!r}")
+    if "behaviors" in made and task != made.get("task", False):
+        if "task" not in made:
+            raise ValueError(
+                "a model of version 0.1 had no task part: load it without env to act, or "
+                "train one anew"
+            )
+        raise ValueError(f"the environment's has_task is {task}; the model was made for {not task}")
+    levels = told["oversight"], told["ghost_oversight"]
+    return Told(behaviors, *levels, flags, bool(task), tuple(told["left_out"] or ()))
+
+
+def _checked_flags(env: VecEnv, flags: Any, made: Mapping[str, Any]) -> Any:
+    """An environment's flags, in the axes that the policy sees."""
+    if flags is not None:
+        turned = is_vecenv_wrapped(env, VecTransposeImage)
+        stack = unwrap_vec_wrapper(env, VecFrameStack)
+        stacked = stack.stacked_obs.n_stack if stack else 1
+        flags = flags_in_axes_of(env.observation_space, flags, turned, stacked)
+    if "behaviors" in made and not _same(flags, made.get("flags")):
+        raise ValueError(
+            "the environment's flags are not those that the model's classifier was taught without"
+        )
+    return flags
+
+
+def checked_behaviors(names: Any, whose: str = "behaviors") -> tuple[str, ...]:
+    """The names of behaviors as a tuple.
+
+    Raises:
+        ValueError: they are not two or more distinct names, or cannot be steered to.
+    """
+    found = distinct_names(names, whose)
+    for name in found:
+        if name in RESERVED or name.startswith(("without:", "expert_")) or set("=,") & set(name):
+            raise ValueError(f"{whose}: {name!r} would mean something else when steering")
+    return found
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two things that environments say are the same; arrays among them."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
+    return type(ours) is type(theirs) and bool(np.array_equal(ours, theirs))
