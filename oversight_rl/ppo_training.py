@@ -28,8 +28,9 @@ from torch import Tensor
 from oversight_rl import checkpoint, pictures
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED
-from oversight_rl.agents.ppo.algorithm import SETTLED, RoutedPPO
+from oversight_rl.agents.ppo.algorithm import RoutedPPO
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
+from oversight_rl.agents.ppo.experience import SETTLED
 from oversight_rl.agents.ppo.observations import each, named
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.reinforce import at, reward_model_figures

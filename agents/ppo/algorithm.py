@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Self, cast
@@ -20,7 +20,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -44,25 +43,17 @@ from oversight_rl.agents.ppo.buffer import (
 )
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, LABEL_REACH
 from oversight_rl.agents.ppo.endings import ending_memory
-from oversight_rl.agents.ppo.held import LateLabel, Steps
+from oversight_rl.agents.ppo.experience import SETTLED, Rollout, impute, in_task_scale, judged_anew
+from oversight_rl.agents.ppo.held import LateLabel
 from oversight_rl.agents.ppo.losses import losses
 from oversight_rl.agents.ppo.observations import (
     check_spaces,
-    each,
     from_rows,
-    how_many,
     row_type,
     row_width,
 )
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.ppo.targets import (
-    Experience,
-    gae,
-    judged,
-    learns_alone,
-    older_share,
-    targets,
-)
+from oversight_rl.agents.ppo.targets import targets
 from oversight_rl.agents.ppo.told import Told, ask, checked_behaviors
 from oversight_rl.agents.reinforce import cross_entropy
 from oversight_rl.agents.steering import MIXTURE
@@ -82,10 +73,6 @@ is not known."""
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
 
-SETTLED = 50
-"""Rollouts after which it should be warned of episodes that are longer than a rollout, and about as
-many as the scale of the task's returns is a mean over."""
-
 LESSONS = 12
 """Steps of the classifier of endings in an update; it must be right before the experts are set."""
 
@@ -95,8 +82,6 @@ ROLLOUT = 2048
 MINIBATCHES, LEAST_MINIBATCH = 4, 64
 """Of a rollout at most, and samples in each at least, unless their size is given."""
 
-AT_ONCE = 4096
-"""Observations that a network judges at once."""
 
 FIRST_LABELS = 100
 """Labeled endings that the classifier is to have seen before the policy learns."""
@@ -465,80 +450,30 @@ class RoutedPPO(PPO):
     def _learn_what_it_was(self, buffer: RoutedRolloutBuffer) -> None:
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
         policy, method = cast(MoEPolicy, self.policy), METHODS[self.method]
-        shape = buffer.done.shape
-        cut_at, cut_envs = np.array([c[:2] for c in buffer.cuts], np.int64).reshape(-1, 2).T
-        # after the rollout, and where episodes were cut
-        finals = [cut[2] for cut in buffer.cuts]
-        following = each(_one_below_another, buffer.observations, self._last_obs, *finals)
-        everything = each(lambda x: x.reshape(-1, *x.shape[2:]), buffer.observations)
-        own = task = task_reward = np.zeros(shape, np.float32)
-        if policy.own_value_net is not None:
-            own = self._of_all(policy.own_values, everything).reshape(shape)
-        if policy.task:
-            task = self._of_all(policy.task_values, everything, buffer.alone.ravel()).reshape(shape)
-            task_reward = self._in_task_scale(buffer)
+        rollout, waits = Rollout(policy, buffer, self._last_obs), self.tables.asks_labels
+        own, task = rollout.values()
+        reward = np.zeros_like(task)
+        if policy.task and self.task_weight > 0:
+            reward = in_task_scale(policy, buffer, self.gamma)
         if bool(self.tables.sees_truth.any()):  # and nobody's labels
             buffer.names.clear()
             buffer.late.clear()
-        self._warn_of_late(buffer.look_back(own, task, task_reward))
-        window = buffer.window
-        steps = window.steps
-
-        outcome, left = buffer.outcomes(self.tables, cast(np.random.Generator, self.audit))
-        buffer.choose(self.tables.asks_labels)
+        self._warn_of_late(buffer.look_back(own, task, reward))
+        _, left = buffer.outcomes(self.tables, cast(np.random.Generator, self.audit))
+        buffer.choose(waits)
         if self.memory is not None:
             buffer.remember(self.memory)
         chances = None
         if self.endings is not None:
             buffer.remember_endings(self.endings)
-            self.imputed = self._impute(steps)
+            self.imputed = impute(policy, buffer.window.steps)
             if int(self.endings.count):
                 end = (np.arange(len(left))[:, None] + left).clip(max=len(left) - 1)
                 at_end = np.take_along_axis(self.imputed, end[..., None], 0)
                 chances = np.nan_to_num(at_end)
-
-        def after(name: str, beyond: NDArray[np.float32]) -> NDArray[np.float32]:
-            value = getattr(steps, name)
-            following = np.append(value[1:], np.zeros_like(value[:1]), axis=0)
-            following[-1, : self.n_envs] = beyond[: self.n_envs]
-            following = np.where(steps.done, np.float32(0), following)
-            following[window.earlier + cut_at, cut_envs] = beyond[self.n_envs :]
-            for cut in window.cuts:
-                following[cut.row, cut.column] = getattr(cut.last, name)[0, 0]
-            return following
-
-        more: dict[str, Any] = {}
-        if policy.own_value_net is not None:
-            beyond = self._of_all(policy.own_values, following)
-            more |= {
-                "own_value": steps.own_value,
-                "own_value_after": after("own_value", beyond),
-            }
-        if policy.task:
-            turns = np.concatenate([buffer.acts_alone, buffer.alone[cut_at, cut_envs]])
-            beyond = self._of_all(policy.task_values, following, turns)
-            more |= {
-                "task_reward": steps.task_reward,
-                "task_value": steps.task_value,
-                "task_value_after": after("task_value", beyond),
-            }
-        beyond = self._of_all(lambda x: policy.predict_values(x).flatten(), following)
-        share, log_prob, old_value = self._judged_anew(buffer)
-        experience = Experience(
-            outcome=outcome,
-            left=left,
-            ended=steps.ended,
-            done=steps.done,
-            alone=steps.alone,
-            value=steps.value,
-            value_after=after("value", beyond),
-            gate=self._foretold(buffer, share, chances is not None) if policy.has_gate else None,
-            chances=chances,
-            share=share,
-            **more,
-        )
+        share, log_prob, value = judged_anew(policy, buffer, self.clip_range_vf is not None)
         found = targets(
-            experience,
+            rollout.experience(left, chances, share),
             self.tables,
             discount=self.gamma,
             trace=self.gae_lambda,
@@ -547,85 +482,8 @@ class RoutedPPO(PPO):
             normalize=self.normalize_advantage,
             task_weight=self.task_weight,
         )
-        buffer.set_targets(found, log_prob, old_value, share)
-        buffer.hold(self.tables.asks_labels)
-
-    def _judged_anew(self, buffer: RoutedRolloutBuffer) -> tuple[NDArray[np.float32], ...]:
-        """How much the window's steps count, their log-probabilities and values now. [W, C] each"""
-        policy, steps = cast(MoEPolicy, self.policy), buffer.window.steps
-        share, log_prob = buffer.due.astype(np.float32), steps.log_prob.copy()
-        value, older = steps.value.copy(), buffer.window.older & buffer.due
-        if older.any():
-            seen = each(lambda x: x[older], steps.observations)
-            taken = steps.actions[older], steps.alone[older]
-            now = self._of_all(policy.log_probabilities, seen, *taken)
-            share[older] = older_share(now, log_prob[older])
-            log_prob[older] = now
-            if self.clip_range_vf is not None:  # which is around these
-                value[older] = self._of_all(lambda x: policy.predict_values(x).flatten(), seen)
-        return share, log_prob, value
-
-    def _of_all(
-        self, function: Callable[..., Tensor], observations: Any, *more: NDArray[Any]
-    ) -> NDArray[Any]:
-        """What a network says of many observations, `[B, ...]`; in parts, to bound the memory."""
-
-        def part(x: NDArray[Any]) -> Tensor:
-            return torch.as_tensor(x[at]).to(self.device)
-
-        parts = []
-        with torch.no_grad():
-            for start in range(0, how_many(observations), AT_ONCE):
-                at = slice(start, start + AT_ONCE)
-                said = function(each(part, observations), *map(part, more))
-                parts.append(said.cpu().numpy())
-        return np.concatenate(parts)
-
-    def _foretold(
-        self, buffer: RoutedRolloutBuffer, share: NDArray[np.float32], imputed: bool
-    ) -> NDArray[np.float32]:
-        """The gate's probabilities where the targets ask for them, else 0. [W, C, K]"""
-        policy, steps = cast(MoEPolicy, self.policy), buffer.window.steps
-        by_label = not imputed or learns_alone(steps.alone, share)
-        known = judged(buffer.outcome, by_label) & (share > 0)
-        gate = np.zeros((*known.shape, policy.n_experts), np.float32)
-        if known.any():
-            log_gate = self._of_all(
-                lambda x: policy.gate_log_probabilities(x)[0],
-                each(lambda x: x[known], steps.observations),
-            )
-            gate[known] = np.exp(log_gate)
-        return gate
-
-    def _impute(self, steps: Steps) -> NDArray[np.float32]:
-        """Chance of each behavior where an episode ends, else nan. [W, C, behaviors]"""
-        ended = steps.ended
-        imputed = np.full((*ended.shape, len(self.behaviors)), np.nan, np.float32)
-        if ended.any():
-            seen = each(lambda x: x[ended], steps.observations)
-            imputed[ended] = self._classify(seen, steps.actions[ended])
-        return imputed
-
-    def _in_task_scale(self, buffer: RoutedRolloutBuffer) -> NDArray[np.float32]:
-        """The environment's rewards in units of the root mean square of its returns. [T, N]
-
-        The mean runs over all rollouts, the newest counting most once there are many. A power of
-        two in the reward is in the scale and nowhere else, to the bit.
-        """
-        reward = buffer.rewards.astype(np.float64)
-        nothing = np.zeros_like(reward)
-        if self.task_weight == 0:
-            return nothing.astype(np.float32)
-        if not np.isfinite(reward).all():
-            raise FloatingPointError("the environment's reward is not finite")
-        returns = gae(reward, nothing, nothing, buffer.done, self.gamma, 1.0)
-        square = cast(Tensor, cast(MoEPolicy, self.policy).task_square)  # mean, rollouts in it
-        mean, count = square.tolist()
-        count = min(count + 1, SETTLED)
-        mean += (float((returns**2).mean()) - mean) / count
-        square.copy_(torch.tensor([mean, count], dtype=square.dtype))
-        scale = mean**0.5 if mean > 0 else 1.0
-        return (reward / scale).astype(np.float32)
+        buffer.set_targets(found, log_prob, value, share)
+        buffer.hold(waits)
 
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -794,15 +652,6 @@ class RoutedPPO(PPO):
         log_gate = policy.gate_log_probabilities(observations)
         return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
 
-    def _classify(self, observations: Any, actions: NDArray[Any]) -> NDArray[Any]:
-        """Chance of each behavior `[B, behaviors]`, where episodes end by these actions."""
-        policy = cast(MoEPolicy, self.policy)
-
-        def chances(seen: Any, taken: Tensor) -> Tensor:
-            return policy.ending_log_probabilities(seen, policy.as_taken(taken)).exp()
-
-        return self._of_all(chances, observations, actions)
-
     def _learn_endings(self) -> Tensor:
         """One step of the classifier of endings, apart from the policy's; returns its loss."""
         self.policy.optimizer.zero_grad()
@@ -863,9 +712,3 @@ class RoutedPPO(PPO):
         modules, variables = super()._get_torch_save_params()
         kept = [name for name in ("memory", "endings") if getattr(self, name) is not None]
         return modules + kept, variables
-
-
-def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:
-    """N observations and then single ones, in the shape that a rollout keeps them in."""
-    shape = kept.shape[2:]
-    return np.concatenate([np.asarray(x).reshape(-1, *shape) for x in (last, *finals)])
