@@ -31,6 +31,7 @@ from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.ppo.algorithm import PPO_METHODS
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
+from oversight_rl.agents.ppo.losses import ending_loss, gate_loss
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.minigrid import SymbolicObservation
 from oversight_rl.envs.readable import readable
@@ -212,13 +213,13 @@ def test_the_gate_learns_from_labels_alone():
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
     assert gradients(model, LABELED, "gate")["gate"] > 0
-    before = float(model._gate_loss(model.policy))
+    before = float(gate_loss(model.policy, model.memory))
     optimizer = torch.optim.Adam(model.policy.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        model._gate_loss(model.policy).backward()
+        gate_loss(model.policy, model.memory).backward()
         optimizer.step()
-    assert float(model._gate_loss(model.policy)) < 0.7 * before
+    assert float(gate_loss(model.policy, model.memory)) < 0.7 * before
 
 
 # ---- SB3's habits
@@ -711,10 +712,10 @@ def test_endings_of_every_kind_of_action_are_learned(space):
     model = fresh().learn(8 * 16 * 40)
     again = RoutedPPO.load(saved(model), env=model.env)
     assert int(again.endings.count) == int(model.endings.count) > 100
-    assert float(again._ending_loss(again.policy)) < 0.2
+    assert float(ending_loss(again.policy, again.endings)) < 0.2
     untaught = fresh()
     untaught.endings = again.endings
-    assert float(untaught._ending_loss(untaught.policy)) > 0.5
+    assert float(ending_loss(untaught.policy, untaught.endings)) > 0.5
 
 
 def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():

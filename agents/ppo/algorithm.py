@@ -45,17 +45,15 @@ from oversight_rl.agents.ppo.config import DEFAULT_METHOD, LABEL_REACH
 from oversight_rl.agents.ppo.endings import ending_memory
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, impute, in_task_scale, judged_anew
 from oversight_rl.agents.ppo.held import LateLabel
-from oversight_rl.agents.ppo.losses import losses
+from oversight_rl.agents.ppo.losses import ending_loss, losses
 from oversight_rl.agents.ppo.observations import (
     check_spaces,
-    from_rows,
     row_type,
     row_width,
 )
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import targets
 from oversight_rl.agents.ppo.told import Told, ask, checked_behaviors
-from oversight_rl.agents.reinforce import cross_entropy
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
@@ -627,10 +625,11 @@ class RoutedPPO(PPO):
         parts = losses(
             policy,
             batch,
+            self.memory,
             contrasts=METHODS[self.method].contrasts,
             clip=clip,
             clip_value=within and within(self._current_progress_remaining),
-        ) | {"gate_loss": self._gate_loss(policy)}
+        )
         acting = (
             parts["policy_gradient_loss"]
             + self.ent_coef * parts["entropy_loss"]
@@ -643,19 +642,10 @@ class RoutedPPO(PPO):
         )
         return loss, {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
 
-    def _gate_loss(self, policy: MoEPolicy) -> Tensor:
-        """Cross entropy of the gate against remembered labels; 0 where there are none."""
-        if self.memory is None:
-            return torch.zeros((), device=self.device)
-        rows, label, known = self.memory.draw(torch.rand(1, self.gate_replay))
-        observations = from_rows(rows[0].to(self.device), self.observation_space)
-        log_gate = policy.gate_log_probabilities(observations)
-        return cross_entropy(log_gate, label.to(self.device), known.to(self.device))[0]
-
     def _learn_endings(self) -> Tensor:
         """One step of the classifier of endings, apart from the policy's; returns its loss."""
         self.policy.optimizer.zero_grad()
-        loss = self._ending_loss(cast(MoEPolicy, self.policy))
+        loss = ending_loss(cast(MoEPolicy, self.policy), cast(Memory, self.endings))
         if not loss.isfinite():
             raise FloatingPointError(
                 f"the loss of the classifier of endings is {float(loss.detach())}"
@@ -663,17 +653,6 @@ class RoutedPPO(PPO):
         loss.backward()
         self.policy.optimizer.step()
         return loss.detach()
-
-    def _ending_loss(self, policy: MoEPolicy) -> Tensor:
-        """Cross entropy of the classifier of endings on remembered ones."""
-        assert self.endings is not None
-        rows, label, known = self.endings.draw(torch.rand(1, self.endings.draws))
-        width = row_width(self.observation_space)
-        seen, actions = rows[0].to(self.device).tensor_split([width], dim=-1)
-        chances = policy.ending_log_probabilities(
-            from_rows(seen, self.observation_space), policy.as_taken(actions)
-        )
-        return cross_entropy(chances[None], label.to(self.device), known.to(self.device))[0]
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         """As SB3 has it; a policy that is steered is steered when it is loaded."""

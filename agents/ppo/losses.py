@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.ppo.buffer import RoutedSamples
+from oversight_rl.agents.ppo.observations import from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, weighted_mean
+from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
 
 
 def losses(
     policy: MoEPolicy,
     batch: RoutedSamples,
+    memory: Memory | None,
     *,
     contrasts: bool,
     clip: float,
@@ -26,6 +29,7 @@ def losses(
     Args:
         policy: as it is now.
         batch: B samples.
+        memory: of labeled observations, for the gate.
         contrasts: whether labeled episodes teach the deployed expert by itself.
         clip: how far the ratio of new to old policy counts.
         clip_value: how far values may move; None: as far as they like.
@@ -49,6 +53,7 @@ def losses(
         "policy_gradient_loss": -_mean(share * gain, weight),
         "value_loss": _mean(share * (batch.returns - values) ** 2, weight),
         "entropy_loss": -_mean(share * spread, weight),
+        "gate_loss": gate_loss(policy, memory),
     }
     own = log_prob
     if contrasts:
@@ -76,6 +81,27 @@ def losses(
         parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
         parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
     return parts
+
+
+def gate_loss(policy: MoEPolicy, memory: Memory | None) -> Tensor:
+    """Cross entropy of the gate against remembered labels; 0 where there are none."""
+    if memory is None:
+        return torch.zeros((), device=policy.device)
+    rows, label, known = memory.draw(torch.rand(1, memory.draws))
+    observations = from_rows(rows[0].to(policy.device), policy.observation_space)
+    log_gate = policy.gate_log_probabilities(observations)
+    return cross_entropy(log_gate, label.to(policy.device), known.to(policy.device))[0]
+
+
+def ending_loss(policy: MoEPolicy, endings: Memory) -> Tensor:
+    """Cross entropy of the classifier of endings on remembered ones."""
+    rows, label, known = endings.draw(torch.rand(1, endings.draws))
+    width = row_width(policy.observation_space)
+    seen, actions = rows[0].to(policy.device).tensor_split([width], dim=-1)
+    observations = from_rows(seen, policy.observation_space)
+    chances = policy.ending_log_probabilities(observations, policy.as_taken(actions))
+    label, known = label.to(policy.device), known.to(policy.device)
+    return cross_entropy(chances[None], label, known)[0]
 
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
