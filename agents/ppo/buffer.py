@@ -318,11 +318,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         }
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of `RoutedSamples` at most so large, in random order."""
+        """Minibatches of `RoutedSamples` of about this size, all alike, in random order."""
         samples = len(self.flat["alone"])  # none, where all steps wait
-        order = np.random.permutation(samples)
-        parts = math.ceil(samples / (batch_size or max(1, samples)))
-        for part in np.array_split(order, parts) if parts else ():
+        parts = max(1, round(samples / (batch_size or max(1, samples))))
+        for part in np.array_split(np.random.permutation(samples), parts) if samples else ():
             yield RoutedSamples(
                 *(
                     each(lambda x, at=part: self.to_torch(x[at]), self.flat[name])
