@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
