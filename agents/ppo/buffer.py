@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -317,10 +318,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         }
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of `RoutedSamples` of about this size, all alike, in random order."""
+        """Minibatches of `RoutedSamples` at most so large and all alike, in random order."""
         samples = len(self.flat["alone"])  # none, where all steps wait
-        parts = max(1, round(samples / (batch_size or max(1, samples))))
-        for part in np.array_split(np.random.permutation(samples), parts) if samples else ():
+        parts = math.ceil(samples / (batch_size or max(1, samples)))
+        for part in np.array_split(np.random.permutation(samples), parts) if parts else ():
             yield RoutedSamples(
                 *(
                     each(lambda x, at=part: self.to_torch(x[at]), self.flat[name])
