@@ -68,10 +68,10 @@ def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
         if "required" in str(error) and "'oversight'" in str(error):
             raise UserError(f"env: {env_id} needs to know its oversight: give oversight=") from None
         raise
-    return Monitor(readable(Told(env)))
+    return Monitor(readable(OneLineErrors(env)))
 
 
-class Told(gym.Wrapper[Any, Any, Any, Any]):
+class OneLineErrors(gym.Wrapper[Any, Any, Any, Any]):
     """Tells what goes wrong inside of an environment from what goes wrong outside, in one line.
 
     Raises:

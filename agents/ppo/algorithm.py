@@ -30,12 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import (
-    METHODS,
-    UNFINISHED,
-    Overseer,
-    tables,
-)
+from oversight_rl.agents.methods import METHODS, UNFINISHED, Overseer, tables
 from oversight_rl.agents.ppo.buffer import (
     RoutedDictRolloutBuffer,
     RoutedRolloutBuffer,
@@ -46,11 +41,7 @@ from oversight_rl.agents.ppo.endings import ending_memory
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, impute, in_task_scale, judged_anew
 from oversight_rl.agents.ppo.held import LateLabel
 from oversight_rl.agents.ppo.losses import ending_loss, losses
-from oversight_rl.agents.ppo.observations import (
-    check_spaces,
-    row_type,
-    row_width,
-)
+from oversight_rl.agents.ppo.observations import check_spaces, row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import targets
 from oversight_rl.agents.ppo.told import Told, ask, checked_behaviors
@@ -63,27 +54,21 @@ from oversight_rl.envs.vector import make_vec
 from oversight_rl.envs.world import BEHAVIORS, NO_LABEL
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
-
 FIRST_ROLLOUTS, PATIENCE = 2, 20
 """Rollouts, and episodes in them, without a single label after which a warning is due, if the level
 is not known."""
 
 SURPRISE = 1e-6
 """Chance of as many episodes without a label below which it is due, if the level is known."""
-
 LESSONS = 12
 """Steps of the classifier of endings in an update; it must be right before the experts are set."""
 
 ROLLOUT = 2048
 """Samples of a rollout at least, unless its steps are given: few environments need long ones."""
-
 MINIBATCHES, LEAST_MINIBATCH = 4, 64
 """Of a rollout at most, and samples in each at least, unless their size is given."""
-
-
 FIRST_LABELS = 100
 """Labeled endings that the classifier is to have seen before the policy learns."""
-
 LOOKING = 0.1
 """Share of training that this may take at most."""
 

@@ -14,24 +14,16 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from torch import Tensor
 
 from oversight_rl.agents.memory import MOST_BYTES, Memory
-from oversight_rl.agents.methods import (
-    LABELED,
-    UNFINISHED,
-    MethodTables,
-    outcomes,
-)
+from oversight_rl.agents.methods import LABELED, UNFINISHED, MethodTables, outcomes
 from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
-from oversight_rl.agents.ppo.observations import (
-    as_rows,
-    each,
-)
+from oversight_rl.agents.ppo.observations import as_rows, each
 from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.world import NO_LABEL, Seen, Truth
 
 
 class RoutedSamples(NamedTuple):
-    """A minibatch: SB3's `RolloutBufferSamples`, and the rest of `ppo_targets.Targets`."""
+    """A minibatch: SB3's `RolloutBufferSamples`, and the rest of `targets.Targets`."""
 
     observations: Tensor
     actions: Tensor
@@ -51,7 +43,7 @@ class RoutedSamples(NamedTuple):
 
 
 OF_TARGETS = RoutedSamples._fields[4:-2]
-"""Those that are fields of `ppo_targets.Targets`."""
+"""Those that are fields of `targets.Targets`."""
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
@@ -256,13 +248,12 @@ class RoutedRolloutBuffer(RolloutBuffer):
                 but those where the deployed expert acted by itself, of which nothing is routed.
         """
         window = self.window
-        age = len(window.exists) - np.arange(len(window.exists))[:, None]  # 1 for the last row
-        ready = (self.outcome != UNFINISHED) | window.steps.alone | (age > self.held.reach)
-        if waits:
-            again = window.late & (self.outcome >= LABELED)
-            self.due = window.exists & (~window.steps.learned & ready | again)
-        else:
+        if not waits:
             self.due = ~window.older
+            return
+        ready = (self.outcome != UNFINISHED) | window.steps.alone | (window.age > self.held.reach)
+        again = window.late & (self.outcome >= LABELED)
+        self.due = window.exists & (~window.steps.learned & ready | again)
 
     def hold(self, waits: bool) -> None:
         """Keep the steps that labels may still reach, and which of them were learned from.

@@ -14,18 +14,9 @@ from torch import Tensor
 
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.held import Steps
-from oversight_rl.agents.ppo.observations import (
-    each,
-    how_many,
-)
+from oversight_rl.agents.ppo.observations import each, how_many
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.ppo.targets import (
-    Experience,
-    gae,
-    judged,
-    learns_alone,
-    older_share,
-)
+from oversight_rl.agents.ppo.targets import Experience, gae, judged, learns_alone, older_share
 
 Floats = NDArray[np.float32]
 SETTLED = 50
@@ -87,7 +78,7 @@ class Rollout:
                 "task_value": steps.task_value,
                 "task_value_after": self._after("task_value", beyond),
             }
-        beyond = of_all(policy, lambda x: policy.predict_values(x).flatten(), self.following)
+        beyond = _values(policy, self.following)
         known = chances is not None
         return Experience(
             outcome=buffer.outcome,
@@ -141,7 +132,7 @@ def judged_anew(
         share[older] = older_share(now, log_prob[older])
         log_prob[older] = now
         if with_values:
-            value[older] = of_all(policy, lambda x: policy.predict_values(x).flatten(), seen)
+            value[older] = _values(policy, seen)
     return share, log_prob, value
 
 
@@ -160,6 +151,11 @@ def of_all(
             said = function(each(part, observations), *map(part, more))
             parts.append(said.cpu().numpy())
     return np.concatenate(parts)
+
+
+def _values(policy: MoEPolicy, observations: Any) -> Floats:
+    """What the mixture is to get, `[B]`."""
+    return of_all(policy, lambda x: policy.predict_values(x).flatten(), observations)
 
 
 def _foretold(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMALLEST_IMAGE = 36  # pixels along a side that SB3's NatureCNN takes
-
 SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
 

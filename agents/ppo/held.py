@@ -3,7 +3,7 @@
 What a label decides (weights, routes, signs) is not known before it comes, and a step that was
 learned from without it was learned from wrongly. So where a method asks for labels, a step waits:
 until its episode has ended, or until it is as old as labels reach. By then it was taken by an
-older policy, and PPO is corrected for that: see `ppo_targets.Experience.share`.
+older policy, and PPO is corrected for that: see `targets.Experience.share`.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Window:
     """A rollout, below the earlier steps of its episodes, and beside it what else is due."""
 
     steps: Steps  # [W, C], the rollout being the last rows of the first columns
+    age: NDArray[np.int64]  # [W, 1], of each row, 1 being the last one
     exists: Bools  # [W, C], the last rows of each column; all others are padding
     older: Bools  # [W, C], taken before the rollout
     late: Bools  # [W, C], of episodes whose label came late; they were learned from without it
@@ -169,7 +170,7 @@ class Held:
                 for column in columns
             ]
             whole = whole.joined(stacked, axis=1)
-        age = tallest - np.arange(tallest)[:, None]  # 1 for the last row
+        age = np.arange(tallest, 0, -1)[:, None]
         exists = age <= lengths
         older = (age > steps) | (np.arange(len(lengths)) >= self.environments)
         # what is above a column's episodes is of others
@@ -185,7 +186,7 @@ class Held:
                     cuts.append(Cut(end - 1, number, last))
                 row = end
         earlier = tallest - steps
-        return Window(whole, exists, older, is_late, cuts, earlier, self.environments), missed
+        return Window(whole, age, exists, older, is_late, cuts, earlier, self.environments), missed
 
     def keep(self, window: Window, ended: Sequence[tuple[int, int, Hashable]], waits: bool) -> int:
         """Keep what labels may still reach after a rollout.
