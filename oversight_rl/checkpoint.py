@@ -29,8 +29,7 @@ from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import Steering
 from oversight_rl.config import Config
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import ACTIONS, BEHAVIORS
+from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, UserError
 from oversight_rl.files import as_text, check_plain, read_json, write_atomically, writing
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from oversight_rl.agents.reinforce import cumulative, sample
 from oversight_rl.agents.steering import Steering, standard, steering_curve
 from oversight_rl.config import Config
 from oversight_rl.envs.mdp import Endings, WorldMDP, why_not
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, World, WorldConfig
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError, WorldConfig
+from oversight_rl.envs.world import World
 
 if TYPE_CHECKING:
     from oversight_rl.agents.ppo.policy import MoEPolicy

@@ -38,8 +38,7 @@ from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config
 from oversight_rl.envs.labels import LabelError
 from oversight_rl.envs.plugins import why
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import NO_LABEL
+from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.evaluation import EnvEvaluator, Row, Subject, final_tables, make_env
 from oversight_rl.tracking import RunFolder
 from oversight_rl.training import (

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from oversight_rl import checkpoint
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.networks import AgentConfig
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.config import Config
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import PLANES, WorldConfig
+from oversight_rl.envs.settings import PLANES, UserError, WorldConfig
 from oversight_rl.files import writing
 from oversight_rl.tracking import RunFolder
 

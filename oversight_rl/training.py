@@ -36,8 +36,8 @@ from oversight_rl.agents.steering import standard
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.config import Config
 from oversight_rl.envs import render
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import BEHAVIORS, State, World
+from oversight_rl.envs.settings import BEHAVIORS, UserError
+from oversight_rl.envs.world import State, World
 from oversight_rl.evaluation import Evaluator, Row, Subject, final_tables
 from oversight_rl.files import writing
 from oversight_rl.health import Watch
