@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from oversight_rl import checkpoint, tracking
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.networks import AgentConfig
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.cli import _plain, main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.world import World
