@@ -319,7 +319,9 @@ def run_sweep(
         ray: Address of a Ray cluster to run on instead, or "local" to start one here.
     """
     # with torch, which takes a second to load
-    from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
+    from oversight_rl.sweeps.drive import sweep
+    from oversight_rl.sweeps.plan import load_sweep
+    from oversight_rl.sweeps.workers import local_workers, ray_workers, stack_memory
 
     plan = load_sweep(settings_file(config))
     console = Console()
@@ -331,7 +333,7 @@ def run_sweep(
     begun = time.perf_counter()
     with sigterm_interrupts():
         try:
-            failed = sweep(plan, out, pool, console, _stack_memory(gpu, count))
+            failed = sweep(plan, out, pool, console, stack_memory(gpu, count))
         except KeyboardInterrupt:
             _say(
                 console,
@@ -363,19 +365,6 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
         _say(console, f"note: {line}")
     _say(console, verdict)
     _say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
-
-
-def _stack_memory(gpu: bool, workers: int) -> float:
-    """Bytes that a stack may take: its share of half of what is free."""
-    if gpu:
-        import torch
-
-        return 0.5 * torch.cuda.mem_get_info()[0] / workers
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not told on this system
-        return math.inf
-    return 0.5 * free / workers
 
 
 def main(args: Sequence[str] | None = None) -> None:

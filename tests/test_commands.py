@@ -23,7 +23,7 @@ from oversight_rl.agents.networks import AgentConfig
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.world import World
-from oversight_rl.sweep import load_sweep, plan
+from oversight_rl.sweeps.plan import load_sweep, plan
 from oversight_rl.terminal import plain
 from oversight_rl.tracking import RunFolder, find_runs
 from oversight_rl.training import HELD_OUT, _stop_requested
