@@ -26,11 +26,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.networks import Agent, new_agent
 from oversight_rl.agents.steering import Steering
 from oversight_rl.config import Config
 from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import ACTIONS, BEHAVIORS
+from oversight_rl.envs.world import BEHAVIORS
 from oversight_rl.files import as_text, check_plain, read_json, write_atomically, writing
 
 if TYPE_CHECKING:
@@ -187,28 +187,8 @@ def _check_shape(
         )
 
 
-def new_agent(
-    config: Config, runs: int, generators: Sequence[torch.Generator] | None = None
-) -> Agent:
-    """A stack of agents as a configuration wants them, drawn from `generators` if given."""
-    method = METHODS[config.method]
-    return Agent(
-        config.agent,
-        config.world.shape,
-        len(ACTIONS),
-        runs,
-        method.experts,
-        method.gate,
-        generators,
-    )
-
-
-def take_run(agent: Agent, config: Config, run: int) -> Agent:
-    """A copy of one run of a stack, on the CPU."""
-    single = new_agent(config, 1)
-    parameters = {name: p[run : run + 1].cpu() for name, p in agent.state_dict().items()}
-    single.load_state_dict(parameters)
-    return single
+def _untrained(config: Config) -> Agent:
+    return new_agent(config.agent, config.world.shape, config.method, 1)
 
 
 def agent_like(config: Config, prefix: str = "agent.") -> dict[str, Tensor]:
@@ -216,7 +196,7 @@ def agent_like(config: Config, prefix: str = "agent.") -> dict[str, Tensor]:
     if config.algo == "ppo":
         return {f"{prefix}{n}": p.detach() for n, p in new_policy(config).named_parameters()}
     with torch.device("meta"):
-        agent = new_agent(config, 1)
+        agent = _untrained(config)
     return {f"{prefix}{name}": parameter[0] for name, parameter in agent.named_parameters()}
 
 
@@ -250,7 +230,11 @@ def agent_from(
     for name, ours in agent_like(config, prefix).items():
         found = tensors.get(name)
         _check_shape(name, None if found is None else found.shape, ours.shape, source)
-    agent = new_policy(config) if config.algo == "ppo" else new_agent(config, 1)
+    agent = (
+        new_policy(config)
+        if config.algo == "ppo"
+        else new_agent(config.agent, config.world.shape, config.method, 1)
+    )
     with torch.no_grad():
         for name, parameter in agent.named_parameters():
             saved = tensors[f"{prefix}{name}"]

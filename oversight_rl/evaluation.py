@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.reinforce import cumulative, sample
+from oversight_rl.agents.networks import Agent, cumulative, sample
 from oversight_rl.agents.steering import Steering, standard, steering_curve
 from oversight_rl.config import Config
 from oversight_rl.envs.mdp import Endings, WorldMDP, why_not

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.steering import Steering
+from oversight_rl.agents.steering import SteeredPolicy, Steering
 from oversight_rl.config import GRID, Config
 from oversight_rl.envs import render
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import NO_LABEL, State, World
 from oversight_rl.evaluation import make_env
-from oversight_rl.steering import SteeredPolicy
 
 if TYPE_CHECKING:
     from oversight_rl.agents.ppo.policy import MoEPolicy

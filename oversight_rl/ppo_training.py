@@ -33,7 +33,8 @@ from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.experience import SETTLED
 from oversight_rl.agents.ppo.observations import each, named
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.reinforce import at, reward_model_figures
+from oversight_rl.agents.reinforce.figures import reward_model_figures
+from oversight_rl.agents.settings import at
 from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config
 from oversight_rl.envs.labels import LabelError

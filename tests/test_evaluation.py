@@ -7,7 +7,7 @@ import pytest
 
 from oversight_rl import checkpoint
 from oversight_rl.agents.networks import AgentConfig
-from oversight_rl.agents.reinforce import ReinforceConfig
+from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config
 from oversight_rl.envs.settings import UserError

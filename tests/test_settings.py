@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
-from oversight_rl.agents.reinforce import ReinforceConfig
+from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train
 from oversight_rl.config import Config, dump_yaml, load_yaml, read_yaml
