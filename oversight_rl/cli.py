@@ -26,15 +26,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from oversight_rl.config import Config, Probability, load_yaml, settings_file
 from oversight_rl.envs.settings import UserError
+from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.files import check_there, writing
+from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.settings import Probability, settings_file
 from oversight_rl.terminal import STOPPED, run, sigterm_interrupts
 
 if TYPE_CHECKING:
     from oversight_rl.agents.steering import Steering
-    from oversight_rl.checkpoint import Saved
-    from oversight_rl.evaluation import Row
+    from oversight_rl.experiments.oversight.policies import Saved
+    from oversight_rl.runs.rows import Row
 
 DEFAULTS = Config()
 DESCRIPTION = "Train under partial oversight, steer, evaluate, compare. --version: which this is."
@@ -96,7 +98,7 @@ def _train(args: list[str], command: str) -> None:
     config.refuse_unused()
     config.refuse_words()
     # with torch, which takes a second to load
-    from oversight_rl.tracking import begin_seeds, check_free
+    from oversight_rl.runs.folder import begin_seeds, check_free
     from oversight_rl.training import try_out
 
     if chosen.run_dir is not None:
@@ -110,7 +112,7 @@ def _train(args: list[str], command: str) -> None:
 def _resume(path: Path, console: Console, command: str) -> None:
     check_there(path)
     # with torch, which takes a second to load
-    from oversight_rl.tracking import RunFolder, find_runs, open_runs, planned_seeds
+    from oversight_rl.runs.folder import RunFolder, find_runs, open_runs, planned_seeds
     from oversight_rl.training import stack_key
 
     planned = planned_seeds(path)
@@ -132,7 +134,7 @@ def _fit(
     command: str,
     resume: bool = False,
 ) -> None:
-    from oversight_rl.training import Interrupted, fit  # with torch, which takes a second to load
+    from oversight_rl.runs.loop import Interrupted, fit
 
     first = configs[0]
     _say(
@@ -216,11 +218,12 @@ def evaluate(
             raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
     check_there(run_dir)
     # with torch, which takes a second to load
-    from oversight_rl import checkpoint
     from oversight_rl.agents.steering import parse, standard
     from oversight_rl.agents.threads import on_threads
     from oversight_rl.evaluation import Subject, evaluator_of
-    from oversight_rl.tracking import open_runs, write_json
+    from oversight_rl.runs import checkpoint
+    from oversight_rl.runs.folder import open_runs
+    from oversight_rl.tracking import write_json
 
     console = Console()
     if run_dir.is_dir():
@@ -261,10 +264,10 @@ def evaluate(
 
 
 def _draw(folder: Path, saved: Saved, policies: Sequence[Steering]) -> None:
-    from oversight_rl import pictures as drawing
     from oversight_rl.agents.networks import Agent
     from oversight_rl.envs import render
     from oversight_rl.envs.world import World
+    from oversight_rl.experiments.oversight import pictures as drawing
 
     if isinstance(saved.agent, Agent):
         world = World(saved.config.world, saved.config.oversight)
@@ -297,7 +300,7 @@ def import_reference(
         method: What it was trained with; guessed from its networks if not given.
         seed: To tell runs apart in tables.
     """
-    from oversight_rl import reference  # with torch, which takes a second to load
+    from oversight_rl.experiments.oversight import reference
 
     folder = reference.import_state_dict(state_dict, run_dir, oversight, method, seed)
     _say(Console(), f"imported; evaluate it with: oversight-rl evaluate {folder.path}")

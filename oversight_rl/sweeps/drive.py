@@ -15,12 +15,13 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from oversight_rl.config import as_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import write_atomically, writing
+from oversight_rl.runs.folder import CONFIG, RunFolder, locked
+from oversight_rl.runs.rows import deployed_row
+from oversight_rl.settings import as_yaml
 from oversight_rl.sweeps.plan import SWEEP, Run, SweepConfig, fitting, plan, stacks
 from oversight_rl.sweeps.workers import ATTEMPTS, Submit, WorkerLost
-from oversight_rl.tracking import CONFIG, RunFolder, deployed_row, locked
 from oversight_rl.training import try_out
 
 CPU_STACK, GPU_STACK = 5, 96  # runs per stack

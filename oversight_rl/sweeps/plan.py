@@ -11,11 +11,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from oversight_rl import checkpoint
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.config import Config, as_asked, read_yaml
 from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
-from oversight_rl.tracking import CHECKPOINTS, RESULT
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import CHECKPOINTS, RESULT
+from oversight_rl.settings import as_asked, read_yaml
 from oversight_rl.training import stack_key
 
 SWEEP = "sweep.yaml"

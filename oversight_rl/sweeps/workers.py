@@ -19,11 +19,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from oversight_rl.config import Config
 from oversight_rl.envs.settings import UserError
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.loop import Interrupted, fit
 from oversight_rl.sweeps.plan import Run
-from oversight_rl.tracking import RunFolder
-from oversight_rl.training import Interrupted, fit, try_out
+from oversight_rl.training import try_out
 
 ATTEMPTS = 3  # of a stack whose worker is lost
 FAILED, STOPPED = 1, 130  # exit codes of a worker
