@@ -25,6 +25,8 @@ class Experiment(ABC):
     """The figure that policies are ranked by; more is better."""
     optimum: ClassVar[str | None] = None
     """The figure that says the best score that there can be, if one does."""
+    error: ClassVar[str | None] = None
+    """The figure that says the score's standard error, if one does."""
     methods: ClassVar[Mapping[str, Any]] = {}
     """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
 
@@ -62,9 +64,19 @@ class Experiment(ABC):
         config.torch_device()
 
     @classmethod
-    def shown(cls, figures: Sequence[str]) -> dict[str, str]:
-        """Which figures are shown while and after training: the figure by a short name."""
+    def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
+        """Which figures are shown in tables and curves, each by a short name.
+
+        Args:
+            figures: that there are.
+            details: whether a policy is looked at by itself.
+        """
         return {figure: figure for figure in figures}
+
+    @classmethod
+    def notes(cls, rows: Sequence[Row]) -> list[str]:
+        """What to say of a table's figures below it, in lines."""
+        return []
 
     @classmethod
     def describe(cls, config: Any) -> str:
