@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -13,6 +14,19 @@ from oversight_rl.envs.settings import UserError
 
 Bounds: TypeAlias = dict[str, tuple[ArrayLike, ArrayLike]]
 """Least and greatest numbers that saved tensors can hold, by name; of rows, by column."""
+
+
+class NotFinite(FloatingPointError):
+    """A number of a run went bad in the midst of an update.
+
+    Args:
+        what: it is, in words that follow `the`.
+        value: infinite or nan.
+    """
+
+    def __init__(self, what: str, value: float = math.nan) -> None:
+        super().__init__(f"the {what} is not finite")
+        self.what, self.value = what, value
 
 
 class Learner(Protocol):
