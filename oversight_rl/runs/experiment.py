@@ -11,6 +11,8 @@ from oversight_rl.kinds import KINDS, load
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
 
+LOG_EVERY = 10  # updates between points of the training curves
+
 
 class Experiment(ABC):
     """Runs of one kind: how they are trained, judged and shown.
