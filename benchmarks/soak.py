@@ -27,11 +27,12 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import checkpoint, cli, reference, report, training
+from oversight_rl import checkpoint, cli, reference, training
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.settings import UserError
+from oversight_rl.reports import page
 from oversight_rl.sweep import load_sweep, plan
 from oversight_rl.tracking import EVENTS, RunFolder, find_runs
 from oversight_rl.training import Trainer
@@ -308,7 +309,7 @@ def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
         "checkpoint, resumed": (pair, resume),
         "exported policy": ([policy], lambda: checkpoint.read_policy(policy)),
         "state dict": ([state], bring_in),
-        "report": (logs, lambda: report.write(run)),
+        "report": (logs, lambda: page.write(run)),
     }
 
 

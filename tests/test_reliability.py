@@ -16,12 +16,13 @@ import soak
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import checkpoint, report, tracking
+from oversight_rl import checkpoint, tracking
 from oversight_rl.agents import reinforce
 from oversight_rl.cli import STOPPED, main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.gym import OversightGridVecEnv
 from oversight_rl.health import Watch
+from oversight_rl.reports.gather import gather
 from oversight_rl.tracking import EVENTS, RunFolder
 from oversight_rl.training import Trainer
 
@@ -411,7 +412,7 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
             events.Reload()
         assert steps == sorted(steps)
         main(["evaluate", str(path), "--json", str(tmp_path / "rows.json")])
-        found = report.gather(tmp_path / "runs")
+        found = gather(tmp_path / "runs")
         assert found.missing == ["Not finished and left out: busy."]
         seen = [event.step for event in events.Scalars("evaluation/return/mixture")]
         assert seen == list(range(len(seen)))
