@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oversight_rl.agents.routing import route
-from oversight_rl.agents.settings import AgentConfig as AgentConfig
-from oversight_rl.envs.world import Record
+from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.envs.record import Record
 
 PER_OBSERVATION = ("expert_logits", "head_logits", "gate_logits", "value")
 

@@ -25,7 +25,8 @@ from oversight_rl.agents.networks import Agent, Output
 from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.routing import lookup
 from oversight_rl.agents.settings import ReinforceConfig as ReinforceConfig
-from oversight_rl.envs.world import Record, Seen, State, Truth, World
+from oversight_rl.envs.record import Record
+from oversight_rl.envs.world import Seen, State, Truth, World
 
 
 def at(schedule: tuple[float, ...], progress: float) -> float:

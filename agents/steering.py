@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from oversight_rl.agents.networks import Output
-from oversight_rl.envs.settings import UserError, nearest
-from oversight_rl.envs.world import BEHAVIORS
+from oversight_rl.envs.settings import BEHAVIORS, UserError, nearest
 
 KEPT = "deployed"
 """What a method keeps at deployment: the wanted behavior's expert, or its only policy."""

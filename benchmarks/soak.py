@@ -33,7 +33,7 @@ from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.reports import page
-from oversight_rl.sweep import load_sweep, plan
+from oversight_rl.sweeps.plan import load_sweep, plan
 from oversight_rl.tracking import EVENTS, RunFolder, find_runs
 from oversight_rl.training import Trainer
 

@@ -30,7 +30,8 @@ from rich.table import Table
 from oversight_rl.agents import reinforce
 from oversight_rl.agents.steering import keep, standard
 from oversight_rl.config import Config, load_yaml
-from oversight_rl.envs.world import ACTIONS, World, WorldConfig
+from oversight_rl.envs.settings import ACTIONS, WorldConfig
+from oversight_rl.envs.world import World
 from oversight_rl.evaluation import Evaluator
 from oversight_rl.training import Trainer
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
-import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich import box
@@ -32,6 +29,7 @@ from rich.table import Table
 from oversight_rl.config import Config, Probability, load_yaml, settings_file
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_there, writing
+from oversight_rl.terminal import STOPPED, run, sigterm_interrupts
 
 if TYPE_CHECKING:
     from oversight_rl.agents.steering import Steering
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from oversight_rl.evaluation import Row
 
 DEFAULTS = Config()
-UNSHOWN, BAD_INPUT, STOPPED = 1, 2, 130  # exit codes
 DESCRIPTION = "Train under partial oversight, steer, evaluate, compare. --version: which this is."
 
 
@@ -71,7 +68,7 @@ class _Sources:
 
 def train(args: Sequence[str] | None = None) -> None:
     """The command `train.py`."""
-    _run(
+    run(
         lambda given: _train(given, "python train.py"), list(sys.argv[1:] if args is None else args)
     )
 
@@ -322,7 +319,9 @@ def run_sweep(
         ray: Address of a Ray cluster to run on instead, or "local" to start one here.
     """
     # with torch, which takes a second to load
-    from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
+    from oversight_rl.sweeps.drive import sweep
+    from oversight_rl.sweeps.plan import load_sweep
+    from oversight_rl.sweeps.workers import local_workers, ray_workers, stack_memory
 
     plan = load_sweep(settings_file(config))
     console = Console()
@@ -332,9 +331,9 @@ def run_sweep(
         raise UserError(f"--workers: must be at least 1, got {count}")
     pool = local_workers(count) if ray is None else ray_workers(ray, gpu)
     begun = time.perf_counter()
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         try:
-            failed = sweep(plan, out, pool, console, _stack_memory(gpu, count))
+            failed = sweep(plan, out, pool, console, stack_memory(gpu, count))
         except KeyboardInterrupt:
             _say(
                 console,
@@ -370,37 +369,14 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     _say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
 
 
-def _stack_memory(gpu: bool, workers: int) -> float:
-    """Bytes that a stack may take: its share of half of what is free."""
-    if gpu:
-        import torch
-
-        return 0.5 * torch.cuda.mem_get_info()[0] / workers
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not told on this system
-        return math.inf
-    return 0.5 * free / workers
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """The command `oversight-rl`."""
     given = list(sys.argv[1:] if args is None else args)
     if given == ["--version"]:
-        _run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
+        run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
         return
     if given[:1] == ["train"]:
-        _run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
+        run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
         return
     commands: dict[str, Callable[..., Any]] = {
         "train": Train,  # for the help
@@ -409,100 +385,12 @@ def main(args: Sequence[str] | None = None) -> None:
         "report": run_report,
         "import-reference": import_reference,
     }
-    _run(
+    run(
         lambda flags: tyro.extras.subcommand_cli_from_dict(
             commands, prog="oversight-rl", args=flags, description=DESCRIPTION
         ),
         given,
     )
-
-
-def _run(command: Callable[[list[str]], object], args: list[str]) -> None:
-    with _standard_streams():
-        try:
-            command(args)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(BAD_INPUT) from None
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise SystemExit(STOPPED) from None
-
-
-class _Stream:
-    """A standard stream that may fail: on a full disk, or left by its reader.
-
-    What a command was asked to do is done all the same, and what it cannot show is dropped.
-
-    Args:
-        stream: to write to.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.failed: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with self._or_nowhere():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._or_nowhere():
-            self.stream.flush()
-
-    @contextmanager
-    def _or_nowhere(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.failed = error
-            # to where what is buffered can go, which would fail again at the interpreter's end
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
-
-
-@contextmanager
-def _standard_streams() -> Iterator[None]:
-    """For a command: streams that may be closed, full or ASCII, and warnings of one line each.
-
-    Raises:
-        SystemExit: all went well, but could not be shown for a reason other than that nobody reads.
-    """
-    before = sys.stdout, sys.stderr, warnings.formatwarning
-    # descriptors that are closed: a file that is opened later shall not be taken for one of them
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    out, err = (_Stream(stream or open(os.devnull, "w")) for stream in before[:2])  # noqa: SIM115
-    for stream in (out, err):
-        if hasattr(stream, "reconfigure"):  # whatever characters the terminal has not
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {UserError(_plain(message))}\n"
-    stop = None
-    try:
-        yield
-    except SystemExit as asked:
-        stop = asked
-    finally:
-        out.flush()
-        err.flush()
-        sys.stdout, sys.stderr, warnings.formatwarning = before
-    if out.failed is not None and not isinstance(out.failed, BrokenPipeError):
-        print(f"error: standard output: {out.failed.strerror}", file=sys.stderr)
-        stop = stop if stop is not None and stop.code else SystemExit(UNSHOWN)
-    if stop is not None:
-        raise stop
-
-
-def _plain(warning: Warning | str) -> str:
-    """A warning without Gymnasium's colors and its own word for it."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", str(warning)).removeprefix("WARN: ")
 
 
 def _endings(config: Config) -> tuple[str, ...]:

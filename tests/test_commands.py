@@ -19,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from oversight_rl import checkpoint, tracking
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.networks import AgentConfig
-from oversight_rl.cli import _plain, main, train
+from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.cli import main, train
 from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.world import World
-from oversight_rl.sweep import load_sweep, plan
+from oversight_rl.sweeps.plan import load_sweep, plan
+from oversight_rl.terminal import plain
 from oversight_rl.tracking import RunFolder, find_runs
 from oversight_rl.training import HELD_OUT, _stop_requested
 
@@ -835,7 +836,7 @@ def test_versions_and_warnings_are_plain(tmp_path):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output:")
-    assert _plain("\x1b[33mWARN: No render fps\x1b[0m") == "No render fps"
+    assert plain("\x1b[33mWARN: No render fps\x1b[0m") == "No render fps"
 
 
 def test_a_preset_of_the_other_kind_is_named_as_it_was_asked(capsys):

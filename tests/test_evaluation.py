@@ -6,12 +6,11 @@ import math
 import pytest
 
 from oversight_rl import checkpoint
-from oversight_rl.agents.networks import AgentConfig
 from oversight_rl.agents.reinforce import ReinforceConfig
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import WorldConfig
+from oversight_rl.envs.settings import UserError, WorldConfig
 from oversight_rl.evaluation import EnvEvaluator, Evaluator, Subject
 from oversight_rl.training import Trainer
 

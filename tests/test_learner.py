@@ -21,13 +21,14 @@ from oversight_rl.agents.methods import (
     outcomes,
     tables,
 )
-from oversight_rl.agents.networks import Agent, AgentConfig
+from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.reinforce import ReinforceConfig, Rollout
 from oversight_rl.agents.reward_model import RewardModel
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import standard
 from oversight_rl.config import Config, load_yaml
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth, World, WorldConfig
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError, WorldConfig
+from oversight_rl.envs.world import Seen, Truth, World
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.training import HELD_OUT, Adam, Trainer, stack_key
 

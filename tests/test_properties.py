@@ -16,7 +16,8 @@ from oversight_rl.agents import reinforce
 from oversight_rl.agents.methods import METHODS, Overseer, tables
 from oversight_rl.agents.reinforce import ReinforceConfig, cumulative, sample
 from oversight_rl.envs.mdp import WorldMDP
-from oversight_rl.envs.world import ACTIONS, NO_LABEL, Seen, World, WorldConfig
+from oversight_rl.envs.settings import ACTIONS, NO_LABEL, WorldConfig
+from oversight_rl.envs.world import Seen, World
 
 chance = st.one_of(st.none(), st.floats(0, 1))
 

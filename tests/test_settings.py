@@ -17,7 +17,8 @@ from oversight_rl.cli import main, train
 from oversight_rl.config import Config, dump_yaml, load_yaml, read_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.evaluation import EnvEvaluator, Evaluator
-from oversight_rl.sweep import load_sweep, plan, work
+from oversight_rl.sweeps.plan import load_sweep, plan
+from oversight_rl.sweeps.workers import work
 from oversight_rl.training import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oversight_rl.agents import reinforce
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.networks import AgentConfig
 from oversight_rl.agents.reinforce import ReinforceConfig
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.config import Config
-from oversight_rl.envs.world import WorldConfig
+from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.training import Trainer
 
 TINY = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from oversight_rl import checkpoint
-from oversight_rl.agents.networks import Agent, AgentConfig
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import (
     MIXTURE,
     Steering,
@@ -20,8 +21,8 @@ from oversight_rl.agents.steering import (
     standard,
 )
 from oversight_rl.config import Config
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import World, WorldConfig
+from oversight_rl.envs.settings import UserError, WorldConfig
+from oversight_rl.envs.world import World
 from oversight_rl.steering import SteeredPolicy
 
 

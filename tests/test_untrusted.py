@@ -20,7 +20,7 @@ from oversight_rl.agents.methods import METHODS
 from oversight_rl.cli import main, train
 from oversight_rl.config import MOST_TEXT, Config, load_yaml, read_yaml
 from oversight_rl.envs.settings import UserError
-from oversight_rl.sweep import SweepConfig, plan
+from oversight_rl.sweeps.plan import SweepConfig, plan
 from oversight_rl.tracking import RunFolder
 from oversight_rl.training import Trainer
 

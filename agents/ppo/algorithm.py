@@ -49,9 +49,8 @@ from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
 from oversight_rl.envs.readable import readable, readable_vec
-from oversight_rl.envs.settings import nearest
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, nearest
 from oversight_rl.envs.vector import make_vec
-from oversight_rl.envs.world import BEHAVIORS, NO_LABEL
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
 FIRST_ROLLOUTS, PATIENCE = 2, 20

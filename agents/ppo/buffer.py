@@ -19,7 +19,8 @@ from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
 from oversight_rl.agents.ppo.observations import as_rows, each
 from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.envs.labels import LabelError, behavior_index
-from oversight_rl.envs.world import NO_LABEL, Seen, Truth
+from oversight_rl.envs.settings import NO_LABEL
+from oversight_rl.envs.world import Seen, Truth
 
 
 class RoutedSamples(NamedTuple):

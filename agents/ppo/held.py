@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oversight_rl.agents.ppo.observations import each, named, unnamed
-from oversight_rl.envs.world import NO_LABEL
+from oversight_rl.envs.settings import NO_LABEL
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
