@@ -1,72 +1,32 @@
-"""Gathering: what the run folders below a directory hold, and what is missing."""
+"""Gathering: what the run folders below a directory hold, and what is missing there."""
 
 from __future__ import annotations
 
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from oversight_rl.agents.methods import METHODS
-from oversight_rl.config import flat, read_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import as_text, check_there, read_text
-from oversight_rl.sweep import SWEEP, load_sweep, plan
-from oversight_rl.tracking import CONFIG, METRICS, TRAINING, RunFolder, deployed_policy
+from oversight_rl.kinds import KINDS
+from oversight_rl.reports.found import Found, listed
+from oversight_rl.runs.experiment import Experiment, experiment_of
+from oversight_rl.runs.folder import CONFIG, METRICS, TRAINING, RunFolder
+from oversight_rl.runs.rows import deployed_row
+from oversight_rl.settings import flat, read_yaml
+from oversight_rl.sweeps.plan import SWEEP, load_sweep, plan
 
-REFERENCE = "routing"  # what the others are compared with
-
-
-@dataclass
-class Found:
-    """What is below a directory. A *name* is a method, with the settings that its runs vary."""
-
-    results: pd.DataFrame
-    """Rows of every result.json, with columns `name`, `level` (training oversight) and `run`."""
-    curves: pd.DataFrame
-    """The deployed policy's rows of every metrics.csv, with the same columns."""
-    training: pd.DataFrame
-    """Every training.csv, with the same columns."""
-    missing: list[str] = field(default_factory=list)
-    """What is missing, unreadable or uneven, in sentences."""
-    versions: list[str] = field(default_factory=list)
-    """Commits and versions that made the runs."""
-
-    @cached_property
-    def deployed(self) -> pd.DataFrame:
-        """One row per finished run: its deployed policy at the training level."""
-        rows = self.results
-        own = rows["deploy_oversight"] == rows["train_oversight"]
-        deployed = rows["is_deployed"]
-        return rows[own & deployed & ~rows["greedy"]]
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Names of methods, in the order of the table of methods."""
-        order = list(METHODS)
-        found = self.deployed[["name", "method"]].drop_duplicates()
-        return sorted(found["name"], key=lambda n: (order.index(self.method(n)), n))
-
-    @cached_property
-    def levels(self) -> list[float]:
-        """Training oversight levels."""
-        return sorted(self.deployed["level"].unique())
-
-    @property
-    def reference(self) -> str | None:
-        """Name of the method that others are compared with, if its runs are all alike."""
-        alike = [name for name in self.names if self.method(name) == REFERENCE]
-        return alike[0] if len(alike) == 1 else None
-
-    def method(self, name: str) -> str:
-        """The method behind a name."""
-        return name.split(" ")[0]
+MOST_TABLE = 2**28  # bytes of a CSV file that is read
+TEXT, TRUTH = ("method", "policy", "evaluator"), ("greedy", "deployed")  # columns, others: numbers
+CURVES = {"update", "method", "policy", "greedy", "deploy_oversight", "env_steps"}
+ELSEWHERE = {"method", "oversight", "seeds", "device", "threads", "pictures", "evaluation"}
+"""Settings that do not tell runs of a method apart."""
 
 
 def gather(directory: Path) -> Found:
@@ -100,9 +60,10 @@ def gather(directory: Path) -> Found:
     if not runs:
         more = f": {missing[0]}" if missing else ""
         raise UserError(f"{directory}: no finished run below it{more}")
-    runs = _named(runs, missing)
+    kind = runs[0].kind
+    runs = _named(_alike(runs, missing), missing)
     versions = sorted({run.made_by for run in runs})
-    found = Found(**_together(runs), missing=missing, versions=versions)
+    found = Found(kind, **_together(runs), missing=missing, versions=versions)
     _look_for_gaps(found)
     if len(versions) > 1:
         missing.append(f"The runs were made by {len(versions)} different versions, see below.")
@@ -112,6 +73,7 @@ def gather(directory: Path) -> Found:
 @dataclass
 class _Run:
     where: str
+    kind: type[Experiment]
     key: tuple[str, float, int]  # method, oversight level, seed
     settings: dict[str, Any]
     made_by: str
@@ -130,25 +92,41 @@ def _read(path: Path, where: str) -> _Run | None:
     provenance = read_yaml(path / CONFIG).get("provenance")
     if not folder.finished:
         return None
-    results = pd.DataFrame([vars(row) for row in folder.result()])
-    name = deployed_policy(config.method, results["policy"])
-    curves = _read_table(path / METRICS, NEEDED["curves"])
-    if len(curves):
-        curves = curves[curves["policy"] == name]
-    hidden = {"method", "oversight", "seeds", "device", "threads", "pictures", "evaluation"}
-    hidden.add("training" if config.algo == "ppo" else "ppo")  # the learner not in use
+    kind, rows = experiment_of(config), folder.result()
+    curves = _read_table(path / METRICS, CURVES | {kind.score}, kind)
+    if len(curves):  # version 0.1 did not say there which policy is deployed
+        named = curves["policy"] == deployed_row(rows).policy
+        curves = curves[curves.get("deployed", named)]
+    others = set(KINDS) - {config.algo}  # sections of the learners not in use
     facts = flat(provenance) if isinstance(provenance, dict) else {}
     return _Run(
         where,
+        kind,
         key=(config.method, config.oversight, config.seeds[0]),
-        settings=flat(config.model_dump(mode="json", exclude=hidden)),
+        settings=flat(config.model_dump(mode="json", exclude=ELSEWHERE | others)),
         made_by=", ".join(f"{k} {v}" for k, v in facts.items()) or "unknown",
         tables={
-            "results": results.assign(is_deployed=results["policy"] == name),
+            "results": pd.DataFrame([row.record for row in rows]),
             "curves": curves,
-            "training": _read_table(path / TRAINING, NEEDED["training"]),
+            "training": _read_table(path / TRAINING, {"update"}, kind),
         },
     )
+
+
+def _alike(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
+    """The runs that are judged as the first is: one report cannot compare others with them."""
+
+    def judged(run: _Run) -> tuple[Any, ...]:
+        return run.kind.score, run.kind.optimum, run.kind.report, list(run.kind.methods)
+
+    alike = [run for run in runs if judged(run) == judged(runs[0])]
+    if others := [run.where for run in runs if judged(run) != judged(runs[0])]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        missing.append(
+            f"Left out: {others[0]}{more}, of another kind of experiment than {runs[0].where}; "
+            "report on a folder that holds them alone."
+        )
+    return alike
 
 
 def _together(runs: Sequence[_Run]) -> dict[str, pd.DataFrame]:
@@ -179,18 +157,7 @@ def _find(directory: Path) -> list[Path]:
     return sorted(found)
 
 
-MOST_TABLE = 2**28  # bytes of a CSV file that is read
-TEXT = ("method", "policy", "evaluator")  # columns that hold words, the others numbers
-NEEDED = {
-    "curves": {
-        *("update", "method", "policy", "greedy"),
-        *("deploy_oversight", "env_steps", "ground_truth_return"),
-    },
-    "training": {"update"},
-}
-
-
-def _read_table(path: Path, needed: set[str]) -> pd.DataFrame:
+def _read_table(path: Path, needed: set[str], kind: type[Experiment]) -> pd.DataFrame:
     """A CSV file, empty if there is none.
 
     Raises:
@@ -202,14 +169,14 @@ def _read_table(path: Path, needed: set[str]) -> pd.DataFrame:
     table = pd.read_csv(io.StringIO(read_text(path, MOST_TABLE)))
     if not needed <= set(table):
         raise ValueError(f"{path.name} has no column {', '.join(sorted(needed - set(table)))}")
-    if "method" in table and not table["method"].isin(list(METHODS)).all():
+    if "method" in table and not table["method"].isin(list(kind.methods)).all():
         raise ValueError(f"{path.name} names a method that is none")
     for column in table:
-        kind = table[column].dtype
+        dtype = table[column].dtype
         fits = (
-            pd.api.types.is_bool_dtype(kind)
-            if column == "greedy"
-            else pd.api.types.is_numeric_dtype(kind) != (column in TEXT)
+            pd.api.types.is_bool_dtype(dtype)
+            if column in TRUTH
+            else pd.api.types.is_numeric_dtype(dtype) != (column in TEXT)
         )
         known = column not in needed or not table[column].isin([np.nan, np.inf, -np.inf]).any()
         if not (fits and known):
@@ -267,8 +234,3 @@ def _look_for_gaps(found: Found) -> None:
                 lacks = ", ".join(str(seed) for seed in sorted(every - seeds))
                 alone = "; one seed has no interval" if len(seeds) == 1 else ""
                 found.missing.append(f"{name} at {level:.3g} lacks seeds {lacks}{alone}.")
-
-
-def listed(words: Sequence[str]) -> str:
-    """Words with commas, the last after `and`."""
-    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib as mpl
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from oversight_rl.agents.methods import METHODS
 from oversight_rl.files import as_text, write_atomically, writing
-from oversight_rl.reports.figures import CAPTIONS, INK, color, figures
-from oversight_rl.reports.gather import Found, gather
-from oversight_rl.reports.tables import percent, reward_models, summary, verdict
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, facecolor="white")
-    return buffer.getvalue()
+from oversight_rl.reports.figures import INK, STYLE, color
+from oversight_rl.reports.found import Found, Part, percent
+from oversight_rl.reports.gather import gather
+from oversight_rl.reports.tables import summary, verdict
 
 
 def write(directory: Path) -> tuple[Found, str]:
@@ -45,21 +33,31 @@ def write(directory: Path) -> tuple[Found, str]:
     found = gather(directory)
     table = summary(found)
     sentence = verdict(found, table)
-    drawn = []
     with writing(directory):
         (directory / "figures").mkdir(exist_ok=True)
-        for name, kind in itertools.product(CAPTIONS, ("svg", "png")):
-            (directory / "figures" / f"{name}.{kind}").unlink(missing_ok=True)
-        for name, figure in figures(found):
-            svg = _svg(figure)
-            write_atomically(directory / "figures" / f"{name}.svg", svg.encode())
-            write_atomically(directory / "figures" / f"{name}.png", _png(figure))
-            inline = svg[svg.index("<svg") :].replace(INK, "currentColor")
-            drawn.append((*CAPTIONS[name], Markup(inline)))
+        drawn = [(part, _draw(part, found, directory / "figures")) for part in found.report.parts]
         write_atomically(directory / "summary.csv", table.to_csv(index=False).encode())
         page = _page(found, table, sentence, drawn, as_text(directory.resolve().name))
         write_atomically(directory / "report.html", page.encode())
     return found, sentence
+
+
+def _draw(part: Part, found: Found, folder: Path) -> Markup | pd.DataFrame | None:
+    """A table, or a figure as SVG, with files of it; what an older report left there goes."""
+    vector, raster = folder / f"{part.name}.svg", folder / f"{part.name}.png"
+    for path in (vector, raster):
+        path.unlink(missing_ok=True)
+    with mpl.rc_context(STYLE | {"svg.hashsalt": part.name}):
+        drawn = part.draw(found)
+        if not isinstance(drawn, Figure):
+            return drawn
+    svg, png = io.StringIO(), io.BytesIO()
+    drawn.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    drawn.savefig(png, format="png", dpi=110, facecolor="white")
+    write_atomically(vector, svg.getvalue().encode())
+    write_atomically(raster, png.getvalue())
+    inline = svg.getvalue()
+    return Markup(inline[inline.index("<svg") :].replace(INK, "currentColor"))
 
 
 def _page(
@@ -72,19 +70,12 @@ def _page(
     return environment.from_string(source).render(
         title=title,
         found=found,
-        methods={name: METHODS[found.method(name)] for name in found.names},
+        methods={name: found.kind.methods[method] for name, method in found.methods.items()},
+        deploys=found.deployed.groupby("name")["policy"].first(),
         colors={name: color(found, name) for name in found.names},
         cells=cells,
-        best={
-            level: max(
-                (row["iqm"] for row in cells.values() if row["train_oversight"] == level), default=0
-            )
-            for level in found.levels
-        },
+        best=table.groupby("train_oversight")["iqm"].max(),
         verdict=sentence,
-        figures=drawn,
-        reward_models=reward_models(found),
-        runs=len(found.deployed),
+        drawn=drawn,
         cost=table.groupby("method", sort=False)[["env_steps", "wall_seconds"]].mean().T.to_dict(),
-        optimum=float(found.deployed["optimal_return"].max()),
     )

@@ -49,6 +49,7 @@ class OversightRuns(Experiment):
     score: ClassVar[str] = "ground_truth_return"
     optimum: ClassVar[str | None] = "optimal_return"
     methods: ClassVar[Mapping[str, Any]] = METHODS
+    report: ClassVar[str] = "oversight_rl.experiments.oversight.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Ground truth": {
             "return of each policy and the optimum": "evaluation/return/.*",
