@@ -22,6 +22,11 @@ Schedule = Annotated[
 """One number: constant; two: linear from the first update to the last."""
 
 
+def at(schedule: tuple[float, ...], progress: float) -> float:
+    """Value of a schedule at `progress` in [0, 1]."""
+    return schedule[0] + (schedule[-1] - schedule[0]) * progress
+
+
 class AgentConfig(Settings):
     """The networks."""
 

@@ -15,12 +15,17 @@ import yaml
 from scipy import stats
 
 from oversight_rl.cli import main
-from oversight_rl.config import Config
-from oversight_rl.evaluation import Row
-from oversight_rl.reports import figures, page, tables
+from oversight_rl.experiments.oversight import figures
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns
+from oversight_rl.reports import page, tables
 from oversight_rl.reports.gather import gather
-from oversight_rl.tracking import RunFolder
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.rows import Facts, Row
 
+GATE = ["gate/labeled_diamond", "gate/labeled_ghost", "gate/unlabeled"]
+TITLES = {part.name: part.title for part in figures.PARTS}
+DRAWN = [name for name in TITLES if name != "reward_models"]  # which is a table
 LEVELS, SEEDS = (0.01, 0.1), range(5)
 RETURNS = {  # by method: mean return at the two levels
     "routing": (0.5, 0.7),
@@ -41,31 +46,33 @@ def make_run(path, method, level, seed, value, settings=None):
         policies = ["single"]
     rows = []
     for policy in policies:
-        fields = dict.fromkeys((field.name for field in dataclasses.fields(Row)), 0.25)
-        fields |= {
-            "method": method, "seed": seed, "train_oversight": level, "deploy_oversight": level,
-            "policy": policy, "greedy": False, "temperature": 1.0, "evaluator": "exact",
+        names = ("return_se", "p_diamond_flagged", "p_ghost_flagged", "p_ghost_on_path")
+        found = {
             "ground_truth_return": value if policy in ("diamond", "single") else -value,
-            "window_return": value / 2, "optimal_return": 0.93, "env_steps": 1000,
-            "wall_seconds": 3.0, "p_diamond": 0.8, "p_ghost": 0.15, "p_timeout": 0.05,
-        }  # fmt: skip
-        rows.append(Row(**fields))
+            "window_return": value / 2, "optimal_return": 0.93,
+            "p_diamond": 0.8, "p_ghost": 0.15, "p_timeout": 0.05, "episode_length": 0.25,
+        } | dict.fromkeys(names, 0.25)  # fmt: skip
+        deployed = policy in ("diamond", "single")
+        rows.append(Row.of(Facts(method, seed, level, 1000, 3.0), policy, found, deployed=deployed))
     for update, share in ((0, 0.0), (10, 0.5), (20, 1.0)):
         scaled = [
             dataclasses.replace(
-                r, ground_truth_return=share * r.ground_truth_return, env_steps=50 * update
+                r,
+                figures={**r.figures, GridRuns.score: share * r.figures[GridRuns.score]},
+                env_steps=50 * update,
             )
             for r in rows
             if "=" not in r.policy
         ]
-        folder.log_rows(update, scaled)
+        folder.log_rows(update, scaled, GridRuns)
         points = {"loss/policy": 0.1}
         if len(policies) > 1:
-            points |= {f"gate/{kind}": 0.5 for kind in figures.GATE}
+            points |= dict.fromkeys(GATE, 0.5)
         if method == "reward_model":
-            points |= dict(zip(tables.REWARD_MODEL, (0.99, 0.9, 0.01, 0.123), strict=True))
+            columns = [column for column, _ in figures.REWARD_MODEL.values()]
+            points |= dict(zip(columns, (0.99, 0.9, 0.01, 0.123), strict=True))
         folder.log_training(update, points)
-    folder.finish(config, rows)
+    folder.finish(config, rows, GridRuns)
 
 
 def spread(seed):
@@ -154,9 +161,9 @@ def test_the_page_is_one_file_with_every_figure(runs):
     page.write(runs)
     found = read_page(runs)
     text = " ".join(found.text)
-    for heading, _ in figures.CAPTIONS.values():
+    for heading in TITLES.values():
         assert heading in text
-    assert sum(tag == "svg" for tag, _ in found.tags) == len(figures.CAPTIONS)
+    assert sum(tag == "svg" for tag, _ in found.tags) == len(DRAWN)
     for tag, attributes in found.tags:
         assert tag not in ("script", "iframe", "object", "link", "img"), tag
         for name in ("src", "href", "xlink:href"):
@@ -169,14 +176,14 @@ def test_the_page_is_one_file_with_every_figure(runs):
     assert "prefers-color-scheme: dark" in (runs / "report.html").read_text()
     assert "12.3%" not in text
     assert "0.123" in text  # calibration of the reward model on unlabeled endings
-    for name in figures.CAPTIONS:
+    for name in DRAWN:
         assert (runs / "figures" / f"{name}.svg").read_text().startswith("<?xml")
         image = matplotlib.image.imread(runs / "figures" / f"{name}.png")
         assert image[..., :3].std() > 0.01
 
 
 def test_figures_show_the_numbers(runs):
-    figure = figures.figure_returns(gather(runs))
+    figure = figures.returns(gather(runs))
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     assert list(lines["routing, as published"].get_ydata()) == [0.28, 0.51]
     (axes,) = [a for a in figure.axes if a.get_title().startswith("one policy")]
@@ -239,12 +246,12 @@ def test_settings_that_runs_vary_tell_them_apart(tmp_path):
         for seed in (0, 1):
             make_run(
                 tmp_path / f"{coefficient}-{seed}", "routing", 0.1, seed, coefficient / 4,
-                {"training": {"gate_coef": coefficient}, "ppo": {"gate_coef": coefficient + seed}},
+                {"reinforce": {"gate_coef": coefficient}, "ppo": {"gate_coef": coefficient + seed}},
             )  # fmt: skip
     found = gather(tmp_path)
     assert found.names == [
-        "routing (training.gate_coef=[0.5])",
-        "routing (training.gate_coef=[2.0])",
+        "routing (reinforce.gate_coef=[0.5])",
+        "routing (reinforce.gate_coef=[2.0])",
     ]
     assert list(tables.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
     _, verdict = page.write(tmp_path)
@@ -309,12 +316,12 @@ def test_odd_provenance_does_no_harm(runs):
 
 def test_gates_are_drawn_if_there_is_anything_to_draw(runs):
     found = gather(runs)
-    assert figures.figure_gate(found) is not None
+    assert figures.gate(found) is not None
     found.training["gate/unlabeled"] = np.nan  # at full oversight nothing is unlabeled
-    assert figures.figure_gate(found) is not None
-    for kind in figures.GATE:
-        found.training[f"gate/{kind}"] = np.nan
-    assert figures.figure_gate(found) is None
+    assert figures.gate(found) is not None
+    for column in GATE:
+        found.training[column] = np.nan
+    assert figures.gate(found) is None
 
 
 def test_names_from_files_are_text_and_not_markup(runs):
@@ -330,7 +337,7 @@ def test_names_from_files_are_text_and_not_markup(runs):
 
 
 def test_the_papers_figure_is_carried_along():
-    paper = tables.paper_figure()
+    paper = figures.paper_figure()
     assert set(paper) == {"routing", "naive", "filtering"}
     assert paper["routing"][0.003] == 0.10
     assert paper["filtering"][0.4] == 0.75

@@ -29,6 +29,7 @@ from stable_baselines3.common.utils import LinearSchedule, explained_variance, o
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
+from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import METHODS, UNFINISHED, Overseer, tables
 from oversight_rl.agents.ppo.buffer import (
@@ -550,7 +551,7 @@ class RoutedPPO(PPO):
         """Update the policy from the rollout: PPO's losses, with every gradient routed.
 
         Raises:
-            FloatingPointError: numbers went bad.
+            NotFinite: numbers went bad.
         """
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
@@ -571,7 +572,7 @@ class RoutedPPO(PPO):
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
                 if not norm.isfinite():
-                    raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+                    raise NotFinite("gradient's norm", float(norm))
                 self.policy.optimizer.step()
             else:
                 self._n_updates += 1
@@ -631,9 +632,7 @@ class RoutedPPO(PPO):
         self.policy.optimizer.zero_grad()
         loss = ending_loss(cast(MoEPolicy, self.policy), cast(Memory, self.endings))
         if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss of the classifier of endings is {float(loss.detach())}"
-            )
+            raise NotFinite("loss of the classifier of endings", float(loss.detach()))
         loss.backward()
         self.policy.optimizer.step()
         return loss.detach()

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.networks import DEPLOYED
 from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.observations import from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
+from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 
 def losses(

@@ -11,6 +11,8 @@ from oversight_rl.kinds import KINDS, load
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
 
+LOG_EVERY = 10  # updates between points of the training curves
+
 
 class Experiment(ABC):
     """Runs of one kind: how they are trained, judged and shown.
@@ -25,6 +27,8 @@ class Experiment(ABC):
     """The figure that policies are ranked by; more is better."""
     optimum: ClassVar[str | None] = None
     """The figure that says the best score that there can be, if one does."""
+    error: ClassVar[str | None] = None
+    """The figure that says the score's standard error, if one does."""
     methods: ClassVar[Mapping[str, Any]] = {}
     """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
     report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
@@ -64,9 +68,19 @@ class Experiment(ABC):
         config.torch_device()
 
     @classmethod
-    def shown(cls, figures: Sequence[str]) -> dict[str, str]:
-        """Which figures are shown while and after training: the figure by a short name."""
+    def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
+        """Which figures are shown in tables and curves, each by a short name.
+
+        Args:
+            figures: that there are.
+            details: whether a policy is looked at by itself.
+        """
         return {figure: figure for figure in figures}
+
+    @classmethod
+    def notes(cls, rows: Sequence[Row]) -> list[str]:
+        """What to say of a table's figures below it, in lines."""
+        return []
 
     @classmethod
     def describe(cls, config: Any) -> str:

@@ -27,13 +27,12 @@ from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import writing
 from oversight_rl.runs import checkpoint
-from oversight_rl.runs.experiment import Experiment
+from oversight_rl.runs.experiment import LOG_EVERY, Experiment
 from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
 from oversight_rl.runs.health import Watch
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
 
-LOG_EVERY = 10  # updates between points of the training curves
 PICTURES = 4  # evaluations with pictures over a run, beside the untrained agent's
 
 

@@ -24,6 +24,7 @@ from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.rollouts import EnvEvaluator, make_env
 from oversight_rl.experiments.oversight.runs import OversightRuns, deployed_name
+from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
 
 TRIAL = 32  # steps that an environment is tried out for
@@ -170,6 +171,7 @@ def new_learner(config: Config, envs: int | None = None) -> PPOLearner:
             overseer=config.overseer,
             seed=config.seeds[0],
             device=config.torch_device(),
+            curves_every=LOG_EVERY,
         )
     except (ValueError, AssertionError, NotImplementedError) as error:  # as SB3 refuses spaces
         raise UserError(f"env: {config.env}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -15,6 +16,7 @@ from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.rows import Facts, Row
 
+WINDOW_RETURN = "window_return"  # no other world than the grid has any
 PARTS = ("_flagged", "_on_path")  # endings of the names of figures that are parts of others
 
 
@@ -48,6 +50,7 @@ class OversightRuns(Experiment):
 
     score: ClassVar[str] = "ground_truth_return"
     optimum: ClassVar[str | None] = "optimal_return"
+    error: ClassVar[str | None] = "return_se"
     methods: ClassVar[Mapping[str, Any]] = METHODS
     report: ClassVar[str] = "oversight_rl.experiments.oversight.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
@@ -133,7 +136,7 @@ class OversightRuns(Experiment):
         return tables
 
     @classmethod
-    def shown(cls, figures: Sequence[str]) -> dict[str, str]:
+    def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
         """The return, how episodes end, and their length."""
 
         def whole(name: str) -> bool:
@@ -141,9 +144,22 @@ class OversightRuns(Experiment):
                 name.endswith(part) and name.removesuffix(part) in figures for part in PARTS
             )
 
-        shown = {"return": cls.score}
-        shown |= {name: name for name in figures if name.startswith("p_") and whole(name)}
-        return shown | ({"steps": "episode_length"} if "episode_length" in figures else {})
+        wanted = {"return": cls.score} | ({"window": WINDOW_RETURN} if details else {})
+        wanted |= {name: name for name in figures if name.startswith("p_") and whole(name)}
+        wanted["steps"] = "episode_length"
+        return {short: name for short, name in wanted.items() if name in figures}
+
+    @classmethod
+    def notes(cls, rows: Sequence[Row]) -> list[str]:
+        """Where figures are from, and what they mean."""
+        optimum = rows[0].figures["optimal_return"]
+        if math.isnan(optimum):
+            lines = ["no exact evaluation of this world: figures are from rollouts"]
+        else:
+            lines = [f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"]
+        if WINDOW_RETURN in rows[0].figures:
+            lines.append("window: the published metric, mean discounted return per visited step")
+        return lines
 
     @classmethod
     def describe(cls, config: Any) -> str:
