@@ -27,7 +27,7 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import cli, report, training
+from oversight_rl import cli
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.envs.settings import UserError
@@ -35,6 +35,7 @@ from oversight_rl.experiments.oversight import reference
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.reports import page
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import EVENTS, RunFolder, find_runs
 from oversight_rl.sweeps.plan import load_sweep, plan
@@ -311,7 +312,7 @@ def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
         "checkpoint, resumed": (pair, resume),
         "exported policy": ([policy], lambda: checkpoint.read_policy(policy)),
         "state dict": ([state], bring_in),
-        "report": (logs, lambda: report.write(run)),
+        "report": (logs, lambda: page.write(run)),
     }
 
 

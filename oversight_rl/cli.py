@@ -326,10 +326,10 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
         directory: Folder of run folders: a sweep's, or any other. Links are followed.
     """
     check_there(directory, "folder")
-    from oversight_rl import report  # with pandas, matplotlib and scipy, which take two seconds
+    from oversight_rl.reports import page  # with pandas, matplotlib, scipy: two seconds
 
     console = Console()
-    found, verdict = report.write(directory)
+    found, verdict = page.write(directory)
     for line in found.missing:
         say(console, f"note: {line}")
     say(console, verdict)

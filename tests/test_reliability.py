@@ -16,13 +16,14 @@ import soak
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import report, tracking
+from oversight_rl import tracking
 from oversight_rl.agents.reinforce import learner, losses
 from oversight_rl.cli import STOPPED, main, train
 from oversight_rl.envs.gym import OversightGridVecEnv
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.reports.gather import gather
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import EVENTS, RunFolder
 from oversight_rl.runs.health import Watch
@@ -413,7 +414,7 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
             events.Reload()
         assert steps == sorted(steps)
         main(["evaluate", str(path), "--json", str(tmp_path / "rows.json")])
-        found = report.gather(tmp_path / "runs")
+        found = gather(tmp_path / "runs")
         assert found.missing == ["Not finished and left out: busy."]
         seen = [event.step for event in events.Scalars("evaluation/return/mixture")]
         assert seen == list(range(len(seen)))

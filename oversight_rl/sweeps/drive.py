@@ -159,7 +159,9 @@ class _Overview:
         except UserError as error:
             self._say(str(error))
             return
-        self._returns.setdefault(self._cell(run), []).append(row.figures[experiment_of(run.config).score])
+        self._returns.setdefault(self._cell(run), []).append(
+            row.figures[experiment_of(run.config).score]
+        )
 
     def finished(self, stack: Sequence[Run]) -> None:
         """Runs of a stack came to their end."""
