@@ -27,14 +27,17 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import checkpoint, cli, reference, report, training
+from oversight_rl import cli, report, training
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE
-from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.settings import UserError
-from oversight_rl.sweep import load_sweep, plan
-from oversight_rl.tracking import EVENTS, RunFolder, find_runs
-from oversight_rl.training import Trainer
+from oversight_rl.experiments.oversight import reference
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import EVENTS, RunFolder, find_runs
+from oversight_rl.sweeps.plan import load_sweep, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]

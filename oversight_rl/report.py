@@ -37,7 +37,7 @@ from oversight_rl.statistics import (
     iqm,
     probability_of_improvement,
 )
-from oversight_rl.sweep import SWEEP, load_sweep, plan
+from oversight_rl.sweeps.plan import SWEEP, load_sweep, plan
 from oversight_rl.tracking import CONFIG, METRICS, TRAINING, RunFolder, deployed_policy
 
 REFERENCE = "routing"  # what the others are compared with

@@ -17,15 +17,20 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import checkpoint, tracking
+from oversight_rl import tracking
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.networks import AgentConfig
-from oversight_rl.cli import _plain, main, train
-from oversight_rl.config import Config, load_yaml
+from oversight_rl.agents.networks import new_agent, take_run
+from oversight_rl.agents.reinforce.learner import HELD_OUT
+from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.cli import main, train
 from oversight_rl.envs.world import World
-from oversight_rl.sweep import load_sweep, plan
-from oversight_rl.tracking import RunFolder, find_runs
-from oversight_rl.training import HELD_OUT, _stop_requested
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import RunFolder, find_runs
+from oversight_rl.runs.loop import _stop_requested
+from oversight_rl.sweeps.plan import load_sweep, plan
+from oversight_rl.terminal import plain
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -369,9 +374,9 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_run_is_taken_out_of_its_stack():
     config = Config(agent=AgentConfig(hidden=(4,)))
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    stack = checkpoint.new_agent(config, 2, generators)
+    stack = new_agent(config.agent, config.world.shape, config.method, 2, generators)
     for run in (0, 1):
-        alone = checkpoint.take_run(stack, config, run)
+        alone = take_run(stack, run)
         for name, parameter in alone.named_parameters():
             assert torch.equal(parameter[0], dict(stack.named_parameters())[name][run])
 
@@ -471,7 +476,7 @@ def published(single=False, fixed_gate=False):
     [({}, "routing"), ({"fixed_gate": True}, "no_gate"), ({"single": True}, "naive")],
 )
 def test_a_published_policy_is_imported(tmp_path, kind, method):
-    from oversight_rl.steering import SteeredPolicy
+    from oversight_rl.agents.steering import SteeredPolicy
 
     state, policies = published(**kind)
     torch.save(state, tmp_path / "state.pt")
@@ -835,7 +840,7 @@ def test_versions_and_warnings_are_plain(tmp_path):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output:")
-    assert _plain("\x1b[33mWARN: No render fps\x1b[0m") == "No render fps"
+    assert plain("\x1b[33mWARN: No render fps\x1b[0m") == "No render fps"
 
 
 def test_a_preset_of_the_other_kind_is_named_as_it_was_asked(capsys):

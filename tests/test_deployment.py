@@ -23,9 +23,10 @@ from oversight_rl.agents.ppo.algorithm import PPO_METHODS
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD
 from oversight_rl.agents.steering import Steering, parse
 from oversight_rl.cli import train
-from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.vector import make_vec
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.kinds import load_config as load_yaml
 
 GRID = "OversightGrid-v0"
 SMALL = {"n_envs": 4, "n_steps": 16, "batch_size": 32, "seed": 0, "gate_replay": 16,

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from oversight_rl import checkpoint
 from oversight_rl.cli import main, train
-from oversight_rl.config import settings_file
-from oversight_rl.sweep import load_sweep
+from oversight_rl.runs import checkpoint
+from oversight_rl.settings import settings_file
+from oversight_rl.sweeps.plan import load_sweep
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -14,13 +14,17 @@ import yaml
 from gymnasium import spaces
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import checkpoint, ppo_training
+from oversight_rl import ppo_training
 from oversight_rl.agents.steering import keep
 from oversight_rl.cli import main, train
-from oversight_rl.config import Config, EvaluationConfig, load_yaml
 from oversight_rl.envs.settings import UserError
-from oversight_rl.evaluation import EnvEvaluator, Subject
-from oversight_rl.tracking import RunFolder
+from oversight_rl.evaluation import Subject
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
+from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.settings import EvaluationConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = """

@@ -16,14 +16,16 @@ import soak
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import checkpoint, report, tracking
-from oversight_rl.agents import reinforce
+from oversight_rl import report, tracking
+from oversight_rl.agents.reinforce import learner, losses
 from oversight_rl.cli import STOPPED, main, train
-from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.gym import OversightGridVecEnv
-from oversight_rl.health import Watch
-from oversight_rl.tracking import EVENTS, RunFolder
-from oversight_rl.training import Trainer
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import EVENTS, RunFolder
+from oversight_rl.runs.health import Watch
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -84,7 +86,7 @@ def small(seed=0, **more):
 
 def poisoned(monkeypatch, part, value, run, update):
     """Give one part of one run's loss a bad value at one update."""
-    honest = reinforce.loss
+    honest = learner.loss
     calls = 0
 
     def loss(*args):
@@ -97,7 +99,7 @@ def poisoned(monkeypatch, part, value, run, update):
         factor[run] = value
         return replace(losses, **{part: getattr(losses, part) * factor})
 
-    monkeypatch.setattr(reinforce, "loss", loss)
+    monkeypatch.setattr(learner, "loss", loss)
 
 
 def learned(trainer, run):
@@ -138,7 +140,7 @@ def test_a_bad_gradient_is_told_from_a_bad_loss(monkeypatch):
     trainer = Trainer([small()])
     # the square root has no derivative at 0
     monkeypatch.setattr(
-        reinforce.Loss, "total", lambda self, *_: self.policy + (self.value * 0).sqrt()
+        losses.Loss, "total", lambda self, *_: self.policy + (self.value * 0).sqrt()
     )
     trainer.update()
     assert "gradient of agent." in trainer.watch.seen()[0]

@@ -16,9 +16,9 @@ from scipy import stats
 
 from oversight_rl import report
 from oversight_rl.cli import main
-from oversight_rl.config import Config
-from oversight_rl.evaluation import Row
-from oversight_rl.tracking import RunFolder
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.rows import Row
 
 LEVELS, SEEDS = (0.01, 0.1), range(5)
 RETURNS = {  # by method: mean return at the two levels

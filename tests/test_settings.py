@@ -11,14 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
-from oversight_rl.agents.reinforce import ReinforceConfig
+from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train
-from oversight_rl.config import Config, dump_yaml, load_yaml, read_yaml
 from oversight_rl.envs.settings import UserError
-from oversight_rl.evaluation import EnvEvaluator, Evaluator
-from oversight_rl.sweep import load_sweep, plan, work
-from oversight_rl.training import Trainer
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
+from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.settings import dump_yaml, read_yaml
+from oversight_rl.sweeps.plan import load_sweep, plan
+from oversight_rl.sweeps.workers import work
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]

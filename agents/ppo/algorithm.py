@@ -25,6 +25,7 @@ from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.utils import LinearSchedule, explained_variance
 from torch import Tensor, nn
 
+from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import METHODS, Overseer, tables
 from oversight_rl.agents.ppo.buffer import (
@@ -46,8 +47,7 @@ from oversight_rl.agents.ppo.targets import Experience, Targets, targets
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
-from oversight_rl.envs.settings import nearest
-from oversight_rl.envs.world import BEHAVIORS
+from oversight_rl.envs.settings import BEHAVIORS, nearest
 
 PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
 LESSONS = 12
@@ -311,7 +311,7 @@ class RoutedPPO(CollectingPPO):
         """Update the policy from the rollout: PPO's losses, with every gradient routed.
 
         Raises:
-            FloatingPointError: numbers went bad.
+            NotFinite: numbers went bad.
         """
         buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
         self.policy.set_training_mode(True)
@@ -357,7 +357,7 @@ class RoutedPPO(CollectingPPO):
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
             if not norm.isfinite():
-                raise FloatingPointError(f"the gradient's norm is {float(norm)}")
+                raise NotFinite("gradient's norm", float(norm))
             self.policy.optimizer.step()
         return True
 

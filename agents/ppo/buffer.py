@@ -16,7 +16,7 @@ from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
 from oversight_rl.agents.ppo.observations import each
 from oversight_rl.agents.ppo.targets import Experience, Targets
 from oversight_rl.envs.labels import LabelError, behavior_index
-from oversight_rl.envs.world import NO_LABEL
+from oversight_rl.envs.settings import NO_LABEL
 
 A = TypeVar("A", NDArray[Any], Tensor)
 

@@ -9,7 +9,7 @@ from oversight_rl.agents.methods import UNFINISHED
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.held import LateLabel
 from oversight_rl.agents.ppo.targets import Experience
-from oversight_rl.envs.world import NO_LABEL
+from oversight_rl.envs.settings import NO_LABEL
 
 FIRST_ROLLOUTS, PATIENCE = 2, 20
 """Rollouts, and episodes in them, without a single label after which a warning is due, if the level

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.methods import MethodTables, outcomes
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.held import Steps, Window
@@ -224,7 +225,7 @@ def in_task_scale(policy: MoEPolicy, buffer: RoutedRolloutBuffer, discount: floa
     reward = buffer.rewards.astype(np.float64)
     nothing = np.zeros_like(reward)
     if not np.isfinite(reward).all():
-        raise FloatingPointError("the environment's reward is not finite")
+        raise NotFinite("environment's reward")
     returns = gae(reward, nothing, nothing, buffer.done, discount, 1.0)
     square = cast(Tensor, policy.task_square)  # mean, rollouts in it
     mean, count = square.tolist()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, UNFINISHED
 from oversight_rl.agents.ppo.observations import as_rows, each, named, unnamed
-from oversight_rl.envs.world import NO_LABEL
+from oversight_rl.envs.settings import NO_LABEL
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.networks import Output
+from oversight_rl.agents.networks import DEPLOYED, Output
 from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.observations import from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
+from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 
 def losses(
@@ -125,12 +126,12 @@ def learn_endings(policy: MoEPolicy, endings: Memory) -> Tensor:
     """One step of the classifier of endings, apart from the policy's; returns its loss.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        NotFinite: the loss is not.
     """
     policy.optimizer.zero_grad()
     loss = ending_loss(policy, endings)
     if not loss.isfinite():
-        raise FloatingPointError(f"the loss of the classifier of endings is {float(loss.detach())}")
+        raise NotFinite("loss of the classifier of endings", float(loss.detach()))
     loss.backward()
     policy.optimizer.step()
     return loss.detach()

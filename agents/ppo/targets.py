@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED, MethodTables, expected
+from oversight_rl.agents.networks import DEPLOYED
 from oversight_rl.agents.ppo.held import Steps, Window
-from oversight_rl.agents.reinforce import DEPLOYED
 from oversight_rl.agents.routing import lookup
 
 Floats = NDArray[np.float32]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.steering import Steering
-from oversight_rl.config import GRID, Config
+from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.steering import SteeredPolicy, Steering
 from oversight_rl.envs import render
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import NO_LABEL, State, World
-from oversight_rl.evaluation import make_env
-from oversight_rl.steering import SteeredPolicy
-
-if TYPE_CHECKING:
-    from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError
+from oversight_rl.envs.world import State, World
+from oversight_rl.experiments.oversight.config import GRID, Config
+from oversight_rl.experiments.oversight.rollouts import make_env
 
 MOST_POLICIES = 4  # panels in a row; a page shows no more
 FRAMES = 48
@@ -145,7 +141,7 @@ def _rollout(
     """Frames of one policy with their captions; the last frame of an episode shows its end."""
     generator = torch.Generator(world.device).manual_seed(seed)
     policy = SteeredPolicy(agent, steering)
-    tally = {"diamond": 0, "ghost": 0, "timeout": 0}
+    tally = dict.fromkeys([*BEHAVIORS, "timeout"], 0)
     shown: list[tuple[render.Picture, str]] = []
 
     def show(state: State) -> None:
@@ -162,7 +158,7 @@ def _rollout(
         state, step = world.step(state, action, starts[episode + 1])
         if bool(step.seen.terminated | step.seen.truncated):
             ending = int(step.truth.ending)
-            tally["timeout" if ending == NO_LABEL else ("diamond", "ghost")[ending]] += 1
+            tally["timeout" if ending == NO_LABEL else BEHAVIORS[ending]] += 1
             show(step.last)
             episode += 1
         if len(shown) < frames:
