@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import fcntl
 import io
 import json
 import math
@@ -17,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from PIL import Image
 from pydantic import TypeAdapter
 from tensorboard.compat.proto.event_pb2 import Event
@@ -37,6 +37,7 @@ from oversight_rl.evaluation import Row
 from oversight_rl.files import check_plain, check_there, read_json, write_atomically, writing
 
 CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
+LOCK = "lock.tmp"  # of a process at work there; no part of a run, like all that ends so
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
 METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.oversight_rl"
 MOST_RESULT = 2**26  # bytes of a result.json that is read
@@ -468,23 +469,21 @@ def locked(path: Path) -> Iterator[None]:
     """Keep other processes from a folder; a dead one holds nothing.
 
     Raises:
-        UserError: another process is at work in it.
+        UserError: another process is at work in it, or it cannot be written.
     """
+    check_plain(path / LOCK)
+    lock = FileLock(path / LOCK, timeout=PATIENCE)
     with writing(path):
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{path}: another process is at work in it") from None
     try:
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise UserError(f"{path}: another process is at work in it") from None
-                time.sleep(0.2)
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # whoever got hold of it meanwhile sees that, and makes another
+            (path / LOCK).unlink()
+        lock.release()
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:
