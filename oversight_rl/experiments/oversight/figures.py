@@ -192,7 +192,7 @@ def endings_by_path(found: Found) -> Figure | None:
 
 def gate(found: Found) -> Figure | None:
     """Mean weight of the gate on the first expert over training, by an episode's outcome."""
-    labeled = [str(column) for column in found.training if column.startswith("gate/labeled_")]
+    labeled = [str(column) for column in found.training if str(column).startswith("gate/labeled_")]
     shades = ["#0d9488", *["#7c3aed", *(dark for dark, _ in OTHERS[1:])] * len(labeled)]
     lines = {**dict(zip(labeled, shades, strict=False)), "gate/unlabeled": TIMEOUT}
     if not set(lines) <= set(found.training):
