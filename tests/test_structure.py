@@ -112,9 +112,7 @@ MODULE = "oversight_rl.envs.world"
             "oversight_rl.envs.world:4: an import inside a function without its reason",
         ),
         (
-            {
-                "oversight_rl/low.py": "from oversight_rl.envs.world import STEPS\n__all__ = ['STEPS']"
-            },
+            {"oversight_rl/low.py": f"from {MODULE} import STEPS\n__all__ = ['STEPS']"},
             "oversight_rl.low: only passes on what others define",
         ),
         (
