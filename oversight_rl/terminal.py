@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
+from rich.console import Console
+
 from oversight_rl.envs.settings import UserError
 
 UNSHOWN, BAD_INPUT, STOPPED = 1, 2, 130  # exit codes
@@ -35,6 +37,11 @@ def run(command: Callable[[list[str]], object], args: list[str]) -> None:
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             raise SystemExit(STOPPED) from None
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is, so that a command in it can be copied."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 
 from oversight_rl import tracking
 from oversight_rl.envs.settings import UserError
-from oversight_rl.tracking import check_free, locked
+from oversight_rl.runs.folder import check_free, locked
 
 HOLDER = """
 import sys, time

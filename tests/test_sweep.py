@@ -16,11 +16,11 @@ from rich.console import Console
 from oversight_rl import tracking
 from oversight_rl.cli import main
 from oversight_rl.envs.settings import UserError
+from oversight_rl.runs.folder import METRICS, RunFolder
+from oversight_rl.runs.loop import fit
 from oversight_rl.sweeps.drive import sweep
 from oversight_rl.sweeps.plan import SweepConfig, fitting, load_sweep, plan, stacks
 from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers
-from oversight_rl.tracking import METRICS, RunFolder
-from oversight_rl.training import fit
 
 TINY = {
     "device": "cpu",

@@ -15,13 +15,14 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from oversight_rl.config import as_yaml
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import write_atomically, writing
-from oversight_rl.sweeps.plan import SWEEP, Run, SweepConfig, fitting, plan, stacks
+from oversight_rl.runs.experiment import experiment_of
+from oversight_rl.runs.folder import CONFIG, RunFolder, locked
+from oversight_rl.runs.rows import deployed_row
+from oversight_rl.settings import as_yaml
+from oversight_rl.sweeps.plan import SWEEP, Run, SweepConfig, plan, stacks
 from oversight_rl.sweeps.workers import ATTEMPTS, Submit, WorkerLost
-from oversight_rl.tracking import CONFIG, RunFolder, deployed_row, locked
-from oversight_rl.training import try_out
 
 CPU_STACK, GPU_STACK = 5, 96  # runs per stack
 
@@ -52,11 +53,11 @@ def sweep(
     runs = plan(config, out)
     unlike = {run.config.env: run.config for run in reversed(runs) if not run.finished}
     for first in unlike.values():
-        try_out(first)
+        experiment_of(first).try_out(first)
     _claim(config, out, runs)
     gpu = runs[0].config.torch_device().type == "cuda"
     most = config.stack or (GPU_STACK if gpu else CPU_STACK)
-    most = min([most, *(fitting(run.config, memory) for run in runs)])
+    most = min([most, *(run.config.most_runs(memory) for run in runs)])
     overview = _Overview(runs, console)
     failed: dict[Path, str] = {}
     with locked(out), workers as submit, overview:
@@ -158,7 +159,9 @@ class _Overview:
         except UserError as error:
             self._say(str(error))
             return
-        self._returns.setdefault(self._cell(run), []).append(row.ground_truth_return)
+        self._returns.setdefault(self._cell(run), []).append(
+            row.figures[experiment_of(run.config).score]
+        )
 
     def finished(self, stack: Sequence[Run]) -> None:
         """Runs of a stack came to their end."""

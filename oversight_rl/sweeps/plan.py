@@ -11,12 +11,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from oversight_rl import checkpoint
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.config import Config, as_asked, read_yaml
 from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
-from oversight_rl.tracking import CHECKPOINTS, RESULT
-from oversight_rl.training import stack_key
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import CHECKPOINTS, RESULT
+from oversight_rl.settings import as_asked, read_yaml
 
 SWEEP = "sweep.yaml"
 MOST_RUNS = 100_000  # of a sweep
@@ -118,20 +118,6 @@ def _text(value: Any) -> str:
     return "".join(c if c.isalnum() or c in "._+" else "_" for c in str(value))
 
 
-def fitting(config: Config, memory: float) -> int:
-    """How many runs of a configuration train as one stack in `memory` bytes, at least one.
-
-    Activations and their gradients take nearly all: a few copies of every unit for each sample.
-    """
-    if config.algo == "ppo":
-        return 1  # such runs train one after another anyway
-    training, agent = config.training, config.agent
-    samples = training.worlds * training.steps
-    trunks = 3 if METHODS[config.method].experts == "one" else agent.experts + 2
-    each = 4 * samples * (4 * trunks * sum(agent.hidden) + 100) + 2**25
-    return max(1, int(min(memory / each, 2**20)))
-
-
 def stacks(runs: Sequence[Run], most: int) -> list[list[Run]]:
     """Pack runs that are not finished into stacks of at most `most` runs.
 
@@ -140,7 +126,7 @@ def stacks(runs: Sequence[Run], most: int) -> list[list[Run]]:
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         if not run.finished:
-            groups.setdefault((stack_key(run.config).model_dump_json(), run.update), []).append(run)
+            groups.setdefault((run.config.stack_key(), run.update), []).append(run)
     packed = []
     for group in groups.values():
         parts = math.ceil(len(group) / most)

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from oversight_rl.config import Config
 from oversight_rl.envs.settings import UserError
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs.experiment import experiment_of
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.loop import Interrupted, fit
 from oversight_rl.sweeps.plan import Run
-from oversight_rl.tracking import RunFolder
-from oversight_rl.training import Interrupted, fit, try_out
 
 ATTEMPTS = 3  # of a stack whose worker is lost
 FAILED, STOPPED = 1, 130  # exit codes of a worker
@@ -40,16 +41,17 @@ def work(job: str) -> None:
         UserError: the runs cannot be trained.
     """
     runs = [Run(Path(path), Config.model_validate(config)) for path, config in json.loads(job)]
+    kind = experiment_of(runs[0].config)
     resume = all(run.update >= 0 for run in runs)
     if not resume:
-        try_out(runs[0].config)
+        kind.try_out(runs[0].config)
     for run in runs:
         if not resume and run.path.is_dir():  # broken off before its first checkpoint
             if any(not file.name.endswith(".tmp") for file in run.path.iterdir()):
                 RunFolder.open(run.path)  # refuses to remove what is not a run
             shutil.rmtree(run.path)
     quiet = Console(file=sys.stderr, force_terminal=False)
-    fit([run.config for run in runs], [run.path for run in runs], quiet, resume)
+    fit(kind, [run.config for run in runs], [run.path for run in runs], quiet, resume)
 
 
 def _main() -> None:
