@@ -26,8 +26,9 @@ from torch.nn import functional as F
 
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.routing import route
-from oversight_rl.agents.settings import AgentConfig as AgentConfig
-from oversight_rl.envs.world import ACTIONS, Record
+from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.envs.record import Record
+from oversight_rl.envs.settings import ACTIONS
 
 DEPLOYED = 0
 """The expert that is kept, the wanted behavior's."""

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import Linear, affine, initialize
-from oversight_rl.envs.world import PLANES, World
+from oversight_rl.envs.settings import PLANES
+from oversight_rl.envs.world import World
 
 LESSON = 1024
 """Remembered endings that an update learns from."""

@@ -48,7 +48,7 @@ class AgentConfig(Settings):
 class ReinforceConfig(Settings):
     """The learner. A schedule is one number (constant) or two (linear, first to last update)."""
 
-    section: ClassVar[str] = "training"
+    section: ClassVar[str] = "reinforce"
 
     updates: int = Field(400, ge=1, le=2**31)
     """Number of updates."""

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oversight_rl.agents.networks import Agent, Output, cumulative, sample
-from oversight_rl.envs.settings import UserError, nearest
-from oversight_rl.envs.world import BEHAVIORS
+from oversight_rl.envs.settings import BEHAVIORS, UserError, nearest
 
 KEPT = "deployed"
 """What a method keeps at deployment: the wanted behavior's expert, or its only policy."""

@@ -15,8 +15,9 @@ import tyro
 
 from oversight_rl.agents.networks import new_agent
 from oversight_rl.agents.steering import standard
-from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.tracking import RunFolder
+from oversight_rl.evaluation import Subject
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.runs.folder import RunFolder
 
 
 def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000) -> None:

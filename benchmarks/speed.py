@@ -31,10 +31,12 @@ from oversight_rl.agents.reinforce.collect import collect
 from oversight_rl.agents.reinforce.losses import loss
 from oversight_rl.agents.reinforce.targets import label
 from oversight_rl.agents.steering import keep, standard
-from oversight_rl.config import Config, load_yaml
-from oversight_rl.envs.world import ACTIONS, World, WorldConfig
-from oversight_rl.evaluation import Evaluator
-from oversight_rl.training import Trainer
+from oversight_rl.envs.settings import ACTIONS, WorldConfig
+from oversight_rl.envs.world import World
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.kinds import load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER_GFLOP = {"routing": 44.6, "naive": 22.2}  # of one dense update at paper size
@@ -87,7 +89,7 @@ class Bench:
 
 
 def config(preset: str, method: str, device: torch.device, **training: int) -> Config:
-    base = load_yaml(CONFIGS / f"{preset}.yaml")
+    base = load_config(CONFIGS / f"{preset}.yaml")
     changed = base.training.model_copy(update=training)
     return base.model_copy(
         update={"method": method, "device": device.type, "training": changed, "pictures": False}

@@ -17,16 +17,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from oversight_rl.envs import render
-from oversight_rl.envs.world import (
-    ACTIONS,
-    BEHAVIORS,
-    NO_LABEL,
-    PLANES,
-    State,
-    Step,
-    World,
-    WorldConfig,
-)
+from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, WorldConfig
+from oversight_rl.envs.world import State, Step, World
 
 Reward = Literal["reached", "ground_truth"]
 FPS = 4

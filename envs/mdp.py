@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oversight_rl.envs.world import ACTIONS, FLAGS, State, World
+from oversight_rl.envs.settings import ACTIONS, FLAGS
+from oversight_rl.envs.world import State, World
 
 DIAMOND_FLAGGED, GHOST_FLAGGED = [2, 3], [1, 3]  # settings of the two flags, as in `World.key`
 MAX_STATES = 4_000_000

@@ -28,7 +28,7 @@ from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper, Symboli
 from numpy.typing import NDArray
 
 from oversight_rl.envs.gym import Reward, has_task
-from oversight_rl.envs.world import BEHAVIORS
+from oversight_rl.envs.settings import BEHAVIORS
 
 Layout = Literal["empty", "four_rooms"]
 LARGEST = 256  # width of a world in tiles

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from oversight_rl.envs.world import State, WorldConfig
+from oversight_rl.envs.settings import WorldConfig
+from oversight_rl.envs.world import State
 
 Picture = NDArray[np.uint8]  # [height, width, 3]
 

@@ -13,49 +13,13 @@ caller decides which stream each world draws from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from oversight_rl.envs.settings import ACTIONS as ACTIONS
-from oversight_rl.envs.settings import BEHAVIORS as BEHAVIORS
-from oversight_rl.envs.settings import FLAGS as FLAGS
-from oversight_rl.envs.settings import NO_LABEL as NO_LABEL
-from oversight_rl.envs.settings import PLANES as PLANES
-from oversight_rl.envs.settings import WorldConfig as WorldConfig
-
-
-class Record:
-    """Base of frozen dataclasses whose fields are tensors (or records) with common leading axes."""
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Self:
-        """The same record with `f` applied to every tensor."""
-        values = {
-            field.name: value.map(f) if isinstance(value, Record) else f(value)
-            for field in fields(self)  # type: ignore[arg-type]
-            for value in [getattr(self, field.name)]
-        }
-        return type(self)(**values)
-
-    def __getitem__(self, index: object) -> Self:
-        return self.map(lambda x: x[index])  # type: ignore[index]
-
-    @classmethod
-    def stack(cls, records: list[Self], dim: int = 0) -> Self:
-        """Join records along a new axis `dim`."""
-        values: dict[str, object] = {}
-        for field in fields(cls):  # type: ignore[arg-type]
-            column = [getattr(record, field.name) for record in records]
-            first = column[0]
-            values[field.name] = (
-                type(first).stack(column, dim)
-                if isinstance(first, Record)
-                else torch.stack(column, dim)
-            )
-        return cls(**values)
+from oversight_rl.envs.record import Record
+from oversight_rl.envs.settings import ACTIONS, FLAGS, NO_LABEL, PLANES, WorldConfig
 
 
 @dataclass(frozen=True)

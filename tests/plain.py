@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED
-from oversight_rl.envs.world import NO_LABEL
+from oversight_rl.envs.settings import NO_LABEL
 
 
 def planes(active, shape):

@@ -20,7 +20,8 @@ from oversight_rl.agents.methods import (
     outcomes,
     tables,
 )
-from oversight_rl.agents.networks import Agent, AgentConfig, cumulative, sample
+from oversight_rl.agents.networks import Agent, cumulative, sample
+from oversight_rl.agents.reinforce import Rollout
 from oversight_rl.agents.reinforce import collect as collecting
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import calibration_error, statistics
@@ -28,13 +29,16 @@ from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam
 from oversight_rl.agents.reinforce.losses import Loss, loss
 from oversight_rl.agents.reinforce.targets import label
 from oversight_rl.agents.reward_model import RewardModel
-from oversight_rl.agents.settings import ReinforceConfig, at
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.agents.steering import standard
-from oversight_rl.config import Config, load_yaml
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import BEHAVIORS, NO_LABEL, Seen, Truth, World, WorldConfig
-from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.training import Trainer, stack_key
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError, WorldConfig
+from oversight_rl.envs.world import Seen, Truth, World
+from oversight_rl.evaluation import Subject
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.kinds import load_config
+from oversight_rl.training import stack_key
 
 ROOT = Path(__file__).parent.parent
 SMALL = AgentConfig(hidden=(8, 8))
@@ -256,7 +260,7 @@ def agree(ours, theirs, tolerance=1e-4):
 
 PRESETS = {
     "small": (SMALL, (4, 3, 3), 12, 20),
-    "paper": (load_yaml(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
+    "paper": (load_config(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
 }
 
 

@@ -9,7 +9,8 @@ import torch
 
 from oversight_rl.agents.networks import cumulative, sample
 from oversight_rl.envs.mdp import WorldMDP, why_not
-from oversight_rl.envs.world import World, WorldConfig
+from oversight_rl.envs.settings import WorldConfig
+from oversight_rl.envs.world import World
 
 
 def random_table(mdp, seed=0, sharpness=3.0):
@@ -235,8 +236,9 @@ def test_says_why_it_does_not_apply(config, reason):
 def test_a_grid_of_8_by_8_fits_in_4_gib():
     program = """
 import resource, torch
-from oversight_rl.agents.networks import Agent, AgentConfig
-from oversight_rl.envs.world import WorldConfig
+from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.evaluation import Evaluator, Subject
 from oversight_rl.agents.steering import standard
 agent = Agent(AgentConfig(hidden=(128, 128)), (4, 8, 8), 4, 1, generators=[torch.Generator()])

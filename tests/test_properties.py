@@ -17,7 +17,8 @@ from oversight_rl.agents.networks import cumulative, sample
 from oversight_rl.agents.reinforce.targets import label as make_targets
 from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.envs.mdp import WorldMDP
-from oversight_rl.envs.world import ACTIONS, NO_LABEL, Seen, World, WorldConfig
+from oversight_rl.envs.settings import ACTIONS, NO_LABEL, WorldConfig
+from oversight_rl.envs.world import Seen, World
 
 chance = st.one_of(st.none(), st.floats(0, 1))
 

@@ -10,12 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.networks import AgentConfig
 from oversight_rl.agents.reinforce import collect
-from oversight_rl.agents.settings import ReinforceConfig
-from oversight_rl.config import Config
-from oversight_rl.envs.world import WorldConfig
-from oversight_rl.training import Trainer
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.envs.settings import WorldConfig
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 
 TINY = {
     "world": WorldConfig(rows=3, cols=3, max_steps=6),

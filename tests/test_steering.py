@@ -7,8 +7,8 @@ import plain
 import pytest
 import torch
 
-from oversight_rl import checkpoint
-from oversight_rl.agents.networks import Agent, AgentConfig, new_agent
+from oversight_rl.agents.networks import Agent, new_agent
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import (
     MIXTURE,
     SteeredPolicy,
@@ -20,9 +20,10 @@ from oversight_rl.agents.steering import (
     parse,
     standard,
 )
-from oversight_rl.config import Config
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import World, WorldConfig
+from oversight_rl.envs.settings import UserError, WorldConfig
+from oversight_rl.envs.world import World
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs import checkpoint
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import NO_LABEL, State, World, WorldConfig
+from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
+from oversight_rl.envs.world import State, World
 
 MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}
 

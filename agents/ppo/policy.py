@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from oversight_rl.agents.learner import NotFinite
-from oversight_rl.agents.networks import DEPLOYED, Agent, AgentConfig, Output
+from oversight_rl.agents.networks import DEPLOYED, Agent, Output
 from oversight_rl.agents.ppo.endings import EndingClassifier
 from oversight_rl.agents.ppo.extractors import default_extractor
 from oversight_rl.agents.ppo.observations import each
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import MIXTURE, Steering, parse
 from oversight_rl.envs.readable import seen
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import BEHAVIORS
+from oversight_rl.envs.settings import BEHAVIORS, UserError
 
 
 class MoEPolicy(ActorCriticPolicy):

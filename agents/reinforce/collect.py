@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from oversight_rl.agents.networks import Agent, Output, cumulative, sample
-from oversight_rl.envs.world import Record, Seen, State, Truth, World
+from oversight_rl.envs.record import Record
+from oversight_rl.envs.world import Seen, State, Truth, World
 
 MOST_KEYS = 2**20
 """States up to which equal ones are merged (a table of them is kept for each run)."""

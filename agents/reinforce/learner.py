@@ -20,8 +20,8 @@ from oversight_rl.agents.reinforce.losses import Loss, loss
 from oversight_rl.agents.reinforce.targets import Targets, label
 from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
-from oversight_rl.envs.settings import UserError
-from oversight_rl.envs.world import BEHAVIORS, State, World, WorldConfig
+from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
+from oversight_rl.envs.world import State, World
 
 HELD_OUT = 4096
 """Fresh episodes that an agent is selected by."""

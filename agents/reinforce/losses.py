@@ -14,7 +14,7 @@ from oversight_rl.agents.reinforce.collect import Rollout
 from oversight_rl.agents.reinforce.targets import Targets
 from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.settings import ReinforceConfig, at
-from oversight_rl.envs.world import Record
+from oversight_rl.envs.record import Record
 
 
 @dataclass(frozen=True)
