@@ -34,7 +34,7 @@ from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight import reference
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 from oversight_rl.reports import page
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import EVENTS, RunFolder, find_runs
@@ -306,7 +306,7 @@ def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
     pair = [newest, newest.with_suffix(".safetensors")]
     logs = [run / name for name in ("result.json", "metrics.csv", "training.csv", "config.yaml")]
     return {
-        "settings": ([settings], lambda: load_yaml(settings)),
+        "settings": ([settings], lambda: load_config(settings)),
         "sweep": ([sweep], lambda: plan(load_sweep(sweep), folder)),
         "checkpoint, evaluated": (pair, lambda: RunFolder.open(run).load()),
         "checkpoint, resumed": (pair, resume),

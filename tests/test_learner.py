@@ -37,7 +37,7 @@ from oversight_rl.evaluation import Subject
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 from oversight_rl.training import stack_key
 
 ROOT = Path(__file__).parent.parent
@@ -260,7 +260,7 @@ def agree(ours, theirs, tolerance=1e-4):
 
 PRESETS = {
     "small": (SMALL, (4, 3, 3), 12, 20),
-    "paper": (load_yaml(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
+    "paper": (load_config(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
 }
 
 

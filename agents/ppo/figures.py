@@ -25,15 +25,19 @@ def statistics(model: RoutedPPO) -> dict[str, float]:
     buffer, policy = cast(RoutedRolloutBuffer, model.rollout_buffer), cast(MoEPolicy, model.policy)
     kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
     kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
-    rollout = slice(buffer.window.earlier, None), slice(buffer.n_envs)
-    endings = buffer.outcome[rollout][buffer.done]
+    x = model.experience
+    outcome = x.window.of_rollout(x.outcome)
+    endings = outcome[buffer.done]
     count = max(1, len(endings))
     shares = {f"endings/{k}": float((endings == v).sum()) / count for k, v in kinds.items()}
-    if model.endings is not None:
-        shares |= _reward_model(model)
+    if x.chances is not None:
+        wanted, truth = x.window.of_rollout(x.chances[..., 0]), buffer.truth
+        parts = (wanted, truth, truth != NO_LABEL, outcome)
+        figures = reward_model_figures(*(torch.as_tensor(part).flatten()[None] for part in parts))
+        shares |= {name: float(figure) for name, figure in figures.items()}
     if not policy.has_gate:
         return shares
-    outcome = buffer.outcome[rollout].flatten()
+    outcome = outcome.flatten()
     with torch.no_grad():
         rows = each(
             lambda x: torch.as_tensor(x).flatten(0, 1).to(model.device), buffer.observations
@@ -44,14 +48,3 @@ def statistics(model: RoutedPPO) -> dict[str, float]:
         for k, v in kinds.items()
     }
     return shares | means
-
-
-def _reward_model(model: RoutedPPO) -> dict[str, float]:
-    """The classifier of endings against the truth, which the learner does not see."""
-    buffer = cast(RoutedRolloutBuffer, model.rollout_buffer)
-    rollout = slice(buffer.window.earlier, None), slice(buffer.n_envs)
-    imputed, outcome = model.imputed[..., 0][rollout], buffer.outcome[rollout]
-    parts = (imputed, buffer.truth, buffer.truth != NO_LABEL, outcome)
-    chance, *others = (torch.as_tensor(part).flatten()[None] for part in parts)
-    figures = reward_model_figures(chance.nan_to_num(), *others)
-    return {name: float(figure) for name, figure in figures.items()}
