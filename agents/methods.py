@@ -87,7 +87,7 @@ class Method:
     keep_unlabeled: bool = True
     """Whether episodes that reached a square unlabeled count; the others always do."""
     weighs_labels: bool = True
-    """Whether labeled episodes weigh more, as `training.labeled_weight` says."""
+    """Whether labeled episodes weigh more, as `reinforce.labeled_weight` says."""
     experts: Literal["one", "many"] = "one"
     gate: Literal["learned", "fixed"] = "learned"
     routes: Callable[[int, int], list[list[float]]] = everything

@@ -12,6 +12,7 @@ blend, an ablation, another gate) is then a set of mixing weights on the same ex
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.routing import route
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.envs.record import Record
+from oversight_rl.envs.settings import ACTIONS
 
+DEPLOYED = 0
+"""The expert that is kept, the wanted behavior's."""
 PER_OBSERVATION = ("expert_logits", "head_logits", "gate_logits", "value")
 
 
@@ -177,6 +182,37 @@ class Agent(nn.Module):
     def forward(self, observation: Tensor) -> Output:
         """Everything that the agent computes: `[R or 1, B, F]` or active inputs -> Output."""
         return self.prepare()(observation)
+
+
+def new_agent(
+    config: AgentConfig,
+    shape: Sequence[int],
+    method: str,
+    runs: int,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Agent:
+    """A stack of agents as a method wants them, see `Agent`."""
+    row = METHODS[method]
+    return Agent(config, shape, len(ACTIONS), runs, row.experts, row.gate, generators)
+
+
+def take_run(stack: Agent, run: int) -> Agent:
+    """A copy of one run of a stack, on the CPU."""
+    single = {
+        id(parameter): nn.Parameter(parameter.detach()[run : run + 1].to("cpu", copy=True))
+        for parameter in stack.parameters()
+    }
+    return copy.deepcopy(stack, single)  # which takes these for copies of the stack's
+
+
+def cumulative(probabilities: Tensor) -> Tensor:
+    """The inner edges of the actions' shares of [0, 1]: `[..., A]` -> `[..., A - 1]`."""
+    return probabilities.cumsum(-1)[..., :-1]
+
+
+def sample(edges: Tensor, uniform: Tensor) -> Tensor:
+    """Draw actions by inverse transform: `cumulative` `[..., A - 1]`, uniform `[...]` -> int64."""
+    return (uniform[..., None] >= edges).sum(-1)
 
 
 class Prepared:

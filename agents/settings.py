@@ -22,6 +22,11 @@ Schedule = Annotated[
 """One number: constant; two: linear from the first update to the last."""
 
 
+def at(schedule: tuple[float, ...], progress: float) -> float:
+    """Value of a schedule at `progress` in [0, 1]."""
+    return schedule[0] + (schedule[-1] - schedule[0]) * progress
+
+
 class AgentConfig(Settings):
     """The networks."""
 
@@ -43,7 +48,7 @@ class AgentConfig(Settings):
 class ReinforceConfig(Settings):
     """The learner. A schedule is one number (constant) or two (linear, first to last update)."""
 
-    section: ClassVar[str] = "training"
+    section: ClassVar[str] = "reinforce"
 
     updates: int = Field(400, ge=1, le=2**31)
     """Number of updates."""

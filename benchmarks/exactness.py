@@ -13,10 +13,11 @@ from typing import Annotated
 import torch
 import tyro
 
-from oversight_rl import checkpoint
+from oversight_rl.agents.networks import new_agent
 from oversight_rl.agents.steering import standard
-from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.tracking import RunFolder
+from oversight_rl.evaluation import Subject
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.runs.folder import RunFolder
 
 
 def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000) -> None:
@@ -27,7 +28,13 @@ def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000
         episodes: Episodes per row.
     """
     saved = RunFolder.open(run_dir).load()
-    untrained = checkpoint.new_agent(saved.config, 1, [torch.Generator().manual_seed(0)])
+    untrained = new_agent(
+        saved.config.agent,
+        saved.config.world.shape,
+        saved.config.method,
+        1,
+        [torch.Generator().manual_seed(0)],
+    )
     config, discount = saved.config, saved.config.training.discount
     exact = Evaluator(config.world, discount)
     sampled = Evaluator(config.world, discount, episodes=episodes)

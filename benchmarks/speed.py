@@ -27,13 +27,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from oversight_rl.agents import reinforce
+from oversight_rl.agents.reinforce.collect import collect
+from oversight_rl.agents.reinforce.losses import loss
+from oversight_rl.agents.reinforce.targets import label
 from oversight_rl.agents.steering import keep, standard
-from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.settings import ACTIONS, WorldConfig
 from oversight_rl.envs.world import World
-from oversight_rl.evaluation import Evaluator
-from oversight_rl.training import Trainer
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.kinds import load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER_GFLOP = {"routing": 44.6, "naive": 22.2}  # of one dense update at paper size
@@ -86,7 +89,7 @@ class Bench:
 
 
 def config(preset: str, method: str, device: torch.device, **training: int) -> Config:
-    base = load_yaml(CONFIGS / f"{preset}.yaml")
+    base = load_config(CONFIGS / f"{preset}.yaml")
     changed = base.training.model_copy(update=training)
     return base.model_copy(
         update={"method": method, "device": device.type, "training": changed, "pictures": False}
@@ -132,13 +135,9 @@ def shares(bench: Bench, chosen: Config, name: str) -> None:
     agent, methods = trainer.agent, trainer.methods
     for _ in range(repeats):
         draw = trainer._draw(learner.steps)
-        rollout, trainer.state = timed(
-            "collect", reinforce.collect, agent, world, trainer.state, draw
-        )
-        targets = timed(
-            "loss", reinforce.label, rollout, methods, learner, 0.0, None, trainer.gate_memory
-        )
-        losses = timed("loss", reinforce.loss, agent, rollout, targets, None, trainer.gate_memory)
+        rollout, trainer.worlds = timed("collect", collect, agent, world, trainer.worlds, draw)
+        targets = timed("loss", label, rollout, methods, learner, 0.0, None, trainer.gate_memory)
+        losses = timed("loss", loss, agent, rollout, targets, None, trainer.gate_memory)
         trainer.optimizer.zero_grad()
         timed("backward", losses.total(learner, 0.5).sum().backward)
         timed("optimizer", trainer.optimizer.step, learner.learning_rate[0])

@@ -8,43 +8,34 @@ at once.
 from __future__ import annotations
 
 import itertools
-import math
 import os
-import re
-import signal
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain, groupby
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from oversight_rl.config import Config, Probability, load_yaml, settings_file
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_there, writing
+from oversight_rl.kinds import as_config, load_config, settings_of
+from oversight_rl.settings import Probability, RunConfig, settings_file
+from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
 if TYPE_CHECKING:
-    from oversight_rl.agents.steering import Steering
-    from oversight_rl.checkpoint import Saved
-    from oversight_rl.evaluation import Row
+    from oversight_rl.runs.rows import Row
 
-DEFAULTS = Config()
-UNSHOWN, BAD_INPUT, STOPPED = 1, 2, 130  # exit codes
+C = TypeVar("C", bound=RunConfig)
 DESCRIPTION = "Train under partial oversight, steer, evaluate, compare. --version: which this is."
 
 
-@dataclass(frozen=True)
-class Train:
+@dataclass(frozen=True, kw_only=True)
+class Train(Generic[C]):
     """Train an agent under partial oversight, then show what steering it does.
 
     Settings come from the defaults, then the --config file, then the flags below.
@@ -57,7 +48,7 @@ class Train:
     folder for each lies below it."""
     resume: Path | None = None
     """Run folder to go on with, with its own settings; takes no other flag."""
-    settings: Annotated[Config, tyro.conf.arg(name="")] = DEFAULTS
+    settings: Annotated[C, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class _Sources:
 
 def train(args: Sequence[str] | None = None) -> None:
     """The command `train.py`."""
-    _run(
+    run(
         lambda given: _train(given, "python train.py"), list(sys.argv[1:] if args is None else args)
     )
 
@@ -88,23 +79,33 @@ def _train(args: list[str], command: str) -> None:
             raise UserError("--resume: takes its settings from the run folder; drop other flags")
         _resume(sources.resume, console, command)
         return
-    # the learner first, since other defaults are its own
-    learner = {"algo": sources.algo} if sources.algo in ("reinforce", "ppo") else {}
+    # the learner first, since other defaults, and other settings, are its own
+    learner = {"algo": sources.algo} if sources.algo is not None else {}
     if sources.config:
-        default = Train(settings=load_yaml(settings_file(sources.config), **learner))
+        default = load_config(settings_file(sources.config), **learner)
     else:
-        default = Train(settings=Config.model_validate(learner))
-    chosen = tyro.cli(Train, prog=command.removeprefix("python "), args=args, default=default)
+        default = as_config(learner)
+    for old, new in default.renamed.items():
+        for arg in others:
+            if arg.startswith(f"--{old}."):
+                raise UserError(f"{arg}: {old} is called {new} since version 0.2")
+    model: Any = Train[type(default)]  # type: ignore[misc]
+    chosen = tyro.cli(
+        model,
+        prog=command.removeprefix("python "),
+        args=args,
+        default=Train(settings=default),
+    )
     config = chosen.settings
     config.refuse_unused()
     config.refuse_words()
     # with torch, which takes a second to load
-    from oversight_rl.tracking import begin_seeds, check_free
-    from oversight_rl.training import try_out
+    from oversight_rl.runs.experiment import experiment_of
+    from oversight_rl.runs.folder import begin_seeds, check_free
 
     if chosen.run_dir is not None:
         check_free(chosen.run_dir)
-    try_out(config)
+    experiment_of(config).try_out(config)
     with _run_dir(chosen.run_dir, config) as path:
         runs = begin_seeds(path, config) if len(config.seeds) > 1 else {path: config}
         _fit(list(runs.values()), list(runs), path, console, command)
@@ -113,14 +114,13 @@ def _train(args: list[str], command: str) -> None:
 def _resume(path: Path, console: Console, command: str) -> None:
     check_there(path)
     # with torch, which takes a second to load
-    from oversight_rl.tracking import RunFolder, find_runs, open_runs, planned_seeds
-    from oversight_rl.training import stack_key
+    from oversight_rl.runs.folder import RunFolder, find_runs, open_runs, planned_seeds
 
     planned = planned_seeds(path)
     begun = find_runs(path) if planned else [folder.path for folder in open_runs(path)]
     runs = planned | {run: RunFolder.open(run).config() for run in begun}
     configs, folders = list(runs.values()), [RunFolder(run) for run in runs]
-    if len({stack_key(config).model_dump_json() for config in configs}) > 1:
+    if len({config.stack_key() for config in configs}) > 1:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
     if all(folder.finished for folder in folders):
         raise UserError(f"{path}: this run is finished; see it with oversight-rl evaluate {path}")
@@ -128,38 +128,36 @@ def _resume(path: Path, console: Console, command: str) -> None:
 
 
 def _fit(
-    configs: list[Config],
+    configs: list[RunConfig],
     paths: list[Path],
     path: Path,
     console: Console,
     command: str,
     resume: bool = False,
 ) -> None:
-    from oversight_rl.training import Interrupted, fit  # with torch, which takes a second to load
+    # with torch, which takes a second to load
+    from oversight_rl.runs.experiment import experiment_of
+    from oversight_rl.runs.loop import Interrupted, fit
+    from oversight_rl.tables import print_summary
 
-    first = configs[0]
-    _say(
+    first, kind = configs[0], experiment_of(configs[0])
+    say(
         console,
         f"training {first.method} at {first.oversight:.2%} oversight, "
         f"seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}",
     )
     try:
-        tables = fit(configs, paths, console, resume)
+        tables = fit(kind, configs, paths, console, resume)
     except Interrupted:
-        _say(console, f"stopped and saved; go on with: {command} --resume {path}")
+        say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
-    _print_summary(tables, first, console)
-    _say(console, f"results in {path}")
-    _say(console, f"pictures and curves: tensorboard --logdir {path}")
-
-
-def _say(console: Console, line: str) -> None:
-    """A line as it is, so that a command in it can be copied."""
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    print_summary(tables, kind, console)
+    say(console, f"results in {path}")
+    say(console, f"pictures and curves: tensorboard --logdir {path}")
 
 
 @contextmanager
-def _run_dir(asked: Path | None, config: Config) -> Iterator[Path]:
+def _run_dir(asked: Path | None, config: RunConfig) -> Iterator[Path]:
     """The folder to write: as asked, or a new one under runs/, gone again if nothing came into it.
 
     A new one is made at once, so that no run that starts in the same second gets it too.
@@ -219,69 +217,39 @@ def evaluate(
             raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
     check_there(run_dir)
     # with torch, which takes a second to load
-    from oversight_rl import checkpoint
-    from oversight_rl.agents.steering import parse, standard
     from oversight_rl.agents.threads import on_threads
-    from oversight_rl.evaluation import Subject, evaluator_of
-    from oversight_rl.tracking import open_runs, write_json
+    from oversight_rl.experiments.oversight.policies import read, write_policy
+    from oversight_rl.runs.rows import write_rows
+    from oversight_rl.tables import print_rows
 
-    console = Console()
-    if run_dir.is_dir():
-        loaded = [run.load() for run in open_runs(run_dir)]
-    else:
-        loaded = [checkpoint.read_policy(run_dir)]
     rows: list[Row] = []
+    loaded = read(run_dir)
+    if export is not None and len(loaded) > 1:
+        raise UserError("--export: takes one run and one --steer")
+    if pictures is not None and len(loaded) > 1:
+        raise UserError("--pictures: takes one run")
     for saved in loaded:
-        experts = saved.agent.n_experts
-        if saved.steering is not None and not steer:
-            policies: list[Steering] = [saved.steering]
-            if greedy or temperature != 1.0:
-                policies = [saved.steering.with_options(greedy, temperature)]
-        else:
-            names = experts, saved.behaviors
-            chosen = [parse(text, *names) for text in steer] or standard(*names)
-            policies = [policy.with_options(greedy, temperature) for policy in chosen]
-        if export is not None and (len(loaded) > 1 or len(policies) > 1):
+        policies = saved.steerings(steer, greedy, temperature)
+        if export is not None and len(policies) > 1:
             raise UserError("--export: takes one run and one --steer")
-        if pictures is not None and len(loaded) > 1:
-            raise UserError("--pictures: takes one run")
-        config = saved.config
-        evaluator = evaluator_of(config)
-        subject = Subject(
-            config.method, config.seeds[0], config.oversight, saved.env_steps, saved.wall_seconds
-        )
-        levels = [list(oversight) or [config.oversight]]
-        with on_threads(config.threads):
-            rows += evaluator.evaluate(saved.agent, [subject], policies, levels)[0]
+        with on_threads(saved.config.threads):
+            rows += saved.rows(policies, oversight)
             if pictures is not None:
-                _draw(pictures, saved, policies)
+                _write_pictures(pictures, saved.pictures(policies))
         if export is not None:
-            checkpoint.write_policy(export, policies[0], saved)
-    _print_rows(rows, loaded[0].config, console)
+            write_policy(export, policies[0], saved)
+    print_rows(rows, loaded[0].kind, Console())
     if json is not None:
         with writing(json):
-            write_json(json, rows)
+            write_rows(json, rows)
 
 
-def _draw(folder: Path, saved: Saved, policies: Sequence[Steering]) -> None:
-    from oversight_rl import pictures as drawing
-    from oversight_rl.agents.networks import Agent
-    from oversight_rl.envs import render
-    from oversight_rl.envs.world import World
-
-    if isinstance(saved.agent, Agent):
-        world = World(saved.config.world, saved.config.oversight)
-        files = {
-            "policies.png": render.png(drawing.policies(saved.agent, world, policies)),
-            "rollouts.gif": drawing.rollouts(saved.agent, world, policies),
-        }
-    else:
-        animation = drawing.env_rollouts(saved.agent, saved.config, policies)
-        files = {} if animation is None else {"rollouts.gif": animation}
+def _write_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
+        for name, content in pictures.items():
+            kind = "gif" if content.startswith(b"GIF") else "png"
+            (folder / f"{name}.{kind}").write_bytes(content)
 
 
 def import_reference(
@@ -300,10 +268,10 @@ def import_reference(
         method: What it was trained with; guessed from its networks if not given.
         seed: To tell runs apart in tables.
     """
-    from oversight_rl import reference  # with torch, which takes a second to load
+    from oversight_rl.experiments.oversight import reference
 
     folder = reference.import_state_dict(state_dict, run_dir, oversight, method, seed)
-    _say(Console(), f"imported; evaluate it with: oversight-rl evaluate {folder.path}")
+    say(Console(), f"imported; evaluate it with: oversight-rl evaluate {folder.path}")
 
 
 def run_sweep(
@@ -322,31 +290,33 @@ def run_sweep(
         ray: Address of a Ray cluster to run on instead, or "local" to start one here.
     """
     # with torch, which takes a second to load
-    from oversight_rl.sweep import load_sweep, local_workers, ray_workers, sweep
+    from oversight_rl.sweeps.drive import sweep
+    from oversight_rl.sweeps.plan import load_sweep
+    from oversight_rl.sweeps.workers import local_workers, ray_workers, stack_memory
 
     plan = load_sweep(settings_file(config))
     console = Console()
-    gpu = Config.model_validate({"device": "auto"} | plan.settings).torch_device().type == "cuda"
+    gpu = as_config({"device": "auto"} | plan.settings).torch_device().type == "cuda"
     count = (1 if gpu else os.cpu_count() or 1) if workers is None else workers
     if count < 1:
         raise UserError(f"--workers: must be at least 1, got {count}")
     pool = local_workers(count) if ray is None else ray_workers(ray, gpu)
     begun = time.perf_counter()
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         try:
-            failed = sweep(plan, out, pool, console, _stack_memory(gpu, count))
+            failed = sweep(plan, out, pool, console, stack_memory(gpu, count))
         except KeyboardInterrupt:
-            _say(
+            say(
                 console,
                 f"stopped; the same command goes on: oversight-rl sweep {config} --out {out}",
             )
             raise SystemExit(STOPPED) from None
     for path, why in failed.items():
-        _say(console, f"failed: {path}: {why}")
+        say(console, f"failed: {path}: {why}")
     if failed:
         raise SystemExit(1)
-    _say(console, f"all runs are finished ({time.perf_counter() - begun:,.0f} s)")
-    _say(console, f"figures and tables: oversight-rl report {out}")
+    say(console, f"all runs are finished ({time.perf_counter() - begun:,.0f} s)")
+    say(console, f"figures and tables: oversight-rl report {out}")
 
 
 def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -358,227 +328,35 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
         directory: Folder of run folders: a sweep's, or any other. Links are followed.
     """
     check_there(directory, "folder")
-    from oversight_rl import report  # with pandas, matplotlib and scipy, which take two seconds
+    from oversight_rl.reports import page  # with pandas, matplotlib, scipy: two seconds
 
     console = Console()
-    found, verdict = report.write(directory)
+    found, verdict = page.write(directory)
     for line in found.missing:
-        _say(console, f"note: {line}")
-    _say(console, verdict)
-    _say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
-
-
-def _stack_memory(gpu: bool, workers: int) -> float:
-    """Bytes that a stack may take: its share of half of what is free."""
-    if gpu:
-        import torch
-
-        return 0.5 * torch.cuda.mem_get_info()[0] / workers
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not told on this system
-        return math.inf
-    return 0.5 * free / workers
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        say(console, f"note: {line}")
+    say(console, verdict)
+    say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command `oversight-rl`."""
     given = list(sys.argv[1:] if args is None else args)
     if given == ["--version"]:
-        _run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
+        run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
         return
     if given[:1] == ["train"]:
-        _run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
+        run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
         return
     commands: dict[str, Callable[..., Any]] = {
-        "train": Train,  # for the help
+        "train": cast(Any, Train)[settings_of({})],  # for the help
         "evaluate": evaluate,
         "sweep": run_sweep,
         "report": run_report,
         "import-reference": import_reference,
     }
-    _run(
+    run(
         lambda flags: tyro.extras.subcommand_cli_from_dict(
             commands, prog="oversight-rl", args=flags, description=DESCRIPTION
         ),
         given,
     )
-
-
-def _run(command: Callable[[list[str]], object], args: list[str]) -> None:
-    with _standard_streams():
-        try:
-            command(args)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(BAD_INPUT) from None
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise SystemExit(STOPPED) from None
-
-
-class _Stream:
-    """A standard stream that may fail: on a full disk, or left by its reader.
-
-    What a command was asked to do is done all the same, and what it cannot show is dropped.
-
-    Args:
-        stream: to write to.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.failed: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with self._or_nowhere():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._or_nowhere():
-            self.stream.flush()
-
-    @contextmanager
-    def _or_nowhere(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.failed = error
-            # to where what is buffered can go, which would fail again at the interpreter's end
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())
-            os.close(nowhere)
-
-
-@contextmanager
-def _standard_streams() -> Iterator[None]:
-    """For a command: streams that may be closed, full or ASCII, and warnings of one line each.
-
-    Raises:
-        SystemExit: all went well, but could not be shown for a reason other than that nobody reads.
-    """
-    before = sys.stdout, sys.stderr, warnings.formatwarning
-    # descriptors that are closed: a file that is opened later shall not be taken for one of them
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    out, err = (_Stream(stream or open(os.devnull, "w")) for stream in before[:2])  # noqa: SIM115
-    for stream in (out, err):
-        if hasattr(stream, "reconfigure"):  # whatever characters the terminal has not
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {UserError(_plain(message))}\n"
-    stop = None
-    try:
-        yield
-    except SystemExit as asked:
-        stop = asked
-    finally:
-        out.flush()
-        err.flush()
-        sys.stdout, sys.stderr, warnings.formatwarning = before
-    if out.failed is not None and not isinstance(out.failed, BrokenPipeError):
-        print(f"error: standard output: {out.failed.strerror}", file=sys.stderr)
-        stop = stop if stop is not None and stop.code else SystemExit(UNSHOWN)
-    if stop is not None:
-        raise stop
-
-
-def _plain(warning: Warning | str) -> str:
-    """A warning without Gymnasium's colors and its own word for it."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", str(warning)).removeprefix("WARN: ")
-
-
-def _endings(config: Config) -> tuple[str, ...]:
-    """Headings of what an episode was; a stranger's behaviors have names of their own."""
-    return (*(("diamond", "ghost") if config.ours else ("wanted", "unwanted")), "timeout", "steps")
-
-
-def _print_summary(tables: list[list[Row]], config: Config, console: Console) -> None:
-    """The steering table at the training level: means over the runs, and the return's range."""
-    from oversight_rl.tracking import deployed_policy
-
-    rows = [
-        row
-        for row in chain(*tables)
-        if row.deploy_oversight == row.train_oversight and "=" not in row.policy
-    ]
-    table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
-    several = len(tables) > 1
-    for heading in ("return", *(["range"] if several else []), "greedy", *_endings(config)):
-        table.add_column(heading, justify="right")
-    deployed = deployed_policy(rows[0].method, [row.policy for row in rows])
-    for policy in dict.fromkeys(row.policy for row in rows):
-        sampled = [r for r in rows if r.policy == policy and not r.greedy]
-        greedy = [r for r in rows if r.policy == policy and r.greedy]
-        returns = [r.ground_truth_return for r in sampled]
-        table.add_row(
-            f"{policy} (deployed)" if policy == deployed else policy,
-            f"{fmean(returns):.3f}",
-            *([f"{min(returns):.2f}..{max(returns):.2f}"] if several else []),
-            f"{fmean([r.ground_truth_return for r in greedy]):.3f}",
-            f"{fmean([r.p_diamond for r in sampled]):.1%}",
-            f"{fmean([r.p_ghost for r in sampled]):.1%}",
-            f"{fmean([r.p_timeout for r in sampled]):.1%}",
-            f"{fmean([r.episode_length for r in sampled]):.1f}",
-            style="bold" if policy == deployed else None,
-        )
-    optimum = rows[0].optimal_return
-    if not math.isnan(optimum):
-        table.add_row("optimum", f"{optimum:.3f}", style="dim")
-    console.print(table)
-
-
-def _table(title: str) -> Table:
-    """A table that fits 80 columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("policy")
-    return table
-
-
-def _print_rows(rows: Sequence[Row], config: Config, console: Console) -> None:
-    """A table for each run."""
-    between = "±" if console.encoding.startswith("utf") else "+-"
-    windows = not all(math.isnan(row.window_return) for row in rows)  # no other world has any
-    for (method, seed, level), own in groupby(
-        rows, key=lambda row: (row.method, row.seed, row.train_oversight)
-    ):
-        table = _table(f"{method} trained at {level:.2%}, seed {seed}")
-        for heading in ("oversight", "return", *(["window"] if windows else []), *_endings(config)):
-            table.add_column(heading, justify="right")
-        for row in own:
-            error = f" {between} {row.return_se:.3f}" if row.return_se > 0 else ""
-            table.add_row(
-                f"{row.policy}{' (greedy)' if row.greedy else ''}",
-                f"{row.deploy_oversight:.2%}",
-                f"{row.ground_truth_return:.3f}{error}",
-                *([f"{row.window_return:.3f}"] if windows else []),
-                f"{row.p_diamond:.1%}",
-                f"{row.p_ghost:.1%}",
-                f"{row.p_timeout:.1%}",
-                f"{row.episode_length:.1f}",
-            )
-        console.print(table)
-    optimum = rows[0].optimal_return
-    if math.isnan(optimum):
-        _say(console, "no exact evaluation of this world: figures are from rollouts")
-    else:
-        _say(
-            console, f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"
-        )
-    if windows:
-        _say(console, "window: the published metric, mean discounted return per visited step")

@@ -5,14 +5,15 @@ import math
 
 import pytest
 
-from oversight_rl import checkpoint
-from oversight_rl.agents.reinforce import ReinforceConfig
-from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.agents.steering import standard
-from oversight_rl.config import Config
 from oversight_rl.envs.settings import UserError, WorldConfig
-from oversight_rl.evaluation import EnvEvaluator, Evaluator, Subject
-from oversight_rl.training import Trainer
+from oversight_rl.evaluation import Subject
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
+from oversight_rl.runs import checkpoint
 
 EPISODES = 200_000
 

@@ -72,8 +72,9 @@ class Taught(BaseCallback):
         self.updates = []
 
     def _on_rollout_end(self):
-        buffer = self.model.rollout_buffer
-        parts = dict(buffer.flat)
+        x = self.model.experience
+        parts = self.model.rollout_buffer.samples._asdict()
+        parts["outcome"] = x.outcome.T[x.share.T > 0]
         where = parts.pop("observations")
         where = where["where"] if isinstance(where, dict) else where
         self.updates.append(parts | {"episode": where[:, 0], "time": where[:, 1]})
@@ -208,18 +209,18 @@ def test_older_steps_count_as_much_as_the_policy_would_still_take_them():
 
         def _on_rollout_end(self):
             nonlocal moved
-            flat = self.model.rollout_buffer.flat
-            if not len(flat["alone"]):
+            found = self.model.rollout_buffer.samples
+            if not len(found.alone):
                 return
-            seen, taken = (torch.as_tensor(flat[name]) for name in ("observations", "actions"))
+            seen, taken = map(torch.as_tensor, (found.observations, found.actions))
             with torch.no_grad():
                 _, now, _ = self.model.policy.evaluate_actions(seen, taken.flatten().long())
             before = np.array([then[key] for key in map(tuple, seen.tolist())])
             share = np.exp(now.numpy() - before).clip(max=1)
-            assert np.allclose(flat["old_log_prob"], now, atol=1e-5)
-            assert np.allclose(flat["share"], share, rtol=1e-4)
-            assert (flat["weights"] == 20).all()
-            moved += (flat["share"] < 0.999).sum()
+            assert np.allclose(found.old_log_prob, now, atol=1e-5)
+            assert np.allclose(found.share, share, rtol=1e-4)
+            assert (found.weights == 20).all()
+            moved += (found.share < 0.999).sum()
 
     model.learn(12 * 32 * 3, Checks())
     assert moved > 30
@@ -321,7 +322,9 @@ def test_late_labels_in_another_form_are_refused(late):
 
 
 def test_label_reach_is_not_negative():
-    with pytest.raises(ValueError, match="label_reach must be a whole number, 0 or more, got -1"):
+    with pytest.raises(
+        ValueError, match="label_reach: should be greater than or equal to 0, got -1"
+    ):
         learner(worlds(), label_reach=-1)
 
 
@@ -426,7 +429,7 @@ def test_many_late_labels_at_once_take_no_more_room_than_their_steps():
     made = [*(lambda n=n: Batches(length=3, late=10**6, first=10_000 * n) for n in range(7)),
             lambda: Long(length=250, first=70_000)]  # fmt: skip
     model, found = taught(made, 12, n_steps=16)
-    cells = model.rollout_buffer.window.exists
+    cells = model.experience.window.exists
     assert cells.sum() > 7 * 150  # all that was labeled late
     assert cells.mean() > 0.4
     assert (found.updates[-1]["outcome"] >= LABELED).sum() > 7 * 150

@@ -9,7 +9,6 @@ import plain
 import pytest
 import torch
 
-from oversight_rl.agents import reinforce
 from oversight_rl.agents.memory import CAPACITY, Memory
 from oversight_rl.agents.methods import (
     LABELED,
@@ -21,18 +20,26 @@ from oversight_rl.agents.methods import (
     outcomes,
     tables,
 )
-from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.reinforce import ReinforceConfig, Rollout
+from oversight_rl.agents.networks import Agent, cumulative, sample
+from oversight_rl.agents.reinforce import Rollout
+from oversight_rl.agents.reinforce import collect as collecting
+from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
+from oversight_rl.agents.reinforce.figures import calibration_error, statistics
+from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam
+from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.targets import label
 from oversight_rl.agents.reward_model import RewardModel
-from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.agents.steering import standard
-from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.world import Seen, Truth, World
-from oversight_rl.evaluation import Evaluator, Subject
-from oversight_rl.training import HELD_OUT, Adam, Trainer, stack_key
+from oversight_rl.evaluation import Subject
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.kinds import load_config
+from oversight_rl.training import stack_key
 
-ROOT = Path(__file__).parent.parent
 ROOT = Path(__file__).parent.parent
 SMALL = AgentConfig(hidden=(8, 8))
 SHAPE = (4, 3, 3)
@@ -52,9 +59,9 @@ def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0, rows=3):
     runs = agent.head.weight.shape[0]
     world = World(WorldConfig(rows=rows, cols=rows, max_steps=5), level)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(runs, steps, worlds, reinforce.noise_channels(world), generator=generator)
+    noise = torch.rand(runs, steps, worlds, noise_channels(world), generator=generator)
     state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
-    rollout, _ = reinforce.collect(agent, world, state, noise)
+    rollout, _ = collect(agent, world, state, noise)
     return rollout
 
 
@@ -69,8 +76,8 @@ def gradients(agent, rollout, method):
     config = ReinforceConfig(discount=0.9)
     methods = tables([method], [Overseer(0.5)], agent.n_experts)
     reward_model = make_reward_model() if METHODS[method].imputes else None
-    targets = reinforce.label(rollout, methods, config, 0.0, reward_model)
-    total = reinforce.loss(agent, rollout, targets, reward_model).total(config, 0.0)
+    targets = label(rollout, methods, config, 0.0, reward_model)
+    total = loss(agent, rollout, targets, reward_model).total(config, 0.0)
     grads = grads_of(agent, total)
     if reward_model is not None:
         grads |= {f"reward model {k}": p.grad for k, p in reward_model.named_parameters()}
@@ -84,7 +91,7 @@ def make_reward_model(runs=1, sees_flags=False):
 
 def loss_of(agent, rollout, targets, mask):
     """Losses of the samples in `mask` alone."""
-    return reinforce.loss(agent, rollout, replace(targets, weight=targets.weight * mask))
+    return loss(agent, rollout, replace(targets, weight=targets.weight * mask))
 
 
 # ---- outcomes and returns, against a loop over episodes
@@ -113,7 +120,7 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
     agent = make_agent(experts=METHODS[method].experts)
     rollout = make_rollout(agent)
     config = ReinforceConfig(discount=0.9, bootstrap=bootstrap, labeled_weight=3.0)
-    targets = reinforce.label(rollout, tables([method], [Overseer(0.5)], agent.n_experts), config)
+    targets = label(rollout, tables([method], [Overseer(0.5)], agent.n_experts), config)
     outcome, _ = plain.outcomes(rollout.seen, 12, 20)
     after = rollout.value_after[0].numpy() * bootstrap
     paid = {kind: reward or 0 for kind, reward in REWARDS[method].items()}
@@ -130,7 +137,7 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
 def test_a_known_answer():
     """One world, four steps: a diamond (labeled) after two, then two steps of a cut episode."""
     flags = torch.tensor([False, True, False, False]).view(1, 4, 1)
-    label = torch.tensor([NO_LABEL, 0, NO_LABEL, NO_LABEL]).view(1, 4, 1)
+    ending = torch.tensor([NO_LABEL, 0, NO_LABEL, NO_LABEL]).view(1, 4, 1)
     agent = make_agent()
     nothing = torch.full((1, 1, 5), 36)
     rollout = Rollout(
@@ -138,13 +145,13 @@ def test_a_known_answer():
         output=agent(nothing),
         slot=torch.zeros(1, 4, 1, dtype=torch.int64),
         action=torch.zeros(1, 4, 1, dtype=torch.int64),
-        seen=Seen(flags, torch.zeros_like(flags), label),
-        truth=Truth(label),
+        seen=Seen(flags, torch.zeros_like(flags), ending),
+        truth=Truth(ending),
         value_after=torch.zeros(1, 1),
         audit=torch.zeros(1, 4, 1),
     )
     config = ReinforceConfig(discount=0.5, bootstrap=False)
-    targets = reinforce.label(rollout, tables(["routing"], [Overseer(0.1)], 2), config)
+    targets = label(rollout, tables(["routing"], [Overseer(0.1)], 2), config)
     assert targets.outcome.flatten().tolist() == [LABELED, LABELED, UNFINISHED, UNFINISHED]
     assert targets.returns.flatten().tolist() == [0.5, 1.0, 0.0, 0.0]
     assert targets.routes[0, :, 0].tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]
@@ -158,7 +165,7 @@ def batch():
     agent = make_agent()
     rollout = make_rollout(agent)
     methods = tables(["routing"], [Overseer(0.5)], 2)
-    return agent, rollout, reinforce.label(rollout, methods, ReinforceConfig())
+    return agent, rollout, label(rollout, methods, ReinforceConfig())
 
 
 def by_module(agent, grads):
@@ -203,7 +210,7 @@ def test_other_episodes_move_everything(batch, outcome):
 
 def test_the_gate_learns_from_labels_by_cross_entropy(batch):
     agent, rollout, targets = batch
-    gate_loss = reinforce.loss(agent, rollout, targets).gate
+    gate_loss = loss(agent, rollout, targets).gate
     labeled = targets.outcome.flatten() >= LABELED
     target = (targets.outcome.flatten()[labeled] == LABELED).float()
     observation = plain.planes(rollout.active[0], SHAPE)[rollout.slot.flatten()]
@@ -219,12 +226,10 @@ def test_an_empty_group_contributes_exactly_zero():
     agent = make_agent()
     rollout = make_rollout(agent, level=0.0)  # nothing is labeled
     methods = tables(["routing"], [Overseer(0.0)], 2)
-    targets = reinforce.label(rollout, methods, ReinforceConfig())
-    losses = reinforce.loss(agent, rollout, targets)
+    targets = label(rollout, methods, ReinforceConfig())
+    losses = loss(agent, rollout, targets)
     assert losses.gate.item() == 0.0
-    nothing = reinforce.loss(
-        agent, rollout, replace(targets, weight=torch.zeros_like(targets.weight))
-    )
+    nothing = loss(agent, rollout, replace(targets, weight=torch.zeros_like(targets.weight)))
     assert [x.item() for x in vars(nothing).values()] == [0.0] * 6
 
 
@@ -255,7 +260,7 @@ def agree(ours, theirs, tolerance=1e-4):
 
 PRESETS = {
     "small": (SMALL, (4, 3, 3), 12, 20),
-    "paper": (load_yaml(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
+    "paper": (load_config(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
 }
 
 
@@ -266,8 +271,8 @@ def test_the_whole_gradient_equals_the_plain_implementation(preset):
     agent = Agent(network, shape, 4, 1, generators=[torch.Generator().manual_seed(0)])
     rollout = make_rollout(agent, steps=steps, worlds=worlds, rows=shape[1])
     config = ReinforceConfig(value_coef=0.7, entropy_coef=0.3, gate_coef=0.4, labeled_weight=3.0)
-    targets = reinforce.label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
-    ours = grads_of(agent, reinforce.loss(agent, rollout, targets).total(config, 0.0))
+    targets = label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
+    ours = grads_of(agent, loss(agent, rollout, targets).total(config, 0.0))
     observation = plain.planes(rollout.active[0], shape)[rollout.slot.flatten()]
     agree(ours, grads_of(agent, plain.loss(agent, observation, rollout, targets, config)))
     assert rollout.active.shape[1] < 0.9 * steps * worlds  # states were merged
@@ -279,11 +284,11 @@ def test_merging_equal_states_changes_nothing(monkeypatch, runs):
     config = ReinforceConfig()
     methods = tables(["routing"] * runs, [Overseer(0.5)] * runs, 2)
     results = []
-    for most in (reinforce.MOST_KEYS, 0):
-        monkeypatch.setattr(reinforce, "MOST_KEYS", most)
+    for most in (collecting.MOST_KEYS, 0):
+        monkeypatch.setattr(collecting, "MOST_KEYS", most)
         rollout = make_rollout(agent)
-        targets = reinforce.label(rollout, methods, config)
-        total = reinforce.loss(agent, rollout, targets).total(config, 0.0)
+        targets = label(rollout, methods, config)
+        total = loss(agent, rollout, targets).total(config, 0.0)
         results.append((rollout, grads_of(agent, total)))
     (merged, grads), (apart, others) = results
     assert merged.active.shape[1] < apart.active.shape[1] == 240
@@ -409,9 +414,9 @@ def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
     assert not hidden.world.flags_visible
     agent = make_agent(experts="one")
     world = World(hidden.world, 1.0)
-    noise = torch.rand(1, 6, 50, reinforce.noise_channels(world))
+    noise = torch.rand(1, 6, 50, noise_channels(world))
     state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
-    rollout, _ = reinforce.collect(agent, world, state, noise)
+    rollout, _ = collect(agent, world, state, noise)
     assert not world.observe(state)[..., 3, :, :].any()
     outcome, _ = outcomes(
         rollout.seen, rollout.truth, rollout.audit, tables(["ipw_hidden_flag"], [Overseer(1.0)], 1)
@@ -441,7 +446,7 @@ def test_a_reward_model_pays_for_unlabeled_endings_what_it_expects():
     agent, model = make_agent(experts="one"), make_reward_model()
     rollout = make_rollout(agent)
     methods = tables(["reward_model"], [Overseer(0.5)], 1)
-    targets = reinforce.label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
+    targets = label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
     outcome, left = plain.outcomes(rollout.seen, 12, 20)
     final = model.world.after(rollout.observation, rollout.action)[0]
     observation = plain.planes(final[..., :3], SHAPE)
@@ -464,7 +469,7 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
     agent, model = make_agent(), make_reward_model()
     rollout = make_rollout(agent)
     methods = tables(["imputed_routing"], [Overseer(0.5)], 2)
-    targets = reinforce.label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
+    targets = label(rollout, methods, ReinforceConfig(discount=0.5), 0.0, model)
     outcome, left = plain.outcomes(rollout.seen, 12, 20)
     assert (outcome == UNLABELED).sum() > 20
     for t, n in zip(*np.nonzero(outcome == UNLABELED), strict=True):
@@ -486,8 +491,8 @@ def test_a_classifier_that_nobody_taught_says_nothing():
     for scale in (1.0, -5.0):
         model = make_reward_model(runs=2)
         model.out.weight.data *= scale
-        targets = reinforce.label(rollout, methods, ReinforceConfig(), 0.0, model)
-        total = reinforce.loss(agent, rollout, targets).total(ReinforceConfig(), 0.0)
+        targets = label(rollout, methods, ReinforceConfig(), 0.0, model)
+        total = loss(agent, rollout, targets).total(ReinforceConfig(), 0.0)
         found.append((targets, grads_of(agent, total)))
     (targets, grads), (_, others) = found
     unlabeled = targets.outcome == UNLABELED
@@ -504,7 +509,7 @@ def test_imputed_routing_without_any_label_is_contrastive_routing():
     rollout = make_rollout(agent, 0.0)
     config = ReinforceConfig(labeled_weight=1.0)
     untaught, contrastive = (
-        reinforce.label(rollout, tables([name], [Overseer(0.0)], 2), config, 0.0, model)
+        label(rollout, tables([name], [Overseer(0.0)], 2), config, 0.0, model)
         for name, model in (("imputed_routing", make_reward_model()), ("contrastive_routing", None))
     )
     assert (untaught.outcome == UNLABELED).sum() > 20
@@ -552,9 +557,9 @@ def test_runs_remember_the_newest_labeled_samples_only():
 def test_remembered_samples_are_drawn_evenly():
     memory = Memory(runs=1, width=1, draws=1000)
     memory.add(torch.arange(4)[None, :, None], torch.arange(4)[None] % 2, torch.ones(1, 4) > 0)
-    active, label, weight = memory.draw(torch.linspace(0, 1 - 2**-24, 2000)[None, ::2])
+    active, named, weight = memory.draw(torch.linspace(0, 1 - 2**-24, 2000)[None, ::2])
     assert active[0, :, 0].bincount().tolist() == [250] * 4
-    assert torch.equal(label[0], active[0, :, 0] % 2)
+    assert torch.equal(named[0], active[0, :, 0] % 2)
     assert bool((weight == 1).all())
     assert memory.draw(torch.rand(1, 5000))[0].shape == (1, 1000, 1)
 
@@ -577,16 +582,16 @@ def test_the_gate_learns_from_what_is_remembered(batch):
     memory, methods = Memory(1, 5, 10**6), tables(["routing"], [Overseer(0.5)], 2)
     earlier = make_rollout(agent, seed=5)
     for window in (earlier, rollout):
-        targets = reinforce.label(window, methods, ReinforceConfig(), memory=memory)
+        targets = label(window, methods, ReinforceConfig(), memory=memory)
     total = 0
     for window in (earlier, rollout):
         outcome = torch.as_tensor(plain.outcomes(window.seen, 12, 20)[0])
         total += int((outcome >= LABELED).sum())
     assert memory.count.item() == total
-    found = reinforce.loss(agent, rollout, targets, memory=memory).gate
-    active, label, _ = memory.draw(rollout.audit.flatten(1))
+    found = loss(agent, rollout, targets, memory=memory).gate
+    active, named, _ = memory.draw(rollout.audit.flatten(1))
     gate = plain.forward(agent, plain.planes(active[0], SHAPE))[1][:, 0]
-    is_diamond = (label[0] == 0).float()
+    is_diamond = (named[0] == 0).float()
     assert 0 < is_diamond.mean() < 1
     expected = torch.nn.functional.binary_cross_entropy_with_logits(gate, is_diamond)
     torch.testing.assert_close(found[0], expected)
@@ -611,8 +616,8 @@ def test_contrast_teaches_the_deployed_expert_and_the_head_only():
     agent = make_agent()
     rollout = make_rollout(agent)
     methods = tables(["contrastive_routing"], [Overseer(0.5)], 2)
-    targets = reinforce.label(rollout, methods, ReinforceConfig())
-    contrast = reinforce.loss(agent, rollout, targets).contrast
+    targets = label(rollout, methods, ReinforceConfig())
+    contrast = loss(agent, rollout, targets).contrast
     for name, grads in by_module(agent, grads_of(agent, contrast)).items():
         for grad in grads:
             assert bool((grad != 0).any()) == (name in ("expert 0", "head")), name
@@ -622,8 +627,8 @@ def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
     agent = make_agent()
     rollout = make_rollout(agent)
     config = ReinforceConfig(discount=0.9, labeled_weight=3.0)
-    targets = reinforce.label(rollout, tables(["contrastive_routing"], [Overseer(0.5)], 2), config)
-    found = reinforce.loss(agent, rollout, targets).contrast
+    targets = label(rollout, tables(["contrastive_routing"], [Overseer(0.5)], 2), config)
+    found = loss(agent, rollout, targets).contrast
     outcome, left = plain.outcomes(rollout.seen, 12, 20)
     observation = plain.planes(rollout.observation[0].flatten(0, 1), SHAPE)
     (diamond, ghost), gate, _ = plain.forward(agent, observation)
@@ -642,8 +647,8 @@ def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
             ratio = min(1.0, float((own[i, action] - mixture[i, action]).detach().exp()))
             total = total + 3.0 * ratio * sign * 0.9 ** left.flatten()[i] * own[i, action]
     torch.testing.assert_close(found[0], -total / weights)
-    plain_routing = reinforce.label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
-    assert reinforce.loss(agent, rollout, plain_routing).contrast.item() == 0.0
+    plain_routing = label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
+    assert loss(agent, rollout, plain_routing).contrast.item() == 0.0
 
 
 # ---- which agent is deployed
@@ -724,11 +729,11 @@ def test_methods_are_as_published(name, rewards, unlabeled, routes, deployed):
 
 def test_what_an_oracle_labels_does_not_hang_on_the_actions():
     agent, world = make_agent(), World(WorldConfig(rows=3, cols=3), 0.5)
-    noise = torch.rand(1, 6, 50, reinforce.noise_channels(world))
+    noise = torch.rand(1, 6, 50, noise_channels(world))
     state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
     other = noise.clone()
     other[..., -1] = torch.rand(1, 6, 50)
-    (a, _), (b, _) = (reinforce.collect(agent, world, state, n) for n in (noise, other))
+    (a, _), (b, _) = (collect(agent, world, state, n) for n in (noise, other))
     assert torch.equal(a.action, b.action)
     assert torch.equal(a.audit, noise[..., -1])
     assert torch.equal(b.audit, other[..., -1])
@@ -736,7 +741,7 @@ def test_what_an_oracle_labels_does_not_hang_on_the_actions():
 
 def test_statistics_of_a_window(batch):
     agent, rollout, targets = batch
-    found = reinforce.statistics(rollout, targets)
+    found = statistics(rollout, targets)
     observation = plain.planes(rollout.active[0], SHAPE)[rollout.slot.flatten()]
     gate = torch.sigmoid(plain.forward(agent, observation)[1][:, 0]).view(12, 20)
     outcome = targets.outcome[0]
@@ -753,17 +758,17 @@ def test_calibration_error_of_known_forecasts():
     chance = torch.tensor([[0.05, 0.05, 0.95, 0.95, 0.55], [0.5, 0.5, 0.5, 0.5, 0.5]])
     happened = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 0, 1]]).float()
     among = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]).bool()
-    found = reinforce.calibration_error(chance, happened, among)
+    found = calibration_error(chance, happened, among)
     assert found.tolist() == pytest.approx([(2 * 0.05 + 2 * 0.45) / 4, 0.0])
-    assert reinforce.calibration_error(chance, happened, ~(among | ~among)).isnan().all()
+    assert calibration_error(chance, happened, ~(among | ~among)).isnan().all()
 
 
 def test_a_reward_model_is_checked_against_the_truth_on_unlabeled_endings():
     agent, model = make_agent(experts="one"), make_reward_model()
     rollout = make_rollout(agent)
     methods = tables(["reward_model"], [Overseer(0.5)], 1)
-    targets = reinforce.label(rollout, methods, ReinforceConfig(), reward_model=model)
-    found = reinforce.statistics(rollout, targets)
+    targets = label(rollout, methods, ReinforceConfig(), reward_model=model)
+    found = statistics(rollout, targets)
     for kind, among in (("unlabeled", [UNLABELED]), ("labeled", [LABELED, LABELED + 1])):
         among = rollout.seen.terminated & torch.isin(targets.outcome, torch.tensor(among))
         right = (targets.imputed > 0.5) == (rollout.truth.ending == 0)
@@ -774,7 +779,7 @@ def test_a_reward_model_is_checked_against_the_truth_on_unlabeled_endings():
 
 def test_every_coefficient_is_annealed():
     one = torch.ones(1)
-    losses = reinforce.Loss(one, one * 10, one * 100, one * 1000, one * 1e4, one * 1e5)
+    losses = Loss(one, one * 10, one * 100, one * 1000, one * 1e4, one * 1e5)
     schedules = {"value_coef": (0.1, 0.3), "entropy_coef": (0.2, 0.4), "gate_coef": (0.5, 0.7)}
     config = ReinforceConfig(contrast_coef=(0.6, 0.8), **schedules)
     for progress, (value, entropy, gate, contrast) in {
@@ -816,20 +821,20 @@ def test_actions_are_drawn_from_the_policy():
     logits = torch.tensor([0.5, -1.0, 2.0, 0.0])
     n = 100_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    edges = reinforce.cumulative(logits.softmax(-1))
-    counts = reinforce.sample(edges.expand(n, 3), uniform).bincount(minlength=4)
+    edges = cumulative(logits.softmax(-1))
+    counts = sample(edges.expand(n, 3), uniform).bincount(minlength=4)
     expected = logits.softmax(0) * n
     assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # 99.9 %, 3 d.o.f.
-    certain = reinforce.cumulative(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    certain = cumulative(torch.tensor([0.0, 1.0, 0.0, 0.0]))
     extremes = torch.tensor([0.0, 0.5, 1 - 2.0**-24])
-    assert reinforce.sample(certain.expand(3, 3), extremes).tolist() == [1, 1, 1]
+    assert sample(certain.expand(3, 3), extremes).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("schedule", "values"), [((0.1,), [0.1, 0.1, 0.1]), ((0.1, 0.3), [0.1, 0.2, 0.3])]
 )
 def test_schedules(schedule, values):
-    assert [reinforce.at(schedule, x) for x in (0, 0.5, 1)] == pytest.approx(values)
+    assert [at(schedule, x) for x in (0, 0.5, 1)] == pytest.approx(values)
 
 
 def test_annealing_reaches_the_optimizer(monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from oversight_rl.agents.reinforce import cumulative, sample
+from oversight_rl.agents.networks import cumulative, sample
 from oversight_rl.envs.mdp import WorldMDP, why_not
 from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.envs.world import World

@@ -30,6 +30,7 @@ import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.ppo.algorithm import PPO_METHODS
+from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
 from oversight_rl.agents.ppo.losses import ending_loss, gate_loss
 from oversight_rl.envs.labels import OversightLabels
@@ -96,15 +97,15 @@ def collected(script, method="routing", steps=12, rollouts=1, truncates=(), **mo
 
 def test_labels_are_written_back_to_all_steps_of_their_episodes():
     script = [(3, GOOD), (2, {"behavior": "bad"}), (2, BAD), (2, {"behavior": None}), (9, GOOD)]
-    buffer = collected(script).rollout_buffer
+    found = collected(script).experience
     good, bad = LABELED, LABELED + 1
     expected = [good] * 3 + [UNLABELED] * 2 + [bad] * 2 + [TIMEOUT] * 2 + [UNFINISHED] * 3
-    assert buffer.outcome[:, 0].tolist() == expected
+    assert found.outcome[:, 0].tolist() == expected
 
 
 def test_an_end_without_a_word_is_unlabeled_or_a_timeout():
-    buffer = collected([(3, {}), (3, {})], truncates=(1,)).rollout_buffer
-    assert buffer.outcome[:6, 0].tolist() == [UNLABELED] * 3 + [TIMEOUT] * 3
+    found = collected([(3, {}), (3, {})], truncates=(1,)).experience
+    assert found.outcome[:6, 0].tolist() == [UNLABELED] * 3 + [TIMEOUT] * 3
 
 
 @pytest.mark.parametrize("reach", [0, 10, 13, 100])
@@ -143,9 +144,9 @@ def test_rewards_are_paid_as_the_method_says():
 
 def test_weights_leave_out_what_the_method_drops():
     script = [(2, GOOD), (2, {"behavior": "bad"}), (8, BAD)]
-    weights = collected(script, "filtering").rollout_buffer.targets.weights[:, 0]
+    weights = collected(script, "filtering").targets.weights[:, 0]
     assert weights.tolist() == [1, 1, 0, 0] + [1] * 8
-    weights = collected(script, labeled_weight=7.0).rollout_buffer.targets.weights[:, 0]
+    weights = collected(script, labeled_weight=7.0).targets.weights[:, 0]
     assert weights.tolist() == [7, 7, 1, 1] + [7] * 8
 
 
@@ -170,11 +171,10 @@ def gradients(model, outcome, part):
     """Norms of a loss part's gradient into each module, from samples of one outcome."""
     model._current_progress_remaining = 0.5  # it no longer waits for labels
     buffer = model.rollout_buffer
-    batch = next(iter(buffer.get(None)))
-    order = buffer.flat["outcome"]
+    order = model.experience.outcome.T[model.experience.share.T > 0]
     chosen = torch.as_tensor(np.flatnonzero(order == outcome))
     assert len(chosen)
-    batch = batch._replace(**{n: torch.as_tensor(buffer.flat[n])[chosen] for n in batch._fields})
+    batch = RoutedSamples(*(torch.as_tensor(x)[chosen] for x in buffer.samples))
     honest = model.loss
 
     model.policy.zero_grad()
@@ -529,7 +529,7 @@ def test_wrapped_labels_reach_the_learner():
     assert model.behaviors == ("wanted", "unwanted")
     assert model.overseer.oversight == 1.0
     model.learn(128)
-    assert (model.rollout_buffer.outcome == LABELED).any()
+    assert (model.experience.outcome == LABELED).any()
 
 
 def test_sb3s_own_ppo_trains_on_the_batch():
@@ -643,7 +643,7 @@ IMPUTED = [(3, GOOD), (2, {"behavior": "bad"}), (2, BAD), (2, {"behavior": None}
 def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method):
     model = collected(IMPUTED, method, solo_share=0.0, normalize_advantage=False, task_weight=0.0)
     buffer, policy = model.rollout_buffer, model.policy
-    found = buffer.targets
+    found = model.targets
     last = torch.as_tensor(buffer.observations[4]), torch.as_tensor(buffer.actions[4]).long()[0]
     good, bad = policy.ending_log_probabilities(*last).exp()[0].tolist()
     for step, left in ((3, 1), (4, 0)):
@@ -734,12 +734,12 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
         alone = policy.distribution(output.alone(0)[0]).log_prob(actions)
     taken = np.where(buffer.alone, alone.view(16, 8), mixture.view(16, 8))
     assert np.abs(taken - buffer.log_probs).max() < 1e-5
-    found = buffer.targets
-    waits = buffer.outcome == UNFINISHED
+    found = model.targets
+    waits = model.experience.outcome == UNFINISHED
     assert (found.weights > 0).tolist() == (~buffer.alone & ~waits).tolist()  # the mixture acted
     assert (found.own_weights > 0).tolist() == buffer.alone.tolist()
-    assert int(model.memory.count) == (buffer.outcome >= LABELED).sum()
-    assert int(model.endings.count) == (buffer.ended & (buffer.outcome >= LABELED)).sum()
+    assert int(model.memory.count) == (model.experience.outcome >= LABELED).sum()
+    assert int(model.endings.count) == (buffer.ended & (model.experience.outcome >= LABELED)).sum()
     assert not tiny(method="contrastive_routing").rollout_buffer.acts_alone.any()
 
 
@@ -798,7 +798,7 @@ def test_numbered_observations_can_be_imputed():
     env = DummyVecEnv([lambda: gym.make("FrozenLake-v1")] * 4)
     model = tiny(env, method="imputed_routing", behaviors=("good", "bad")).learn(4 * 16 * 2)
     assert not int(model.endings.count)  # nothing was labeled, so nothing is imputed
-    found, outcome = model.rollout_buffer.targets, model.rollout_buffer.outcome
+    found, outcome = model.targets, model.experience.outcome
     assert set(np.unique(found.routes)) == {1.0}
     assert not found.own_weights[outcome == UNLABELED].any()
     assert (outcome == UNLABELED).any()

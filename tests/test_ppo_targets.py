@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import RoutedPPO
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, Overseer, tables
+from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.ppo.targets import Experience, gae, moments, targets
 
 
@@ -120,8 +121,8 @@ def test_the_behavior_part_is_the_same_for_any_reward(method):
     for reward in rewards:
         model = collected(lambda reward=reward: Random(reward), method=method, task_weight=0.0)
         with_task = collected(lambda reward=reward: Random(reward), method=method)
-        found = with_task.rollout_buffer.targets
-        behavior = model.rollout_buffer.targets
+        found = with_task.targets
+        behavior = model.targets
         for name in ("weights", "own_weights", "routes", "returns", "own_returns"):
             assert np.array_equal(getattr(found, name), getattr(behavior, name))
         parts.append((behavior.advantages, behavior.signed))
@@ -142,7 +143,7 @@ def test_worlds_whose_reward_is_a_behavior_have_no_task():
 
 def test_what_filtering_drops_still_teaches_the_tasks_values():
     model = collected(method="filtering")
-    found, outcome = model.rollout_buffer.targets, model.rollout_buffer.outcome
+    found, outcome = model.targets, model.experience.outcome
     dropped = outcome == UNLABELED
     assert dropped.any()
     assert not found.weights[dropped].any()
@@ -188,15 +189,21 @@ def experience(rng, steps=12, envs=6, **more):
     value, after = rng.normal(size=(2, steps, envs)).astype(np.float32)
     ended = done & (outcome != TIMEOUT)
     gate = rng.dirichlet([1, 1], (steps, envs)).astype(np.float32)
-    fields = {"outcome": outcome, "left": left, "ended": ended, "done": done,
-              "alone": np.zeros_like(done), "value": value, "value_after": after * ~ended,
-              "gate": gate, "chances": None,
-              "share": np.ones((steps, envs), np.float32)}  # fmt: skip
+    nothing, never = np.zeros_like(value), np.zeros_like(done)
+    known = dict.fromkeys(Steps._fields, nothing)
+    known |= {"alone": never, "value": value, "ended": ended, "done": done}
+    known |= {name: more.pop(name) for name in Steps._fields if name in more}
+    window = Window(
+        Steps(**known), np.arange(steps, 0, -1)[:, None], ~never, never, never, [], 0, envs
+    )
+    fields = {"window": window, "outcome": outcome, "left": left, "due": ~never,
+              "share": np.ones_like(value), "log_prob": nothing, "old_value": value,
+              "value_after": after * ~ended, "gate": gate}  # fmt: skip
     return Experience(**fields | more)
 
 
-SETTINGS = {"discount": 0.9, "trace": 0.8, "labeled_weight": 5.0, "imputes": False,
-            "normalize": False, "task_weight": 0.5}  # fmt: skip
+SETTINGS = {"discount": 0.9, "trace": 0.8, "labeled_weight": 5.0, "normalize": False,
+            "task_weight": 0.5}  # fmt: skip
 
 
 def test_advantages_agree_with_plain_loops():
@@ -206,16 +213,18 @@ def test_advantages_agree_with_plain_loops():
     x = experience(rng, **task)
     table = tables(["routing"], [Overseer(0.1)], 2)
     found = targets(x, table, **SETTINGS)
-    plain = plain_gae(1.0 * x.ended, x.value, x.value_after, x.done, 0.9, 0.8)
-    of_task = plain_gae(x.task_reward, x.task_value, x.task_value_after, x.done, 0.9, 0.8)
+    plain = plain_gae(1.0 * x.steps.ended, x.steps.value, x.value_after, x.steps.done, 0.9, 0.8)
+    of_task = plain_gae(
+        x.steps.task_reward, x.steps.task_value, x.task_value_after, x.steps.done, 0.9, 0.8
+    )
     for t in range(12):
         for n in range(6):
             expected, kind = plain[t, n], x.outcome[t, n]
             if kind >= LABELED:  # its discounted ending, less the mixture's own share; no bootstrap
-                expected = 0.9 ** x.left[t, n] - x.gate[t, n, kind - LABELED] * x.value[t, n]
+                expected = 0.9 ** x.left[t, n] - x.gate[t, n, kind - LABELED] * x.steps.value[t, n]
             expected += 0.5 * of_task[t, n]
             assert found.advantages[t, n] == pytest.approx(expected, abs=1e-5)
-            assert found.returns[t, n] == pytest.approx(plain[t, n] + x.value[t, n], abs=1e-5)
+            assert found.returns[t, n] == pytest.approx(plain[t, n] + x.steps.value[t, n], abs=1e-5)
             assert found.weights[t, n] == (5.0 if kind >= LABELED else 1.0)
 
 
@@ -225,12 +234,12 @@ def test_what_the_deployed_expert_does_alone_is_judged_by_its_own_values():
     alone = np.arange(6) % 2 == 0
     chances = rng.dirichlet([1, 1], (12, 6)).astype(np.float32)
     x = experience(rng, alone=np.broadcast_to(alone, (12, 6)), own_value=own,
-                   own_value_after=own_after, chances=chances)  # fmt: skip
+                   own_value_after=own_after, chances=chances, taught=True)  # fmt: skip
     table = tables(["imputed_routing"], [Overseer(0.1)], 2)
-    found = targets(x, table, **SETTINGS | {"imputes": True})
+    found = targets(x, table, **SETTINGS)
     sign = np.select([x.outcome == LABELED, x.outcome == LABELED + 1, x.outcome == UNLABELED],
                      [1.0, -1.0, chances[..., 0] - chances[..., 1]])  # fmt: skip
-    plain = plain_gae(sign * x.ended, own, own_after, x.done, 0.9, 0.8)
+    plain = plain_gae(sign * x.steps.ended, own, own_after, x.steps.done, 0.9, 0.8)
     assert found.signed[:, alone] == pytest.approx(plain[:, alone], abs=1e-5)
     assert found.own_returns[:, alone] == pytest.approx((plain + own)[:, alone], abs=1e-5)
     assert not found.weights[:, alone].any()
@@ -241,7 +250,7 @@ def test_labeled_samples_teach_the_deployed_expert_less_what_the_gate_foretells(
     x = experience(np.random.default_rng(2))
     found = targets(x, tables(["contrastive_routing"], [Overseer(0.1)], 2), **SETTINGS)
     sign = np.select([x.outcome == LABELED, x.outcome == LABELED + 1], [1.0, -1.0])
-    baseline = (x.gate[..., 0] - x.gate[..., 1]) * x.value * (sign != 0)
+    baseline = (x.gate[..., 0] - x.gate[..., 1]) * x.steps.value * (sign != 0)
     assert found.signed == pytest.approx(sign * 0.9**x.left - baseline, abs=1e-5)
 
 
@@ -266,17 +275,17 @@ def test_advantages_stay_in_bounds_where_nearly_all_is_labeled(method, oversight
     _, callback = model._setup_learn(10**6, None)
     for _ in range(40):
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
-        found = model.rollout_buffer.targets
+        found = model.targets
         assert np.abs(found.advantages).max() < 50
         assert np.abs(found.signed).max() < 50
 
 
 def test_an_untaught_classifier_pays_nothing():
-    x = experience(np.random.default_rng(3))
+    x = experience(np.random.default_rng(3), chances=np.full((12, 6, 2), 0.5, np.float32))
     unlabeled = x.outcome == UNLABELED
     for method in ("reward_model", "imputed_routing"):
         table = tables([method], [Overseer(0.1)], 2)
-        found = targets(x, table, **SETTINGS | {"imputes": True})
+        found = targets(x, table, **SETTINGS)
         assert not found.own_weights[unlabeled].any()
         assert found.weights[unlabeled].any() == (method == "imputed_routing")  # worth 1 either way
         assert found.weights[~unlabeled].all()
@@ -290,8 +299,8 @@ def test_a_limit_that_ends_an_episode_in_a_behavior_ends_it(method):
     ends, cuts = (
         collected(lambda cut=cut: Random(cut=cut), method=method) for cut in (False, True)
     )
-    for name in vars(ends.rollout_buffer.targets):
-        ours, theirs = (getattr(m.rollout_buffer.targets, name) for m in (ends, cuts))
+    for name in vars(ends.targets):
+        ours, theirs = (getattr(m.targets, name) for m in (ends, cuts))
         assert np.array_equal(ours, theirs), name
 
 
@@ -399,17 +408,16 @@ def test_environments_reset_within_a_rollout_leave_no_label_behind():
     model.learn(16 * 2 * 12, callback=Resets())
     assert int(model.memory.count) > 50
     assert not wrong(model)
-    assert (model.rollout_buffer.outcome == TIMEOUT).any()  # those that were cut
+    assert (model.experience.outcome == TIMEOUT).any()  # those that were cut
 
 
 def test_an_interruption_while_labels_are_written_leaves_none_behind(monkeypatch):
     model = learner(Numbered, envs=1, n_steps=8, batch_size=8)
     model.learn(16)
-    honest = model.rollout_buffer.outcomes
-    monkeypatch.setattr(model.rollout_buffer, "outcomes", lambda *a: interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        model.learn(8, reset_num_timesteps=False)
-    monkeypatch.setattr(model.rollout_buffer, "outcomes", honest)
+    with monkeypatch.context() as patch:
+        patch.setattr("oversight_rl.agents.ppo.algorithm.outcomes_of", lambda *a: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(8, reset_num_timesteps=False)
     model.learn(32, reset_num_timesteps=False)
     assert not wrong(model)
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from test_mdp import lookup_from, random_table
 from test_world import check_observation, worlds
 
-from oversight_rl.agents import reinforce
-from oversight_rl.agents.methods import METHODS, Overseer, tables
-from oversight_rl.agents.reinforce import ReinforceConfig, cumulative, sample
+from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED, Overseer, tables
+from oversight_rl.agents.networks import cumulative, sample
+from oversight_rl.agents.reinforce.targets import label as make_targets
+from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.envs.mdp import WorldMDP
 from oversight_rl.envs.settings import ACTIONS, NO_LABEL, WorldConfig
 from oversight_rl.envs.world import Seen, World
@@ -135,14 +136,14 @@ def test_outcomes_and_returns_of_any_window(steps, n, method, discount, bootstra
     )
     config = ReinforceConfig(discount=discount, bootstrap=bootstrap)
     experts = 1 if METHODS[method].experts == "one" else 2
-    targets = reinforce.label(window, tables([method], [Overseer(0.5)], experts), config)
+    targets = make_targets(window, tables([method], [Overseer(0.5)], experts), config)
     outcome, _ = plain.outcomes(window.seen, steps, n)
     assert np.array_equal(targets.outcome[0].numpy(), outcome)
     rewards = dict(zip(("unlabeled", "diamond", "ghost"), REWARDS[method], strict=True))
     paid = {
-        reinforce.UNLABELED: rewards["unlabeled"],
-        reinforce.LABELED: rewards["diamond"],
-        reinforce.LABELED + 1: rewards["ghost"],
+        UNLABELED: rewards["unlabeled"],
+        LABELED: rewards["diamond"],
+        LABELED + 1: rewards["ghost"],
     }
     after = window.value_after[0].numpy() * bootstrap
     expected = plain.returns(window.seen, outcome, after, discount, paid)

@@ -16,14 +16,17 @@ import soak
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import checkpoint, report, tracking
-from oversight_rl.agents import reinforce
+from oversight_rl import tracking
+from oversight_rl.agents.reinforce import learner, losses
 from oversight_rl.cli import STOPPED, main, train
-from oversight_rl.config import Config, load_yaml
 from oversight_rl.envs.gym import OversightGridVecEnv
-from oversight_rl.health import Watch
-from oversight_rl.tracking import EVENTS, RunFolder
-from oversight_rl.training import Trainer
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.kinds import load_config
+from oversight_rl.reports.gather import gather
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import EVENTS, RunFolder
+from oversight_rl.runs.health import Watch
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -78,13 +81,13 @@ def test_ppo_on_the_grid_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stop):
 
 
 def small(seed=0, **more):
-    base = load_yaml(ROOT / "configs" / "smoke.yaml").model_dump() | {"device": "cpu"}
+    base = load_config(ROOT / "configs" / "smoke.yaml").model_dump() | {"device": "cpu"}
     return Config.model_validate(base | {"seeds": (seed,), "pictures": False} | more)
 
 
 def poisoned(monkeypatch, part, value, run, update):
     """Give one part of one run's loss a bad value at one update."""
-    honest = reinforce.loss
+    honest = learner.loss
     calls = 0
 
     def loss(*args):
@@ -97,7 +100,7 @@ def poisoned(monkeypatch, part, value, run, update):
         factor[run] = value
         return replace(losses, **{part: getattr(losses, part) * factor})
 
-    monkeypatch.setattr(reinforce, "loss", loss)
+    monkeypatch.setattr(learner, "loss", loss)
 
 
 def learned(trainer, run):
@@ -118,7 +121,7 @@ def test_a_bad_number_stops_the_run_at_that_update(tmp_path, capsys, monkeypatch
 
 
 def test_what_went_bad_first_is_named(tmp_path, capsys):
-    steep = [*SMOKE, "--run-dir", tmp_path / "run", "--training.learning-rate", "1e30"]
+    steep = [*SMOKE, "--run-dir", tmp_path / "run", "--reinforce.learning-rate", "1e30"]
     assert "update 1: the parameter agent.trunks.0.weight is inf" in refused(capsys, steep)
 
 
@@ -138,7 +141,7 @@ def test_a_bad_gradient_is_told_from_a_bad_loss(monkeypatch):
     trainer = Trainer([small()])
     # the square root has no derivative at 0
     monkeypatch.setattr(
-        reinforce.Loss, "total", lambda self, *_: self.policy + (self.value * 0).sqrt()
+        losses.Loss, "total", lambda self, *_: self.policy + (self.value * 0).sqrt()
     )
     trainer.update()
     assert "gradient of agent." in trainer.watch.seen()[0]
@@ -164,7 +167,7 @@ def test_an_update_is_left_out_of_the_bad_run_alone(monkeypatch):
 
 def test_leaving_updates_out_is_said_once_and_the_run_ends(tmp_path, capsys, monkeypatch):
     poisoned(monkeypatch, "gate", torch.nan, 0, 4)
-    steep = ["--run-dir", str(tmp_path / "run"), "--on-nan", "skip", "--training.updates", "8"]
+    steep = ["--run-dir", str(tmp_path / "run"), "--on-nan", "skip", "--reinforce.updates", "8"]
     train([*SMOKE, *steep])
     assert capsys.readouterr().out.count("update 4: the gate loss is nan; left out") == 1
     assert (tmp_path / "run/result.json").exists()
@@ -327,7 +330,7 @@ def test_the_second_process_on_a_folder_is_refused(tmp_path, capsys, monkeypatch
 
 def test_seeds_whose_folders_were_not_yet_there_are_not_forgotten(tmp_path):
     path = tmp_path / "many"
-    few = [*SMOKE, "--seeds", "0", "7", "--training.updates", "2"]
+    few = [*SMOKE, "--seeds", "0", "7", "--reinforce.updates", "2"]
     train([*few, "--run-dir", str(tmp_path / "whole")])
     train([*few, "--run-dir", str(path)])
     (path / "seed_0/result.json").unlink()
@@ -374,7 +377,7 @@ def test_a_run_with_results_and_no_checkpoint_is_not_begun_again(tmp_path, whole
 def test_what_a_kill_before_the_settings_leaves_is_no_obstacle(tmp_path):
     (tmp_path / "run/seed_0").mkdir(parents=True)
     (tmp_path / "run/seed_0/config.yaml.tmp").write_text("half of a fi")
-    train([*SMOKE, "--run-dir", str(tmp_path / "run"), "--training.updates", "1"])
+    train([*SMOKE, "--run-dir", str(tmp_path / "run"), "--reinforce.updates", "1"])
     assert (tmp_path / "run/result.json").exists()
 
 
@@ -396,7 +399,7 @@ def test_half_a_line_is_cut_off(tmp_path, whole):
 def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
     path = tmp_path / "runs/busy"
     shutil.copytree(whole, tmp_path / "runs/done")
-    often = ["--evaluation.every", "1", "--training.updates", "100000", "--agent.hidden", "4"]
+    often = ["--evaluation.every", "1", "--reinforce.updates", "100000", "--agent.hidden", "4"]
     command = [sys.executable, "train.py", *SMOKE, "--run-dir", str(path), *often]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
@@ -411,7 +414,7 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
             events.Reload()
         assert steps == sorted(steps)
         main(["evaluate", str(path), "--json", str(tmp_path / "rows.json")])
-        found = report.gather(tmp_path / "runs")
+        found = gather(tmp_path / "runs")
         assert found.missing == ["Not finished and left out: busy."]
         seen = [event.step for event in events.Scalars("evaluation/return/mixture")]
         assert seen == list(range(len(seen)))

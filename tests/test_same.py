@@ -80,7 +80,7 @@ def test_folders_are_compared_whole(tmp_path):
 
 def test_flags_are_spelled_as_a_version_knows_them():
     old, new = {"training", "ppo"}, {"reinforce", "ppo"}
-    flag = "--training.updates"
+    flag = "--reinforce.updates"
     assert (spelled(flag, old), spelled(flag, new)) == (flag, "--reinforce.updates")
     assert spelled("--ppo.updates", new) == "--ppo.updates"
     assert spelled("--method", new) == "--method"

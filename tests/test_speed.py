@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oversight_rl.agents import reinforce
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.reinforce import ReinforceConfig
-from oversight_rl.agents.settings import AgentConfig
-from oversight_rl.config import Config
+from oversight_rl.agents.reinforce import collect
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.envs.settings import WorldConfig
-from oversight_rl.training import Trainer
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 
 TINY = {
     "world": WorldConfig(rows=3, cols=3, max_steps=6),
@@ -30,7 +29,7 @@ def test_an_update_neither_reads_a_number_nor_copies_one_to_the_device(monkeypat
 
     Fake tensors have no values: whatever depends on one, be it only a shape, raises.
     """
-    monkeypatch.setattr(reinforce, "MOST_KEYS", 0)
+    monkeypatch.setattr(collect, "MOST_KEYS", 0)
     learner = ReinforceConfig(updates=6, worlds=16, steps=8)
     config = Config(method=method, training=learner, **TINY)
     trainer = Trainer([config.single(seed) for seed in range(2)])

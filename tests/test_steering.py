@@ -7,11 +7,11 @@ import plain
 import pytest
 import torch
 
-from oversight_rl import checkpoint
-from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.networks import Agent, new_agent
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import (
     MIXTURE,
+    SteeredPolicy,
     Steering,
     ablate,
     blend,
@@ -20,10 +20,10 @@ from oversight_rl.agents.steering import (
     parse,
     standard,
 )
-from oversight_rl.config import Config
 from oversight_rl.envs.settings import UserError, WorldConfig
 from oversight_rl.envs.world import World
-from oversight_rl.steering import SteeredPolicy
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs import checkpoint
 
 
 @pytest.fixture
@@ -178,7 +178,9 @@ def test_logits_that_are_no_numbers_give_no_probabilities(agent, observation, gr
 @pytest.mark.parametrize("text", ["mixture", "ghost", "diamond=0.7,ghost=0.3", "without:diamond"])
 def test_an_exported_policy_reads_back_the_same(tmp_path, text, observation):
     config = Config(agent=AgentConfig(hidden=(8,)))
-    agent = checkpoint.new_agent(config, 1, [torch.Generator().manual_seed(3)])
+    agent = new_agent(
+        config.agent, config.world.shape, config.method, 1, [torch.Generator().manual_seed(3)]
+    )
     policy = SteeredPolicy(agent, parse(text, 2).with_options(temperature=0.5))
     source = checkpoint.Saved(agent, config, 100, 1.5)
     checkpoint.write_policy(tmp_path / "policy.safetensors", policy.steering, source)

@@ -16,19 +16,11 @@ from rich.console import Console
 from oversight_rl import tracking
 from oversight_rl.cli import main
 from oversight_rl.envs.settings import UserError
-from oversight_rl.sweep import (
-    SweepConfig,
-    WorkerLost,
-    fitting,
-    load_sweep,
-    local_workers,
-    plan,
-    ray_workers,
-    stacks,
-    sweep,
-)
-from oversight_rl.tracking import METRICS, RunFolder
-from oversight_rl.training import fit
+from oversight_rl.runs.folder import METRICS, RunFolder
+from oversight_rl.runs.loop import fit
+from oversight_rl.sweeps.drive import sweep
+from oversight_rl.sweeps.plan import SweepConfig, fitting, load_sweep, plan, stacks
+from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers
 
 TINY = {
     "device": "cpu",
@@ -248,7 +240,7 @@ def workers_of(pid):
             command = stat.with_name("cmdline").read_text()
         except (OSError, ValueError):
             continue
-        if parent == pid and "oversight_rl.sweep" in command:
+        if parent == pid and "oversight_rl.sweeps.workers" in command:
             found.append(int(stat.parent.name))
     return found
 

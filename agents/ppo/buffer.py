@@ -4,47 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Hashable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from torch import Tensor
 
-from oversight_rl.agents.memory import MOST_BYTES, Memory
-from oversight_rl.agents.methods import LABELED, UNFINISHED, MethodTables, outcomes
+from oversight_rl.agents.memory import MOST_BYTES
 from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
-from oversight_rl.agents.ppo.observations import as_rows, each
-from oversight_rl.agents.ppo.targets import Targets
+from oversight_rl.agents.ppo.observations import each
+from oversight_rl.agents.ppo.targets import Experience, Targets
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.settings import NO_LABEL
-from oversight_rl.envs.world import Seen, Truth
+
+A = TypeVar("A", NDArray[Any], Tensor)
 
 
-class RoutedSamples(NamedTuple):
-    """A minibatch: SB3's `RolloutBufferSamples`, and the rest of `targets.Targets`."""
+class RoutedSamples(NamedTuple, Generic[A]):
+    """Samples to learn from: SB3's `RolloutBufferSamples`, and the rest of `targets.Targets`."""
 
-    observations: Tensor
-    actions: Tensor
-    old_values: Tensor
-    old_log_prob: Tensor
-    advantages: Tensor
-    returns: Tensor
-    weights: Tensor
-    own_weights: Tensor
-    alone_weights: Tensor
-    routes: Tensor
-    signed: Tensor
-    own_returns: Tensor
-    task_returns: Tensor
-    alone: Tensor  # [B] bool, where the deployed expert acted by itself
-    share: Tensor  # how much a step counts, less than 1 where an older policy took it
+    observations: Any  # [B, ...], of each entry where they are dictionaries
+    actions: A
+    old_values: A
+    old_log_prob: A
+    advantages: A
+    returns: A
+    weights: A
+    own_weights: A
+    routes: A
+    signed: A
+    own_returns: A
+    task_returns: A
+    alone: A  # [B] bool, where the deployed expert acted by itself
+    share: A  # how much a step counts, less than 1 where an older policy took it
 
 
-OF_TARGETS = RoutedSamples._fields[4:-2]
-"""Those that are fields of `targets.Targets`."""
+def samples(x: Experience, targets: Targets) -> RoutedSamples[NDArray[Any]]:
+    """The steps of a window that count, one environment after another."""
+    chosen, steps = x.share.T > 0, x.steps
+    others = {"observations": steps.observations, "actions": steps.actions, "alone": steps.alone}
+    others |= {"old_values": x.old_value, "old_log_prob": x.log_prob, "share": x.share}
+    return RoutedSamples(
+        **{
+            name: each(lambda part: part.swapaxes(0, 1)[chosen], whole)
+            for name, whole in (vars(targets) | others).items()
+        }
+    )
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
@@ -58,14 +64,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         kwargs: as SB3's RolloutBuffer.
     """
 
-    targets: Targets | None = None
-    """What the losses ask of each step of the window, once the rollout is whole."""
-    window: Window
-    """The rollout, with the steps of earlier ones that its labels reach."""
-    outcome: NDArray[np.int64]
-    """Of each step's episode, in the window. [W, C]"""
-    due: NDArray[np.bool_]
-    """Which steps of the window are to be learned from now. [W, C]"""
+    samples: RoutedSamples[NDArray[Any]] | None = None
+    """What there is to learn from, once the rollout is whole."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.cuts: list[tuple[int, int, Any]] = []  # (step, environment, last observation)
         self.names: dict[tuple[int, Hashable], int] = {}  # environment, episode's id: its last step
         self.late: list[LateLabel] = []
-        self.targets = None
+        self.samples = None
 
     @property
     def acts_alone(self) -> NDArray[np.bool_]:
@@ -182,8 +182,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
 
     def look_back(
         self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
-    ) -> list[LateLabel]:
-        """Make the window of a rollout that is whole.
+    ) -> tuple[Window, list[LateLabel]]:
+        """The window of a rollout that is whole.
 
         Args:
             own_value: what the networks say of the rollout's steps, `[T, N]`.
@@ -191,15 +191,14 @@ class RoutedRolloutBuffer(RolloutBuffer):
             task_reward: of the rollout's steps, in the task's scale of now.
 
         Returns:
-            Labels of episodes that are not kept.
+            The window, and labels of episodes that are not kept.
         """
         now = self._steps(own_value, task_value, task_reward)
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
-        self.window, missed = self.held.window(now, goes_on, self.late)
-        late = self.window.late & self.window.steps.ended
-        for truth in self.window.steps.truth[late]:
+        window, missed = self.held.window(now, goes_on, self.late)
+        for truth in window.steps.truth[window.late & window.steps.ended]:
             self._count_late(truth)
-        return missed
+        return window, missed
 
     def _steps(
         self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
@@ -220,105 +219,30 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.truth,
         )
 
-    def outcomes(
-        self, methods: MethodTables, generator: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`.
+    def forget_late(self) -> None:
+        """Wait for no late labels, where a method is told the truth."""
+        self.names.clear()
+        self.late.clear()
 
-        Both are of the window, `[W, C]`.
-        """
-        steps, n = self.window.steps, self.n_envs
-
-        def stacked(x: NDArray[Any]) -> Tensor:
-            return torch.as_tensor(x)[None]  # [1, W, C]
-
-        audit = np.zeros(steps.done.shape, np.float32)  # episodes end in the rollout
-        audit[self.window.earlier :, :n] = generator.random(self.label.shape, dtype=np.float32)
-        late = self.window.late & steps.ended
-        audit[late] = generator.random(int(late.sum()), dtype=np.float32)
-        seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
-        outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(audit), methods)
-        self.outcome = outcome[0].numpy()
-        return self.outcome, left[0].numpy()
-
-    def choose(self, waits: bool) -> None:
-        """Say which steps of the window are to be learned from now.
-
-        Args:
-            waits: whether the method asks what an episode was, so that steps wait for its end: all
-                but those where the deployed expert acted by itself, of which nothing is routed.
-        """
-        window = self.window
-        if not waits:
-            self.due = ~window.older
-            return
-        ready = (self.outcome != UNFINISHED) | window.steps.alone | (window.age > self.held.reach)
-        again = window.late & (self.outcome >= LABELED)
-        self.due = window.exists & (~window.steps.learned & ready | again)
-
-    def hold(self, waits: bool) -> None:
+    def hold(self, window: Window, due: NDArray[np.bool_], waits: bool) -> None:
         """Keep the steps that labels may still reach, and which of them were learned from.
 
         Args:
+            window: of the rollout.
+            due: which of its steps were learned from now, `[W, C]`.
             waits: whether steps wait for their episode's end.
         """
-        window = self.window
-        learned = window.steps.learned | self.due
         ended = [(step, env, name) for (env, name), step in self.names.items()]
-        window = replace(window, steps=window.steps._replace(learned=learned))
-        self.episodes += self.held.keep(window, ended, waits)
-
-    def remember(self, memory: Memory) -> None:
-        """Keep labeled observations, those of earlier rollouts whose label came now, too."""
-        label = self.outcome - LABELED
-        known = (label >= 0) & self.window.exists
-        memory.keep(_rows_where(known, self.window.steps.observations), label[known])
-
-    def remember_endings(self, memory: Memory) -> None:
-        """Keep the labeled endings, each with its action."""
-        steps, label = self.window.steps, self.outcome - LABELED
-        known = steps.ended & (label >= 0)
-        if known.any():
-            parts = (_rows_where(known, x) for x in (steps.observations, steps.actions))
-            memory.keep(np.concatenate([*parts], axis=-1), label[known])
-
-    def set_targets(
-        self,
-        targets: Targets,
-        log_prob: NDArray[np.float32],
-        value: NDArray[np.float32],
-        share: NDArray[np.float32],
-    ) -> None:
-        """Take over what the losses ask of each step of the window, `[W, C]` all.
-
-        Args:
-            targets: of all methods.
-            log_prob: under the policy that PPO's ratio is to.
-            value: that PPO's clipped value is around.
-            share: how much a step counts.
-        """
-        self.targets = targets
-        rollout = slice(self.window.earlier, None), slice(self.n_envs)
-        self.advantages, self.returns = targets.advantages[rollout], targets.returns[rollout]
-        steps, chosen = self.window.steps, share.T > 0
-        parts = {name: getattr(targets, name) for name in OF_TARGETS}
-        parts |= {"observations": steps.observations, "actions": steps.actions}
-        parts |= {"old_values": value, "old_log_prob": log_prob, "alone": steps.alone}
-        parts |= {"share": share, "outcome": self.outcome}
-        self.flat = {
-            name: each(lambda x: x.swapaxes(0, 1)[chosen], part) for name, part in parts.items()
-        }
+        self.episodes += self.held.keep(window, due, ended, waits)
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         """Minibatches of `RoutedSamples` at most so large and all alike, in random order."""
-        samples = len(self.flat["alone"])  # none, where all steps wait
-        parts = math.ceil(samples / (batch_size or max(1, samples)))
-        for part in np.array_split(np.random.permutation(samples), parts) if parts else ():
+        assert self.samples is not None
+        count = len(self.samples.alone)  # none, where all steps wait
+        parts = math.ceil(count / (batch_size or max(1, count)))
+        for part in np.array_split(np.random.permutation(count), parts) if parts else ():
             yield RoutedSamples(
-                *(
-                    each(lambda x, at=part: self.to_torch(x[at]), self.flat[name])
-                    for name in RoutedSamples._fields
-                )
+                *(each(lambda x, at=part: self.to_torch(x[at]), whole) for whole in self.samples)
             )
 
 
@@ -335,8 +259,3 @@ def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
                 f"info['late_labels'] must be a list of (episode_id, label), got {late!r}"
             )
     return cast("list[tuple[Hashable, Any]]", pairs)
-
-
-def _rows_where(chosen: NDArray[np.bool_], observations: Any) -> NDArray[Any]:
-    """Those observations `[T, N, ...]` that are chosen, `[T, N]`, as rows `[B, D]`."""
-    return as_rows(each(lambda x: x[chosen], observations))

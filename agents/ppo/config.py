@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+import math
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -12,8 +13,10 @@ from oversight_rl.envs.settings import Settings, UserError
 DEFAULT_METHOD = "imputed_routing"
 """The one that works in the most environments. Plain routing, the paper's method, needs a gate that
 tells the behaviors apart before the experts have learned them."""
-LABEL_REACH = 256
-"""Steps before a rollout's end that its labels reach, by default."""
+ROLLOUT = 2048
+"""Samples of a rollout at least, unless its steps are given: few environments need long ones."""
+MINIBATCHES, LEAST_MINIBATCH = 4, 64
+"""Of a rollout at most, and samples in each at least, unless their size is given."""
 MOST_SAMPLES = 2**24  # of a rollout, which is kept in memory
 
 
@@ -48,7 +51,7 @@ class PPOConfig(Settings):
     """Weight of the gate loss."""
     gate_replay: int = Field(512, ge=0)
     """Remembered labeled observations that the gate learns from in each minibatch."""
-    label_reach: int = Field(LABEL_REACH, ge=0, le=2**12)
+    label_reach: int = Field(256, ge=0, le=2**16)
     """Steps before a rollout's end that its labels reach; a step waits for its label so long."""
     contrast_coef: NonNegative = 1.0
     """Weight of the contrast loss, for the methods that have one."""
@@ -57,7 +60,7 @@ class PPOConfig(Settings):
     task_weight: NonNegative = 0.5
     """How much one spread of the task's advantage (of the environment's reward) counts next to one
     of the behavior's, in an environment whose reward is a task's own."""
-    labeled_weight: float = Field(20.0, gt=0)
+    labeled_weight: float = Field(20.0, gt=0, allow_inf_nan=False)
     """Weight of a labeled episode's samples next to any other's."""
 
     @model_validator(mode="after")
@@ -68,3 +71,43 @@ class PPOConfig(Settings):
                 f"{self.worlds * self.steps:,}"
             )
         return self
+
+
+class RoutedPPOArguments(PPOConfig):
+    """What `RoutedPPO` takes besides what SB3's PPO does: numbers in the ranges of the settings."""
+
+    section: ClassVar[str] = ""
+
+    label_recall: float = Field(1.0, ge=0, le=1)
+    """Chance that an ending which should be labeled is."""
+    label_error: float = Field(0.0, ge=0, le=1)
+    """Chance that a label names a wrong behavior."""
+    threads: int | None = Field(1, ge=1)
+    """Of PyTorch, while it learns; None leaves them as they are."""
+
+    @classmethod
+    def checked(cls, **arguments: Any) -> dict[str, Any]:
+        """Arguments by name, as numbers.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        plain = {name: x.item() if hasattr(x, "item") else x for name, x in arguments.items()}
+        try:
+            made = cls(**plain)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return {name: getattr(made, name) for name in arguments}
+
+
+def rollout_sizes(envs: int, n_steps: int | None = None, **_: Any) -> dict[str, int]:
+    """Steps and minibatches of a rollout, if they are not given."""
+    if n_steps is None:
+        n_steps = max(32, math.ceil(ROLLOUT / MINIBATCHES / envs) * MINIBATCHES)
+    size = n_steps * envs
+    fitting = [  # as many as are alike and not too small
+        parts
+        for parts in range(1, MINIBATCHES + 1)
+        if parts == 1 or (size % parts == 0 and size >= parts * LEAST_MINIBATCH)
+    ]
+    return {"n_steps": n_steps, "batch_size": size // fitting[-1]}

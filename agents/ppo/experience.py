@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oversight_rl.agents.learner import NotFinite
+from oversight_rl.agents.methods import MethodTables, outcomes
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
-from oversight_rl.agents.ppo.held import Steps
+from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.ppo.observations import each, how_many
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.ppo.targets import Experience, gae, judged, learns_alone, older_share
+from oversight_rl.agents.ppo.targets import Experience, gae, older_share
+from oversight_rl.envs.world import Seen, Truth
 
 Floats = NDArray[np.float32]
 SETTLED = 50
@@ -52,56 +55,55 @@ class Rollout:
         return own, task
 
     def experience(
-        self, left: NDArray[np.int64], chances: Floats | None, share: Floats
+        self,
+        window: Window,
+        ends: tuple[NDArray[np.int64], NDArray[np.int64]],
+        due: NDArray[np.bool_],
+        taught: bool,
+        with_values: bool,
     ) -> Experience:
         """All that the targets are made of.
 
         Args:
-            left: steps until the episode's last one, `[W, C]`.
-            chances: of what each step's episode ended in, `[W, C, behaviors]`; None: nobody knows.
-            share: how much each step counts, `[W, C]`.
+            window: of the rollout.
+            ends: see `outcomes_of`.
+            due: which steps are to be learned from now, `[W, C]`.
+            taught: whether the reward model has seen a label.
+            with_values: whether values of older steps are asked for, too.
         """
-        policy, buffer = self.policy, self.buffer
-        steps, more = buffer.window.steps, dict[str, Any]()
+        policy, (outcome, left) = self.policy, ends
+        share, log_prob, old_value = judged_anew(policy, window, due, with_values)
+        after = partial(self._after, window)
+        x = Experience(
+            window=window,
+            outcome=outcome,
+            left=left,
+            due=due,
+            share=share,
+            log_prob=log_prob,
+            old_value=old_value,
+            value_after=after("value", _values(policy, self.following)),
+            chances=impute(policy, window.steps, left) if policy.imputes else None,
+            taught=taught,
+        )
         if policy.own_value_net is not None:
             beyond = of_all(policy, policy.own_values, self.following)
-            more |= {
-                "own_value": steps.own_value,
-                "own_value_after": self._after("own_value", beyond),
-            }
+            x = replace(x, own_value_after=after("own_value", beyond))
         if policy.task:
             at, envs = self._cut
-            turns = np.concatenate([buffer.acts_alone, buffer.alone[at, envs]])
+            turns = np.concatenate([self.buffer.acts_alone, self.buffer.alone[at, envs]])
             beyond = of_all(policy, policy.task_values, self.following, turns)
-            more |= {
-                "task_reward": steps.task_reward,
-                "task_value": steps.task_value,
-                "task_value_after": self._after("task_value", beyond),
-            }
-        beyond = _values(policy, self.following)
-        known = chances is not None
-        return Experience(
-            outcome=buffer.outcome,
-            left=left,
-            ended=steps.ended,
-            done=steps.done,
-            alone=steps.alone,
-            value=steps.value,
-            value_after=self._after("value", beyond),
-            gate=_foretold(policy, buffer, share, known) if policy.has_gate else None,
-            chances=chances,
-            share=share,
-            **more,
-        )
+            x = replace(x, task_value_after=after("task_value", beyond))
+        return replace(x, gate=_foretold(policy, x)) if policy.has_gate else x
 
     @property
     def _cut(self) -> NDArray[np.int64]:
         """Steps and environments where episodes were cut. `[2, cuts]`"""
         return np.array([cut[:2] for cut in self.buffer.cuts], np.int64).reshape(-1, 2).T
 
-    def _after(self, name: str, beyond: Floats) -> Floats:
+    def _after(self, window: Window, name: str, beyond: Floats) -> Floats:
         """A value after each step of the window, of what follows in its episode. `[W, C]`"""
-        window, (at, envs), n = self.buffer.window, self._cut, self.buffer.n_envs
+        (at, envs), n = self._cut, self.buffer.n_envs
         value = getattr(window.steps, name)
         after = np.append(value[1:], np.zeros_like(value[:1]), axis=0)
         after[-1, :n] = beyond[:n]
@@ -112,19 +114,39 @@ class Rollout:
         return after
 
 
+def outcomes_of(
+    window: Window, methods: MethodTables, generator: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`. `[W, C]`"""
+    steps = window.steps
+
+    def stacked(x: NDArray[Any]) -> Tensor:
+        return torch.as_tensor(x)[None]  # [1, W, C]
+
+    uniform = np.zeros(steps.done.shape, np.float32)
+    rollout = window.of_rollout(uniform)  # a view; episodes end in the rollout
+    rollout[:] = generator.random(rollout.shape, dtype=np.float32)
+    late = window.late & steps.ended
+    uniform[late] = generator.random(int(late.sum()), dtype=np.float32)
+    seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
+    outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(uniform), methods)
+    return outcome[0].numpy(), left[0].numpy()
+
+
 def judged_anew(
-    policy: MoEPolicy, buffer: RoutedRolloutBuffer, with_values: bool
+    policy: MoEPolicy, window: Window, due: NDArray[np.bool_], with_values: bool
 ) -> tuple[Floats, ...]:
     """How much the window's steps count, and their log-probabilities and values now. `[W, C]` each
 
     Args:
         policy: before the update.
-        buffer: whose window it is.
+        window: of the rollout.
+        due: which of its steps are to be learned from now, `[W, C]`.
         with_values: whether values of older steps are asked for, too.
     """
-    steps = buffer.window.steps
-    share, log_prob = buffer.due.astype(np.float32), steps.log_prob.copy()
-    value, older = steps.value.copy(), buffer.window.older & buffer.due
+    steps = window.steps
+    share, log_prob = due.astype(np.float32), steps.log_prob.copy()
+    value, older = steps.value.copy(), window.older & due
     if older.any():
         seen = each(lambda x: x[older], steps.observations)
         taken = steps.actions[older], steps.alone[older]
@@ -158,36 +180,40 @@ def _values(policy: MoEPolicy, observations: Any) -> Floats:
     return of_all(policy, lambda x: policy.predict_values(x).flatten(), observations)
 
 
-def _foretold(
-    policy: MoEPolicy, buffer: RoutedRolloutBuffer, share: Floats, imputed: bool
-) -> Floats:
-    """The gate's probabilities where the targets ask for them, else 0. [W, C, K]"""
-    steps = buffer.window.steps
-    by_label = not imputed or learns_alone(steps.alone, share)
-    known = judged(buffer.outcome, by_label) & (share > 0)
-    gate = np.zeros((*known.shape, policy.n_experts), np.float32)
-    if known.any():
+def _foretold(policy: MoEPolicy, x: Experience) -> Floats:
+    """The gate's probabilities where it is asked, else 0. `[W, C, K]`"""
+    gate = np.zeros((*x.judged.shape, policy.n_experts), np.float32)
+    if x.judged.any():
         log_gate = of_all(
             policy,
-            lambda x: policy.gate_log_probabilities(x)[0],
-            each(lambda x: x[known], steps.observations),
+            lambda seen: policy.gate_log_probabilities(seen)[0],
+            each(lambda part: part[x.judged], x.steps.observations),
         )
-        gate[known] = np.exp(log_gate)
+        gate[x.judged] = np.exp(log_gate)
     return gate
 
 
-def impute(policy: MoEPolicy, steps: Steps) -> Floats:
-    """Chance of each behavior where an episode ends, else nan. [W, C, behaviors]"""
+def impute(policy: MoEPolicy, steps: Steps, left: NDArray[np.int64]) -> Floats:
+    """Chance of each behavior that each step's episode ended in. `[W, C, behaviors]`
+
+    It is 0 where the episode did not end in one.
+
+    Args:
+        policy: with a reward model.
+        steps: `[W, C]`.
+        left: steps until the episode's last one, `[W, C]`.
+    """
 
     def chances(seen: Any, taken: Tensor) -> Tensor:
         return policy.ending_log_probabilities(seen, policy.as_taken(taken)).exp()
 
     ended = steps.ended
-    imputed = np.full((*ended.shape, len(policy.behaviors)), np.nan, np.float32)
+    imputed = np.zeros((*ended.shape, len(policy.behaviors)), np.float32)
     if ended.any():
         seen = each(lambda x: x[ended], steps.observations)
         imputed[ended] = of_all(policy, chances, seen, steps.actions[ended])
-    return imputed
+    end = (np.arange(len(left))[:, None] + left).clip(max=len(left) - 1)
+    return np.take_along_axis(imputed, end[..., None], 0)
 
 
 def in_task_scale(policy: MoEPolicy, buffer: RoutedRolloutBuffer, discount: float) -> Floats:
@@ -199,7 +225,7 @@ def in_task_scale(policy: MoEPolicy, buffer: RoutedRolloutBuffer, discount: floa
     reward = buffer.rewards.astype(np.float64)
     nothing = np.zeros_like(reward)
     if not np.isfinite(reward).all():
-        raise FloatingPointError("the environment's reward is not finite")
+        raise NotFinite("environment's reward")
     returns = gae(reward, nothing, nothing, buffer.done, discount, 1.0)
     square = cast(Tensor, policy.task_square)  # mean, rollouts in it
     mean, count = square.tolist()

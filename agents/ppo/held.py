@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from oversight_rl.agents.ppo.observations import each, named, unnamed
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.methods import LABELED, UNFINISHED
+from oversight_rl.agents.ppo.observations import as_rows, each, named, unnamed
 from oversight_rl.envs.settings import NO_LABEL
 
 Bools = NDArray[np.bool_]
@@ -106,6 +108,43 @@ class Window:
     earlier: int  # rows above the rollout
     environments: int  # columns that are environments; others hold one episode below another
 
+    def of_rollout(self, x: NDArray[Any]) -> NDArray[Any]:
+        """What belongs to the rollout of something of the window: `[W, C, ...]` -> `[T, N, ...]`"""
+        return x[self.earlier :, : self.environments]
+
+    def due(self, outcome: NDArray[np.int64], reach: int, waits: bool) -> Bools:
+        """Which steps are to be learned from now. `[W, C]`
+
+        Args:
+            outcome: of each step's episode, `[W, C]`.
+            reach: steps before a rollout's end that labels reach.
+            waits: whether the method asks what an episode was, so that steps wait for its end: all
+                but those where the deployed expert acted by itself, of which nothing is routed.
+        """
+        if not waits:
+            return ~self.older
+        ready = (outcome != UNFINISHED) | self.steps.alone | (self.age > reach)
+        again = self.late & (outcome >= LABELED)
+        due: Bools = self.exists & (~self.steps.learned & ready | again)
+        return due
+
+    def remember(self, memory: Memory, outcome: NDArray[np.int64]) -> None:
+        """Keep labeled observations, those of earlier rollouts whose label came now, too."""
+        known = self.exists & (outcome >= LABELED)
+        memory.keep(self._rows(self.steps.observations, known), outcome[known] - LABELED)
+
+    def remember_endings(self, memory: Memory, outcome: NDArray[np.int64]) -> None:
+        """Keep the labeled endings, each with its action."""
+        known = self.steps.ended & (outcome >= LABELED)
+        if known.any():
+            parts = (self._rows(x, known) for x in (self.steps.observations, self.steps.actions))
+            memory.keep(np.concatenate([*parts], axis=-1), outcome[known] - LABELED)
+
+    @staticmethod
+    def _rows(x: Any, chosen: Bools) -> NDArray[Any]:
+        """Those that are chosen `[W, C]` of observations or actions `[W, C, ...]`. [B, D]"""
+        return as_rows(each(lambda part: part[chosen], x))
+
 
 class Held:
     """What is kept of earlier rollouts of N environments.
@@ -188,11 +227,18 @@ class Held:
         earlier = tallest - steps
         return Window(whole, age, exists, older, is_late, cuts, earlier, self.environments), missed
 
-    def keep(self, window: Window, ended: Sequence[tuple[int, int, Hashable]], waits: bool) -> int:
+    def keep(
+        self,
+        window: Window,
+        due: Bools,
+        ended: Sequence[tuple[int, int, Hashable]],
+        waits: bool,
+    ) -> int:
         """Keep what labels may still reach after a rollout.
 
         Args:
-            window: as it was learned from.
+            window: of the rollout.
+            due: which of its steps were learned from now, `[W, C]`.
             ended: row of the rollout, environment and id of the episodes that ended unlabeled.
             waits: whether to keep steps of episodes that go on.
 
@@ -208,7 +254,7 @@ class Held:
             if since < self.reach
         }
         lost = before - len(self.ended)
-        steps = window.steps
+        steps = window.steps._replace(learned=window.steps.learned | due)
         begun = np.where(steps.done, np.arange(1, rows + 1)[:, None], 0)[:, : self.environments]
         first = np.argmax(window.exists, axis=0)[: self.environments]
         for row, env, name in ended:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.networks import DEPLOYED, Output
 from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.observations import from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.reinforce import DEPLOYED, contrast_loss, cross_entropy, weighted_mean
+from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 
 def losses(
     policy: MoEPolicy,
-    batch: RoutedSamples,
+    batch: RoutedSamples[Tensor],
     memory: Memory | None,
     *,
     contrasts: bool,
@@ -57,21 +59,7 @@ def losses(
     }
     own = log_prob
     if contrasts:
-        alone = policy.distribution(output.alone(DEPLOYED)[0])
-        own, own_spread = alone.log_prob(actions), alone.entropy()
-        # off-policy from what the mixture did, PPO where the expert acted by itself
-        signed = share * batch.signed
-        taken = own, batch.old_log_prob, signed, batch.own_weights * ~batch.alone
-        own_log_ratio = torch.where(batch.alone, own - batch.old_log_prob, 0.0)
-        own_gain = _surrogate(signed, own_log_ratio.exp(), clip)
-        parts["contrast_loss"] = contrast_loss(*(x[None] for x in taken))[0] - _mean(
-            own_gain, batch.alone_weights
-        )
-        own_spread = share * (-own if own_spread is None else own_spread)
-        parts["entropy_loss"] = parts["entropy_loss"] - _mean(own_spread, batch.alone_weights)
-        if policy.own_value_net is not None:
-            error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
-            parts["value_loss"] = parts["value_loss"] + _mean(share * error, batch.alone_weights)
+        own = _own_losses(policy, batch, output, actions, clip, parts)
     if policy.task:  # the reward is seen in every episode, whatever the method drops
         task = policy.task_values(batch.observations, batch.alone)
         parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
@@ -81,6 +69,36 @@ def losses(
         parts["approx_kl"] = (ratio - 1 - log_ratio).mean()
         parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
     return parts
+
+
+def _own_losses(
+    policy: MoEPolicy,
+    batch: RoutedSamples[Tensor],
+    output: Output,
+    actions: Tensor,
+    clip: float,
+    parts: dict[str, Tensor],
+) -> Tensor:
+    """Add what the deployed expert learns by itself; its log-probabilities of the actions. [B]
+
+    Off-policy from what the mixture did, and by PPO from what it did alone.
+    """
+    weight, share = batch.own_weights, batch.share
+    alone_weight = weight * batch.alone
+    distribution = policy.distribution(output.alone(DEPLOYED)[0])
+    own, spread = distribution.log_prob(actions), distribution.entropy()
+    signed = share * batch.signed
+    taken = own, batch.old_log_prob, signed, weight * ~batch.alone
+    ratio = torch.where(batch.alone, own - batch.old_log_prob, 0.0).exp()
+    gain = _surrogate(signed, ratio, clip)
+    off_policy = contrast_loss(*(x[None] for x in taken))[0]
+    parts["contrast_loss"] = off_policy - _mean(gain, alone_weight)
+    spread = share * (-own if spread is None else spread)
+    parts["entropy_loss"] = parts["entropy_loss"] - _mean(spread, alone_weight)
+    if policy.own_value_net is not None:
+        error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
+        parts["value_loss"] = parts["value_loss"] + _mean(share * error, alone_weight)
+    return own
 
 
 def gate_loss(policy: MoEPolicy, memory: Memory | None) -> Tensor:
@@ -102,6 +120,21 @@ def ending_loss(policy: MoEPolicy, endings: Memory) -> Tensor:
     chances = policy.ending_log_probabilities(observations, policy.as_taken(actions))
     label, known = label.to(policy.device), known.to(policy.device)
     return cross_entropy(chances[None], label, known)[0]
+
+
+def learn_endings(policy: MoEPolicy, endings: Memory) -> Tensor:
+    """One step of the classifier of endings, apart from the policy's; returns its loss.
+
+    Raises:
+        NotFinite: the loss is not.
+    """
+    policy.optimizer.zero_grad()
+    loss = ending_loss(policy, endings)
+    if not loss.isfinite():
+        raise NotFinite("loss of the classifier of endings", float(loss.detach()))
+    loss.backward()
+    policy.optimizer.step()
+    return loss.detach()
 
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

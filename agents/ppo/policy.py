@@ -21,11 +21,11 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
-from oversight_rl.agents.networks import Agent, Output
+from oversight_rl.agents.learner import NotFinite
+from oversight_rl.agents.networks import DEPLOYED, Agent, Output
 from oversight_rl.agents.ppo.endings import EndingClassifier
 from oversight_rl.agents.ppo.extractors import default_extractor
 from oversight_rl.agents.ppo.observations import each
-from oversight_rl.agents.reinforce import DEPLOYED
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import MIXTURE, Steering, parse
 from oversight_rl.envs.readable import seen
@@ -188,10 +188,10 @@ class MoEPolicy(ActorCriticPolicy):
         """The action distribution with these logits or means, `[B, A]`.
 
         Raises:
-            FloatingPointError: they are not finite.
+            NotFinite: they are not.
         """
         if not torch.compiler.is_compiling() and not parameters.isfinite().all():
-            raise FloatingPointError("the policy's output is not finite")
+            raise NotFinite("policy's output")
         # as SB3 makes them, but not validated once more, which exporters cannot follow
         dist: Any = self.action_dist
         if isinstance(dist, DiagGaussianDistribution):

@@ -4,19 +4,25 @@ An advantage has two parts, each with a baseline and a scale of its own. *Behavi
 method's table says an ending is worth, paid at the end, and 0 at a timeout. *Task*: the
 environment's reward as it came, which no table ever touches. So whatever the sign, the size and
 the time of the reward, labels alone decide which behavior is learned.
+
+Where the deployed expert acted by itself it learns from that alone, by advantages of its own (its
+reward is +1 or -1 at an episode's end, or what a reward model expects of that), and nothing
+off-policy from what the mixture did.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED, MethodTables, expected
-from oversight_rl.agents.reinforce import DEPLOYED
+from oversight_rl.agents.networks import DEPLOYED
+from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.routing import lookup
 
 Floats = NDArray[np.float32]
@@ -30,39 +36,57 @@ TASK_NOISE = 0.1
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout of T steps in N environments, with what the networks say of it; `[T, N]`.
+    """The window of a rollout: what became of its episodes, what the networks say; `[W, C]` each.
 
     A value *after* a step is that of what follows in the same episode: 0 where the episode ended,
-    and the last observation's where a time limit cut it.
+    and the last observation's where a time limit cut it. What the policy has no network for is
+    None.
     """
 
+    window: Window
     outcome: NDArray[np.int64]  # of the step's episode, see `methods.outcomes`
     left: NDArray[np.int64]  # steps until the episode's last one
-    ended: Bools  # the episode ends with this step in a behavior, seen or not
-    done: Bools  # the same, or in none
-    alone: Bools  # the deployed expert acted by itself
-    value: Floats  # of the mixture: what the ending is to be worth
-    value_after: Floats
-    gate: Floats | None  # [T, N, K], 0 where not asked for; None without a gate that learns
-    chances: Floats | None  # [T, N, behaviors], of what the episode's ending was, by a classifier;
-    # None where there is none that was taught
-    share: Floats  # how much a step counts: 0 where it waits for its episode's end or was learned
-    # from, 1 where the policy took it, and less where an older one did, see `older_share`
-    own_value: Floats | None = None  # of the deployed expert by itself
-    own_value_after: Floats | None = None
-    task_reward: Floats | None = None  # in units of the task's scale; None without a task
-    task_value: Floats | None = None  # of whoever acted
-    task_value_after: Floats | None = None
+    due: Bools  # to be learned from now, see `Window.due`
+    share: Floats  # how much a step counts: 1 where the policy took it, less where an older one
+    # did, see `older_share`; 0 where it is not due
+    log_prob: Floats  # of its action under the policy before the update
+    old_value: Floats  # of the mixture, likewise, where it is asked for
+    value_after: Floats  # of the mixture, see `Steps.value`
+    chances: Floats | None = None  # [W, C, behaviors], of what the episode's ending was
+    taught: bool = False  # whether the reward model, which says so, has seen a label
+    own_value_after: Floats | None = None  # of the deployed expert by itself
+    task_value_after: Floats | None = None  # of whoever acted
+    gate: Floats | None = None  # [W, C, K], 0 but where `judged`
+
+    @property
+    def steps(self) -> Steps:
+        """The steps as they were taken."""
+        return self.window.steps
+
+    @cached_property
+    def learns_alone(self) -> bool:
+        """Whether the deployed expert learns from what it did by itself, and nothing else."""
+        return bool((self.steps.alone & (self.share > 0)).any())
+
+    @cached_property
+    def judged(self) -> Bools:
+        """Which samples the gate is asked about: what they are worth depends on their behavior.
+
+        It is known by labels alone, or by a reward model, too; but the deployed expert has no use
+        for the latter where it learns from what it did by itself.
+        """
+        by_label = self.chances is None or not self.taught or self.learns_alone
+        asked = self.outcome >= LABELED if by_label else self.outcome != UNFINISHED
+        return asked & (self.share > 0)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the losses ask of each sample, `[T, N]`."""
+    """What the losses ask of each step, `[W, C]`."""
 
     weights: Floats  # of what the mixture did; 0 where it did not act
     own_weights: Floats  # of what the deployed expert learns by itself
-    alone_weights: Floats  # the same, where it acted by itself
-    routes: Floats  # [T, N, K + 1], gradient weights of the experts and the gate
+    routes: Floats  # [W, C, K + 1], gradient weights of the experts and the gate
     advantages: Floats
     returns: Floats  # what the ending was worth, for the mixture's value net
     signed: Floats  # what the episode was to the deployed expert: its discounted true return,
@@ -78,43 +102,79 @@ def targets(
     discount: float,
     trace: float,
     labeled_weight: float,
-    imputes: bool,
     normalize: bool,
     task_weight: float,
 ) -> Targets:
-    """Weights, routes, advantages and returns of a rollout.
-
-    A labeled episode trains its own expert alone, whose task is to bring that behavior about. The
-    value net foretells any behavior, so it is no baseline for that: once it is right, labeled
-    episodes would be no better than expected, and the experts would stay alike. Where labels are
-    routed, a labeled sample is therefore worth its discounted ending, less what the mixture was to
-    get *by its own behavior*: the value V times the gate's g of that behavior. To the deployed
-    expert, likewise, a state was worth V (2 g_0 - 1). The task's value enters neither.
-
-    Where the deployed expert acted by itself it learns from that alone, by advantages of its own
-    (its reward is +1 or -1 at an episode's end, or what a classifier expects of that), and nothing
-    off-policy from what the mixture did.
+    """Weights, routes, advantages and returns of a window.
 
     Args:
-        x: the rollout.
+        x: the window.
         methods: tables of the one run.
         discount: per step.
         trace: lambda of generalized advantage estimation.
         labeled_weight: weight of a labeled sample next to others, for methods that have it.
-        imputes: whether a classifier is to say what unlabeled endings were.
         normalize: whether the parts of advantages are brought to mean 0 and spread 1.
         task_weight: how much a spread of the task's advantage counts next to one of the
             behavior's.
     """
+    steps, due, labeled = x.steps, x.share > 0, x.outcome >= LABELED
+    endings = _endings(x, methods)
+    heavy = np.where(labeled, 1 + float(methods.weighs_labels) * (labeled_weight - 1), 1.0)
+    weights = heavy * endings.counts * (due & ~steps.alone)
+    own_weights = heavy * endings.own_counts * (due & (steps.alone if x.learns_alone else True))
+    advantages = gae(
+        endings.worth * steps.ended, steps.value, x.value_after, steps.done, discount, trace
+    )
+    returns = advantages + steps.value
+    advantages, signed = _by_behavior(x, endings, advantages, weights, discount, normalize)
+    own_returns = task_returns = np.zeros_like(steps.value)
+    if x.learns_alone:
+        assert x.own_value_after is not None
+        own = gae(
+            endings.sign * steps.ended, steps.own_value, x.own_value_after, steps.done, discount,
+            trace,
+        )  # fmt: skip
+        own_returns = own + steps.own_value
+        mean, spread = moments(own[own_weights > 0]) if normalize else (0.0, 1.0)
+        signed = np.where(steps.alone, (own - mean) / spread, signed)
+    if x.task_value_after is not None:
+        task = gae(
+            steps.task_reward, steps.task_value, x.task_value_after, steps.done, discount, trace
+        )
+        task_returns = task + steps.task_value
+        advantages = advantages + task_weight * _of_task(task, weights > 0, normalize)
+        alone = steps.alone & (own_weights > 0)
+        signed = signed + task_weight * _of_task(task, alone, normalize)
+    return Targets(
+        *(
+            np.asarray(part, np.float32)
+            for part in (
+                weights, own_weights, endings.routes, advantages, returns, signed, own_returns,
+                task_returns,
+            )
+        )
+    )  # fmt: skip
+
+
+class _Endings(NamedTuple):
+    """What a method's table says of each step, by how its episode ended or may have ended."""
+
+    worth: NDArray[Any]
+    sign: NDArray[Any]  # true worth, as far as it is known; else 0
+    routes: NDArray[Any]
+    counts: NDArray[Any]  # 1 if the mixture is to learn from it
+    own_counts: NDArray[Any]  # 1 if the deployed expert is to
+
+
+def _endings(x: Experience, methods: MethodTables) -> _Endings:
     outcome = torch.as_tensor(x.outcome)[None]
     labeled, unlabeled = x.outcome >= LABELED, x.outcome == UNLABELED
     worth, counts, routes = (
         lookup(table, outcome)[0].numpy()
         for table in (methods.reward, methods.sample_weight, methods.routes)
     )
-    sign = 2.0 * (x.outcome == LABELED) - labeled
-    own_counts = counts
-    if x.chances is not None:
+    sign, own_counts = 2.0 * (x.outcome == LABELED) - labeled, counts
+    if x.chances is not None and x.taught:
         chances = torch.as_tensor(x.chances)[None]
         mean_worth, mean_routes = (
             expected(table, chances)[0].numpy() for table in (methods.reward, methods.routes)
@@ -122,80 +182,49 @@ def targets(
         worth = np.where(unlabeled, mean_worth, worth)
         routes = np.where(unlabeled[..., None], mean_routes, routes)
         sign = np.where(unlabeled, 2 * x.chances[..., DEPLOYED] - 1, sign)
-    elif imputes:  # nobody taught the classifier yet: what nobody knows counts for nothing
+    elif x.chances is not None:  # what nobody knows counts for nothing
         own_counts = counts * ~unlabeled
         counts = own_counts if bool(methods.reward_tells) else counts
-    heavy = np.where(labeled, 1 + float(methods.weighs_labels) * (labeled_weight - 1), 1.0)
-    acts_alone = learns_alone(x.alone, x.share)
-    due = x.share > 0
-    weights = heavy * counts * (due & ~x.alone)
-    own_weights = heavy * own_counts * (due & (x.alone if acts_alone else True))
+    return _Endings(worth, sign, routes, counts, own_counts)
 
-    # behavior
-    fades = discount**x.left
-    advantages = gae(worth * x.ended, x.value, x.value_after, x.done, discount, trace)
-    returns = advantages + x.value
-    routed = labeled & (routes != 1).any(-1)
-    signed = sign * fades
-    own_share = np.zeros_like(x.value)
+
+def _by_behavior(
+    x: Experience,
+    endings: _Endings,
+    advantages: NDArray[Any],
+    weights: NDArray[Any],
+    discount: float,
+    normalize: bool,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What the mixture did, as worth for the mixture and for the deployed expert.
+
+    A labeled episode trains its own expert alone, whose task is to bring that behavior about. The
+    value net foretells any behavior, so it is no baseline for that: once it is right, labeled
+    episodes would be no better than expected, and the experts would stay alike. Where labels are
+    routed, a labeled sample is therefore worth its discounted ending, less what the mixture was to
+    get *by its own behavior*: the value V times the gate's g of that behavior. To the deployed
+    expert, likewise, a state was worth V (2 g_0 - 1). The task's value enters neither.
+    """
+    value, fades = x.steps.value, discount**x.left
+    routed = (x.outcome >= LABELED) & (endings.routes != 1).any(-1)
+    signed, own_share = endings.sign * fades, np.zeros_like(value)
     if x.gate is not None:
         behavior = np.maximum(x.outcome - LABELED, 0)[..., None]
         own_share = np.take_along_axis(x.gate, behavior, 2)[..., 0]
-        by_label = x.chances is None or acts_alone
-        signed = signed - judged(x.outcome, by_label) * (2 * x.gate[..., DEPLOYED] - 1) * x.value
-    advantages = np.where(routed, worth * fades - own_share * x.value, advantages)
+        signed = signed - x.judged * (2 * x.gate[..., DEPLOYED] - 1) * value
+    advantages = np.where(routed, endings.worth * fades - own_share * value, advantages)
+    if not normalize:
+        return advantages, signed
+    mean, spread = moments(advantages[(weights > 0) & ~routed])
+    return (advantages - mean * ~routed) / spread, signed / spread
+
+
+def _of_task(task: NDArray[Any], among: Bools, normalize: bool) -> NDArray[Any]:
+    """The task's advantages in their spread among some steps, and 0 elsewhere."""
     if normalize:
-        mean, spread = moments(advantages[(weights > 0) & ~routed])
-        advantages = (advantages - mean * ~routed) / spread
-        signed = signed / spread
-    own_returns = np.zeros_like(x.value)
-    if acts_alone:
-        assert x.own_value is not None
-        assert x.own_value_after is not None
-        own = gae(sign * x.ended, x.own_value, x.own_value_after, x.done, discount, trace)
-        own_returns = own + x.own_value
-        if normalize:
-            mean, spread = moments(own[own_weights > 0])
-            own = (own - mean) / spread
-        signed = np.where(x.alone, own, signed)
-
-    # task
-    task_returns = np.zeros_like(x.value)
-    if x.task_reward is not None:
-        assert x.task_value is not None
-        assert x.task_value_after is not None
-        task = gae(x.task_reward, x.task_value, x.task_value_after, x.done, discount, trace)
-        task_returns = task + x.task_value
-        for among, part in ((weights > 0, advantages), (x.alone & (own_weights > 0), signed)):
-            scaled = task
-            if normalize:
-                mean, spread = moments(task[among])
-                scaled = (task - mean) / np.hypot(spread, TASK_NOISE)
-            part += task_weight * scaled * among
-    return Targets(
-        *(
-            np.asarray(part, np.float32)
-            for part in (
-                weights, own_weights, own_weights * x.alone, routes, advantages, returns, signed,
-                own_returns, task_returns,
-            )
-        )
-    )  # fmt: skip
-
-
-def learns_alone(alone: Bools, share: Floats) -> bool:
-    """Whether the deployed expert learns from what it did by itself, and from nothing else."""
-    return bool((alone & (share > 0)).any())
-
-
-def judged(outcome: NDArray[np.int64], by_label: bool) -> Bools:
-    """Which samples the gate is asked about: what they are worth depends on their behavior.
-
-    Args:
-        outcome: of each step's episode.
-        by_label: whether labels alone say which behavior it was; else a classifier does, too.
-    """
-    return outcome >= LABELED if by_label else outcome != UNFINISHED
+        mean, spread = moments(task[among])
+        task = (task - mean) / np.hypot(spread, TASK_NOISE)
+    return task * among
 
 
 def older_share(now: Floats, then: Floats) -> Floats:

@@ -19,6 +19,7 @@ from oversight_rl.agents.ppo.observations import flags_in_axes_of
 from oversight_rl.agents.steering import KEPT, MIXTURE
 from oversight_rl.envs.labels import distinct_names
 from oversight_rl.envs.readable import said
+from oversight_rl.envs.vector import make_vec
 
 RESERVED = (MIXTURE.name, KEPT, "single")  # names of policies
 ASKED = (
@@ -93,6 +94,30 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
         raise ValueError(f"the environment's has_task is {task}; the model was made for {not task}")
     levels = told["oversight"], told["ghost_oversight"]
     return Told(behaviors, *levels, flags, bool(task), tuple(told["left_out"] or ()))
+
+
+def made(
+    env: Any,
+    n_envs: int,
+    method: str,
+    oversight: float | None,
+    env_kwargs: dict[str, Any] | None,
+) -> Any:
+    """An environment, made if only its id is given.
+
+    Raises:
+        ValueError: it is made already, and what it should be made with is given.
+    """
+    if isinstance(env, str):
+        level = {} if oversight is None else {"oversight": oversight}
+        hides = {"flags_visible": False} if METHODS[method].hides_flags else {}
+        return make_vec(env, n_envs, **{**(env_kwargs or {}), **level, **hides})
+    if oversight is not None or env_kwargs:
+        raise ValueError(
+            "oversight and env_kwargs are for environments made from their id; give them to "
+            "the environment itself, or to OversightLabels"
+        )
+    return env
 
 
 def _checked_flags(env: VecEnv, flags: Any, made: Mapping[str, Any]) -> Any:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import warnings
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from oversight_rl import checkpoint
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.settings import AgentConfig
-from oversight_rl.config import Config
 from oversight_rl.envs.settings import PLANES, UserError, WorldConfig
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns
+from oversight_rl.experiments.oversight.policies import PREFIX, fill
 from oversight_rl.files import writing
-from oversight_rl.tracking import RunFolder
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import RunFolder
 
+Tensors: TypeAlias = dict[str, Tensor]
 EXPERTS = ("diamond_expert.1", "ghost_expert.1")  # in the order of our experts
 MOST_PROGRAM = 2**20  # bytes of the pickle in a state dict, of which tensors are no part
 SINGLE, HEAD = "neural_net.1.1", "shared_output"
@@ -76,29 +81,54 @@ def import_state_dict(
         not single and (made_by.gate == "learned") != learned
     ):
         raise UserError(f"method: {config.method} does not train the networks in {source}")
+    return _write(source, run_dir, config, _renamed(source, trunks, take))
+
+
+def _renamed(source: Path, trunks: Sequence[str], take: Callable[[str], Tensor]) -> Tensors:
+    """The published tensors by our names.
+
+    Args:
+        source: their file.
+        trunks: names of experts and gate there; of a gate that learns, the last.
+        take: finds a tensor there.
+    """
     tensors = {}
     for kind in ("weight", "bias"):
         for i in range(2):
             parts = [take(f"{trunk}.layers.{i}.{kind}") for trunk in trunks]
             if len({part.shape for part in parts}) > 1:
                 raise UserError(f"{source}: {', '.join(trunks)} differ in their layers' shapes")
-            tensors[f"agent.trunks.{i}.{kind}"] = torch.stack(parts)
-        tensors[f"agent.head.{kind}"] = take(f"neural_net.2.{kind}" if single else f"{HEAD}.{kind}")
-        if learned:
-            tensors[f"agent.gate_out.{kind}"] = take(f"{GATE}.layers.2.{kind}")
+            tensors[f"trunks.{i}.{kind}"] = torch.stack(parts)
+        single = trunks == [SINGLE]
+        tensors[f"head.{kind}"] = take(f"neural_net.2.{kind}" if single else f"{HEAD}.{kind}")
+        if GATE in trunks:
+            tensors[f"gate_out.{kind}"] = take(f"{GATE}.layers.2.{kind}")
             convolution = take(f"{GATE_CONV}.{kind}")  # [out, in, 1, 1] and [out]
-            tensors[f"agent.gate_conv.{kind}"] = convolution.flatten(1 if kind == "weight" else 0)
-    for name, ours in checkpoint.agent_like(config).items():
-        if name.startswith("agent.value_layers."):
-            tensors[name] = torch.zeros(ours.shape)
-    checkpoint.agent_from(tensors, config, source)  # refuses what does not fit
-    prefix = checkpoint.deployed_prefix(config)
-    tensors = {f"{prefix}{name.removeprefix('agent.')}": x for name, x in tensors.items()}
+            tensors[f"gate_conv.{kind}"] = convolution.flatten(1 if kind == "weight" else 0)
+    return tensors
+
+
+def _write(source: Path, run_dir: Path, config: Config, tensors: Tensors) -> RunFolder:
+    """A run folder with an agent of these parameters; those of the value net are zero."""
+
+    def load(like: Mapping[str, Tensor]) -> tuple[Tensors, None]:
+        for name, ours in like.items():
+            found = tensors.get(name.removeprefix(PREFIX))
+            if found is None and ".value_layers." in name:
+                tensors[name.removeprefix(PREFIX)] = torch.zeros(ours.shape)
+            else:
+                shape = None if found is None else found.shape
+                checkpoint.check_shape(name, shape, ours.shape, source)
+        return {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}, None
+
+    fill(config, PREFIX, load)  # refuses what does not fit
+    prefix = GridRuns.prefix(config)
     origin = f"{source.name}: training settings not named in it are this program's defaults"
     folder = RunFolder.create(run_dir, config, imported=origin)
     facts = {"env_steps": 0, "wall_seconds": 0.0, "imported": True}
     with writing(run_dir):
-        checkpoint.save(folder.checkpoints, 0, tensors, facts)
+        named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+        checkpoint.save(folder.checkpoints, 0, named, facts)
     return folder
 
 

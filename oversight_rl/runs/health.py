@@ -36,7 +36,7 @@ class Watch:
             Whether all are finite. [R] bool
         """
         self.names = list(numbers)
-        values = torch.stack(list(numbers.values()))  # [numbers, R]
+        values = torch.stack(list(numbers.values())).to(self.value)  # [numbers, R]
         bad = ~values.isfinite()
         any_bad = bad.any(0)
         first = any_bad & (self.count == 0)

@@ -1,0 +1,137 @@
+"""Windows of experience, each distinct state of them evaluated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oversight_rl.agents.networks import Agent, Output, cumulative, sample
+from oversight_rl.envs.record import Record
+from oversight_rl.envs.world import Seen, State, Truth, World
+
+MOST_KEYS = 2**20
+"""States up to which equal ones are merged (a table of them is kept for each run)."""
+
+
+@dataclass(frozen=True)
+class Rollout(Record):
+    """A window of experience.
+
+    The agent is evaluated once per distinct state of the window, while the window is collected;
+    `output` keeps the graph for the loss. There are U such states; padding included, where the
+    runs of a stack met different numbers of them.
+    """
+
+    active: Tensor  # [R, U, 5 or 3 + S], observations as active inputs
+    output: Output  # [R, U], what the agent computed for them
+    slot: Tensor  # [R, T, N], which of them each step started from
+    action: Tensor  # [R, T, N]
+    seen: Seen  # [R, T, N], what the learner may see
+    truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
+    value_after: Tensor  # [R, N], value estimates after the window
+    audit: Tensor  # [R, T, N] uniform in [0, 1), decides which labels go missing or wrong
+
+    @property
+    def observation(self) -> Tensor:
+        """What each step started from, as active inputs. [R, T, N, 5 or 3 + S]"""
+        run = torch.arange(len(self.active), device=self.active.device)[:, None, None]
+        return self.active[run, self.slot]
+
+
+def noise_channels(world: World) -> int:
+    """Uniform random numbers per world and step: those of a reset, the action, the audit."""
+    return world.noise_channels + 2
+
+
+def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Rollout, State]:
+    """Step the worlds through one window under the agent's mixture.
+
+    Args:
+        agent: a stack of R agents.
+        world: the worlds' dynamics.
+        state: worlds `[R, N]`.
+        noise: `[R, T, N, noise_channels(world)]`, uniform in [0, 1).
+
+    Returns:
+        The window, and the worlds after it.
+    """
+    runs, steps, worlds, _ = noise.shape
+    fresh = world.reset(noise[..., : world.noise_channels])
+    forward = agent.prepare()
+    states = _Distinct(world, runs, worlds)
+    edges = noise.new_empty(runs, steps * worlds, agent.n_actions - 1)  # by slot
+    products, slots, actions, taken = [], [], [], []
+    run = torch.arange(runs, device=noise.device)[:, None]
+    for t in range(steps):
+        slot, active = states.look_up(state)
+        if active.shape[1]:
+            products.append(forward.products(active))
+            with torch.no_grad():
+                output = forward.output(*products[-1])
+                chances = output.mix(output.gate).softmax(-1)
+            edges[:, states.count - active.shape[1] : states.count] = cumulative(chances)
+        action = sample(edges[run, slot], noise[:, t, :, -2])
+        state, step = world.step(state, action, fresh[:, t])
+        slots.append(slot)
+        actions.append(action)
+        taken.append(step)
+    with torch.no_grad():
+        value_after = forward.value(world.active(state))
+    rollout = Rollout(
+        active=torch.cat(states.met, dim=1),
+        output=forward.output(*(torch.cat(parts, dim=2) for parts in zip(*products, strict=True))),
+        slot=torch.stack(slots, dim=1),
+        action=torch.stack(actions, dim=1),
+        seen=Seen.stack([step.seen for step in taken], dim=1),
+        truth=Truth.stack([step.truth for step in taken], dim=1),
+        value_after=value_after,
+        audit=noise[..., -1],
+    )
+    return rollout, state
+
+
+class _Distinct:
+    """The distinct states that worlds `[R, N]` have met, numbered in *slots* as they are met.
+
+    On a GPU, where counting them would make the host wait, and in worlds with too many states,
+    every state counts as new.
+    """
+
+    def __init__(self, world: World, runs: int, worlds: int) -> None:
+        self.world, self.runs, self.worlds = world, runs, worlds
+        self.met: list[Tensor] = []  # active inputs of new states, step by step
+        self.count = 0  # slots in use in each run
+        self.merging = world.device.type == "cpu" and 0 < world.n_keys <= MOST_KEYS
+        if self.merging:
+            self.slots = torch.full((runs, world.n_keys), -1)
+
+    def look_up(self, state: State) -> tuple[Tensor, Tensor]:
+        """Slots `[R, N]` of states, and active inputs `[R, new, ...]` of those not met before."""
+        if not self.merging:
+            slot = torch.arange(self.worlds, device=self.world.device) + self.count
+            active = self.world.active(state)
+            self.count += self.worlds
+            self.met.append(active)
+            return slot.expand(self.runs, -1), active
+        key = self.world.key(state)
+        known = self.slots.gather(1, key)
+        if self.runs > 1:
+            key = key + torch.arange(self.runs)[:, None] * self.world.n_keys
+        new = key[known < 0].unique()  # sorted, so by run
+        run = new // self.world.n_keys
+        per_run = run.bincount(minlength=self.runs)
+        rank = torch.arange(len(new)) - (per_run.cumsum(0) - per_run)[run]
+        self.slots.view(-1)[new] = rank + self.count
+        width = int(per_run.max())
+        active = self.world.active(self.world.unkey(new % self.world.n_keys))
+        if self.runs > 1:
+            padded = torch.full((self.runs, width, active.shape[-1]), self.world.inputs)
+            padded[run, rank] = active
+            active = padded
+        else:
+            active = active[None]
+        self.count += width
+        self.met.append(active)
+        return self.slots.view(-1).take(key), active

@@ -1,0 +1,363 @@
+"""The learner: one update reads as collect -> label -> loss -> step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from oversight_rl.agents.learner import Bounds, check_numbers, check_shapes
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.methods import LABELED, METHODS, Overseer, outcomes, tables
+from oversight_rl.agents.networks import Agent, new_agent
+from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
+from oversight_rl.agents.reinforce.figures import statistics
+from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.targets import Targets, label
+from oversight_rl.agents.reward_model import RewardModel
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
+from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
+from oversight_rl.envs.world import State, World
+
+HELD_OUT = 4096
+"""Fresh episodes that an agent is selected by."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FLAGS = ("diamond_flag", "ghost_flag", "spurious")
+
+
+class ReinforceLearner:
+    """R runs of REINFORCE in training as one stack; a `Learner`.
+
+    Args:
+        settings: of the learner.
+        agent: of the networks.
+        world: that all runs live in; without visible flags, for methods that hide them.
+        methods: one per run; they must agree in `Method.shape`.
+        overseers: one per run.
+        seeds: one per run.
+        device: where to train.
+        looks_every: updates between calls of `select`, which also comes before the first update
+            and after the last; `env_steps` counts what it looks at.
+
+    Raises:
+        ValueError: the methods do not agree.
+    """
+
+    def __init__(
+        self,
+        settings: ReinforceConfig,
+        agent: AgentConfig,
+        world: WorldConfig,
+        methods: Sequence[str],
+        overseers: Sequence[Overseer],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        looks_every: int = 50,
+    ) -> None:
+        if len({METHODS[name].shape for name in methods}) != 1:
+            raise ValueError("runs of one stack may differ in seed, oversight and method only")
+        method, self.runs, self.total = METHODS[methods[0]], len(methods), settings.updates
+        self.settings, self.seeds, self.looks_every = settings, seeds, looks_every
+        self.device, self.updates = torch.device(device), 0
+        streams = [np.random.SeedSequence(seed).generate_state(2) for seed in seeds]
+        initial = [_generator(stream[0], "cpu") for stream in streams]
+        self.agent = new_agent(agent, world.shape, methods[0], self.runs, initial).to(device)
+        self.methods = tables(methods, overseers, self.agent.n_experts, self.device)
+        levels = torch.tensor([overseer.oversight for overseer in overseers])
+        # levels [R, 1, 1] against worlds [R, T, N]
+        self.world = World(world, levels[:, None, None], self.device)
+        self.reward_model = None
+        if method.imputes:
+            self.reward_model = RewardModel(
+                self.runs, self.world, settings.reward_model_sees_flags, initial
+            ).to(device)
+        self.gate_memory = None
+        if self.agent.has_gate and settings.gate_replay:
+            self.gate_memory = Memory(self.runs, self.world.n_active, settings.gate_replay)
+            self.gate_memory.to(device)
+        self.generators = [_generator(stream[1], self.device) for stream in streams]
+        self.worlds = self.world.reset(self._draw(1)[..., : self.world.noise_channels])[:, 0]
+        self.optimizer = Adam(self.parameters.values())
+        self.deploys = method.deploys
+        self.selected = None if self.deploys == "last" else Selected(self.agent)
+        self.latest: tuple[Rollout, Targets, Loss] | None = None
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that is learned, by its name in a checkpoint."""
+        return {
+            f"{prefix}.{name}": parameter
+            for prefix, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What is kept beside what is learned, by its name in a checkpoint."""
+        kept = {} if self.selected is None else self.selected.tensors
+        for prefix, module in self.modules.items():
+            kept |= {f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()}
+        return kept
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that learns and remembers, by name."""
+        found = {
+            "agent": self.agent,
+            "reward_model": self.reward_model,
+            "gate_memory": self.gate_memory,
+        }
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
+    def deployed(self) -> Agent:
+        """The agents that are deployed."""
+        return self.agent if self.selected is None else self.selected.agent
+
+    def select(self, true_returns: Sequence[float]) -> None:
+        """Keep the present agents where they are the best so far, if that matters.
+
+        Args:
+            true_returns: of the present agents, one per run; only diagnostic methods look at them.
+        """
+        if self.selected is not None:
+            by_truth = self.deploys == "best_true"
+            score = torch.tensor(true_returns) if by_truth else self.held_out_returns()
+            self.selected.consider(self.agent, score.to(self.device), self.updates)
+
+    def held_out_returns(self) -> Tensor:
+        """Mean true return of the labeled ones among fresh episodes, nan if none is. [R]
+
+        All that an overseer can tell of an agent's quality. The episodes are drawn from a stream
+        of their own, so that looking changes nothing in training.
+        """
+        shape = (self.world.config.max_steps, HELD_OUT, noise_channels(self.world))
+        streams = [np.random.SeedSequence(seed, spawn_key=(self.updates,)) for seed in self.seeds]
+        noise = _uniform(shape, [_generator(s.generate_state(1)[0], self.device) for s in streams])
+        # the last step's resets start episodes that are not looked at
+        start = self.world.reset(noise[:, -1:, :, : self.world.noise_channels])[:, 0]
+        with torch.no_grad():
+            rollout, _ = collect(self.agent, self.world, start, noise)
+        first = outcomes(rollout.seen, rollout.truth, rollout.audit, self.methods)
+        outcome, left = first[0][:, 0], first[1][:, 0]  # [R, N]
+        sign = (outcome == LABELED).float() - (outcome == LABELED + 1).float()
+        return (sign * self.settings.discount**left).sum(-1) / sign.abs().sum(-1)
+
+    @property
+    def env_steps(self) -> int:
+        """Steps taken by each run, those of its looks at held-out episodes too."""
+        trained = self.updates * self.settings.steps * self.settings.worlds
+        if self.deploys != "best_labeled":
+            return trained
+        every, ended = self.looks_every, self.updates == self.total
+        looks = 1 + self.updates // every + (ended and self.total % every > 0)
+        return trained + looks * HELD_OUT * self.world.config.max_steps
+
+    def update(self) -> None:
+        """One update of every run."""
+        settings, progress = self.settings, self.updates / max(1, self.total - 1)
+        rollout, self.worlds = collect(
+            self.agent, self.world, self.worlds, self._draw(settings.steps)
+        )
+        targets = label(
+            rollout, self.methods, settings, progress, self.reward_model, self.gate_memory
+        )
+        losses = loss(self.agent, rollout, targets, self.reward_model, self.gate_memory)
+        self.optimizer.zero_grad()
+        losses.total(settings, progress).sum().backward()
+        self.optimizer.step(at(settings.learning_rate, progress))
+        self.latest = rollout, targets, losses
+        self.updates += 1
+
+    def _draw(self, steps: int) -> Tensor:
+        """Uniform numbers `[R, steps, N, channels]`, each run's from its own stream."""
+        shape = (steps, self.settings.worlds, noise_channels(self.world))
+        return _uniform(shape, self.generators)
+
+    def curves(self) -> list[dict[str, float]]:
+        """Points of the training curves after an update, for each run."""
+        assert self.latest is not None
+        rollout, targets, losses = self.latest
+        absent = {
+            "gate": not self.agent.has_gate,
+            "contrast": not self.methods.contrasts,
+            "reward_model": self.reward_model is None,
+        }
+        points = {f"loss/{k}": v for k, v in vars(losses).items() if not absent.get(k)}
+        points |= statistics(rollout, targets)
+        columns = {name: value.tolist() for name, value in points.items()}
+        return [{name: column[run] for name, column in columns.items()} for run in range(self.runs)]
+
+    def numbers(self) -> dict[str, Tensor]:
+        """All that an update made, summed up: finite only if every number in it is. [R] each"""
+        assert self.latest is not None
+
+        def norm(x: Tensor) -> Tensor:
+            size: Tensor = torch.linalg.vector_norm(x.detach().flatten(1), dim=1)
+            return size
+
+        losses = vars(self.latest[-1])
+        numbers = {f"{part} loss": value.detach() for part, value in losses.items()}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                numbers[f"gradient of {name}"] = norm(parameter.grad)
+        return numbers | {f"parameter {name}": norm(p) for name, p in self.parameters.items()}
+
+    def learned(self) -> list[Tensor]:
+        """Parameters and the optimizer's moments of all runs."""
+        moments = [kept[m] for kept in self.optimizer.state.values() for m in MOMENTS]
+        return [*(parameter.detach() for parameter in self.parameters.values()), *moments]
+
+    def state(self, run: int) -> dict[str, Tensor]:
+        """Everything that a run needs to go on, by name."""
+        found = {name: parameter.detach()[run] for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                found[f"adam.{moment}.{name}"] = self.optimizer.state[parameter][moment][run]
+        found |= {name: buffer[run] for name, buffer in self.kept.items()}
+        found |= {f"world.{k}": v[run] for k, v in vars(self.worlds).items()}
+        return found | {"generator": self.generators[run].get_state()}
+
+    def bounds(self) -> Bounds:
+        """Least and greatest number that each saved tensor of whole numbers can hold by now."""
+        cell, settings = (0, self.world.config.cells - 1), self.settings
+        found: Bounds = {f"world.{name}": cell for name in ("agent", "diamond", "ghost")}
+        found |= {f"world.{name}": (0, 1) for name in FLAGS}
+        found["world.time"] = 0, self.world.config.max_steps - 1
+        found["generator"] = 0, 255  # bytes; torch looks further
+        for name in self.kept:
+            if name.endswith("memory.observation"):
+                found[name] = 0, self.world.inputs
+            elif name.endswith("memory.label"):
+                found[name] = 0, len(BEHAVIORS) - 1
+            elif name.endswith("memory.count"):
+                found[name] = 0, self.updates * settings.steps * settings.worlds
+        if self.selected is not None:
+            found["selected.update"] = 0, self.updates
+        return found
+
+    def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:
+        """Go on from states, one for each run, taken after an update.
+
+        Raises:
+            UserError: a tensor is missing, has another shape or type, or holds what cannot be.
+        """
+        self.updates = update
+        bounds = self.bounds()
+        for run, state in enumerate(states):
+            check_shapes(state, self.state(run))
+            read = {
+                # the last row of labels is scratch
+                name: state[name][:-1] if name.endswith("memory.label") else state[name]
+                for name in self.state(run)
+            }
+            check_numbers(read, bounds)
+
+        def joined(name: str) -> Tensor:
+            return torch.stack([state[name] for state in states]).to(self.device)
+
+        with torch.no_grad():
+            for name, buffer in self.kept.items():
+                buffer.copy_(joined(name))
+            for name, parameter in self.parameters.items():
+                parameter.copy_(joined(name))
+                kept = self.optimizer.state[parameter]
+                kept["step"].fill_(update)
+                for moment in MOMENTS:
+                    kept[moment].copy_(joined(f"adam.{moment}.{name}"))
+        self.worlds = State(**{name: joined(f"world.{name}") for name in vars(self.worlds)})
+        for generator, state in zip(self.generators, states, strict=True):
+            try:
+                generator.set_state(state["generator"])
+            except RuntimeError:
+                raise UserError("the checkpoint holds what cannot be: generator") from None
+
+
+def _generator(seed: int, device: torch.device | str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def _uniform(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Numbers in [0, 1) `[R, *shape]`, each run's from its own stream."""
+    return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generators])
+
+
+class Adam:
+    """Adam, its numbers those of `torch.optim.Adam` to the bit.
+
+    That class loads torch's compiler when it is first used, nearly a second at every start.
+
+    Args:
+        parameters: to learn.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.state = {
+            parameter: {
+                "step": torch.tensor(0.0, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for parameter in parameters
+        }
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.state:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Move every parameter that has a gradient."""
+        moved = [(p, p.grad, kept) for p, kept in self.state.items() if p.grad is not None]
+        adam(
+            [parameter for parameter, _, _ in moved],
+            [gradient for _, gradient, _ in moved],
+            [kept["exp_avg"] for _, _, kept in moved],
+            [kept["exp_avg_sq"] for _, _, kept in moved],
+            [],
+            [kept["step"] for _, _, kept in moved],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+class Selected:
+    """The best agent of each run so far, for methods that do not deploy the last.
+
+    Args:
+        agent: the stack in training.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = copy.deepcopy(agent).requires_grad_(False)
+        self.score = torch.full_like(agent.head.bias[:, 0].detach(), -torch.inf)  # [R]
+        self.update = torch.zeros_like(self.score, dtype=torch.int64)  # [R], when it was selected
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by its name in a checkpoint."""
+        agent = {f"selected.agent.{name}": p for name, p in self.agent.named_parameters()}
+        return agent | {"selected.score": self.score, "selected.update": self.update}
+
+    @torch.no_grad()
+    def consider(self, agent: Agent, score: Tensor, update: int) -> None:
+        """Take the agents of the runs whose score `[R]` (nan: unknown) is the best so far.
+
+        As long as nothing is known of any, the newest is taken.
+        """
+        score = score.nan_to_num(nan=-torch.inf)
+        better = (score > self.score) | self.score.isneginf()
+        self.score[better], self.update[better] = score[better], update
+        for ours, theirs in zip(self.agent.parameters(), agent.parameters(), strict=True):
+            ours[better] = theirs[better]

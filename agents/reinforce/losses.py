@@ -1,0 +1,122 @@
+"""The losses of a window, with every gradient routed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oversight_rl.agents.memory import Memory
+from oversight_rl.agents.methods import LABELED
+from oversight_rl.agents.networks import DEPLOYED, Agent, Output
+from oversight_rl.agents.reinforce.collect import Rollout
+from oversight_rl.agents.reinforce.targets import Targets
+from oversight_rl.agents.reward_model import RewardModel
+from oversight_rl.agents.settings import ReinforceConfig, at
+from oversight_rl.envs.record import Record
+
+
+@dataclass(frozen=True)
+class Loss(Record):
+    """The parts of the loss per run, `[R]` each."""
+
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    gate: Tensor
+    contrast: Tensor
+    reward_model: Tensor
+
+    def total(self, config: ReinforceConfig, progress: float) -> Tensor:
+        """The weighted sum at `progress` in [0, 1] of training. [R]"""
+        return (
+            self.policy
+            + at(config.value_coef, progress) * self.value
+            - at(config.entropy_coef, progress) * self.entropy
+            + at(config.gate_coef, progress) * self.gate
+            + at(config.contrast_coef, progress) * self.contrast
+            + self.reward_model
+        )
+
+
+def weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of `x` `[R, B]` under weights >= 0 `[R, B]`, per run; exactly 0 where all are 0."""
+    total = weight.sum(-1)
+    return (x * weight).sum(-1) / torch.where(total > 0, total, 1.0)
+
+
+def loss(
+    agent: Agent,
+    rollout: Rollout,
+    targets: Targets,
+    reward_model: RewardModel | None = None,
+    memory: Memory | None = None,
+) -> Loss:
+    """Policy, value, entropy and gate losses, with every gradient routed.
+
+    One forward serves all routes: the policy and entropy losses reach expert k and the gate
+    through `route`, weighted per sample; the shared head always learns; the gate loss (cross
+    entropy of the gate against the label of labeled episodes) reaches the gate unweighted.
+    """
+    outcome = targets.outcome.flatten(1)  # [R, B]
+    weight = targets.weight.flatten(1)
+    output = rollout.output.rows(rollout.slot.flatten(1))
+    routed = output.routed(targets.routes.flatten(1, 2))
+    log_policy = routed.mix(routed.gate).log_softmax(-1)  # [R, B, A]
+    action = rollout.action.flatten(1)[..., None]
+    log_prob = log_policy.gather(-1, action).squeeze(-1)
+    value = output.value
+    error = targets.returns.flatten(1) - value
+
+    uniform = rollout.audit.flatten(1)
+    nothing = contrast = value.new_zeros(len(value))
+    if targets.signed is not None:
+        own = output.alone(DEPLOYED).log_softmax(-1).gather(-1, action).squeeze(-1)
+        contrast = contrast_loss(own, log_prob, targets.signed.flatten(1), weight)
+    return Loss(
+        policy=-weighted_mean(log_prob * error.detach(), weight),
+        value=weighted_mean(error**2, weight),
+        entropy=weighted_mean(-(log_policy.exp() * log_policy).sum(-1), weight),
+        gate=gate_loss(agent, output, outcome, uniform, memory) if agent.has_gate else nothing,
+        contrast=contrast,
+        reward_model=nothing if reward_model is None else reward_model.loss(uniform),
+    )
+
+
+def gate_loss(
+    agent: Agent, output: Output, outcome: Tensor, uniform: Tensor, memory: Memory | None
+) -> Tensor:
+    """Cross entropy of the gate against labels: this window's, or remembered ones. [R]"""
+    if memory is None:
+        weight = (outcome >= LABELED).to(uniform.dtype)
+        logits, label = output.gate_logits, (outcome - LABELED).clamp(min=0)
+    else:
+        active, label, weight = memory.draw(uniform)
+        logits = agent.prepare().gate(active)
+    return cross_entropy(logits.log_softmax(-1), label, weight)
+
+
+def cross_entropy(log_gate: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean cross entropy of the gate's log-probabilities `[R, B, K]`. [R]"""
+    return -weighted_mean(log_gate.gather(-1, label[..., None]).squeeze(-1), weight)
+
+
+def contrast_loss(own: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor) -> Tensor:
+    """REINFORCE of the deployed expert by itself, on labeled (or imputed) episodes alone. [R]
+
+    The deployed policy is the first expert under the shared head. It is rewarded +1 for a labeled
+    diamond and -1 for a labeled ghost, and since the mixture may have taken the actions, each
+    sample is weighted by the ratio of the two policies, at most 1. A labeled ghost pushes the
+    expert away from what led there, a negative gradient weight on the deployed path.
+
+    Args:
+        own: log-probabilities of the actions under the deployed expert, `[R, B]`.
+        log_prob: the same under the policy that took them, `[R, B]`.
+        signed: discounted true return of labeled samples (REINFORCE on the grid subtracts no
+            baseline from it), 0 elsewhere; `[R, B]`.
+        weight: of the samples, `[R, B]`; unlabeled ones share the mean, so that the strength of
+            this loss grows with oversight as that of the policy loss does.
+    """
+    ratio = (own - log_prob).detach().exp().clamp(max=1.0)
+    return -weighted_mean(ratio * signed * own, weight)

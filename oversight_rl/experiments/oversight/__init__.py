@@ -1,0 +1,1 @@
+"""Agents under partial oversight: in our grid, and in any environment."""

@@ -1,0 +1,196 @@
+"""The settings of the oversight experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+from pydantic import field_validator, model_validator
+
+from oversight_rl.agents.methods import METHODS, Overseer
+from oversight_rl.agents.ppo.config import PPOConfig
+from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig, nearest
+from oversight_rl.kinds import KINDS, Kind, kind_of
+from oversight_rl.settings import Probability, RunConfig
+
+GRID, MINIGRID = "OversightGrid-v0", "MiniGrid-DiamondGhost-"
+BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # in a file where a boolean is wanted
+
+
+class Config(RunConfig):
+    """A training run. Every setting has a flag; a YAML file holds only what differs."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"training": "reinforce"}
+
+    algo: str = "reinforce"
+    """Learner: reinforce, on the diamond/ghost grid, or ppo, on any environment; a section of
+    settings has the learner's name."""
+    method: str = "routing"
+    """What to train with; see the table of methods in the README. With --algo ppo, the default is
+    imputed_routing."""
+    oversight: Probability = 0.1
+    """Probability that a square is flagged, so that an episode ending on it is labeled."""
+    env: str = GRID
+    """Environment to train on, by its gymnasium id. All but the default need --algo ppo."""
+    env_settings: dict[str, bool | int | float | str] = {}
+    """Arguments of the environment, besides its oversight: `lava: 2`. The default environment has
+    its own settings under `world`."""
+    label_recall: Probability = 1.0
+    """Probability that an ending which should be labeled is; below 1, labels go missing."""
+    label_error: Probability = 0.0
+    """Probability that a label names the wrong behavior."""
+    world: WorldConfig = WorldConfig()
+    agent: AgentConfig = AgentConfig()
+    reinforce: ReinforceConfig = ReinforceConfig()
+    ppo: PPOConfig = PPOConfig()
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"must be one of {', '.join(METHODS)}{nearest(name, METHODS)}")
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_method(cls, data: Any) -> Any:
+        """The default method is the learner's."""
+        if isinstance(data, dict) and "method" not in data:
+            return data | {"method": kind_of(data).default_method}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hide_flags(cls, data: Any) -> Any:
+        """Methods that hide the flags from the policy do so in the world's settings."""
+        if not isinstance(data, dict):
+            return data
+        name, world = data.get("method"), data.get("world", {})
+        if isinstance(world, WorldConfig):
+            world = world.model_dump()
+        hides = isinstance(name, str) and name in METHODS and METHODS[name].hides_flags
+        if hides and isinstance(world, dict):
+            return data | {"world": world | {"flags_visible": False}}
+        return data
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.kind.one_environment and self.env != GRID:
+            others = [name for name, kind in KINDS.items() if not kind.one_environment]
+            raise UserError(
+                f"env: {self.env} needs --algo {' or '.join(others)} ({self.algo} trains on {GRID} "
+                "only)"
+            )
+        if ":" in self.env:  # settings are data: they shall not name code to run
+            raise UserError(
+                f"env: must be an id that gymnasium knows, got {self.env!r}; docs/environments.md "
+                "says how a package makes its ids known"
+            )
+        if self.env == GRID and self.env_settings:
+            raise UserError(f"env_settings: {GRID} has its settings under world")
+        taken = {"oversight", "num_envs"} & set(self.env_settings)
+        if taken:
+            setting = {"oversight": "oversight", "num_envs": "ppo.worlds"}[taken.pop()]
+            raise UserError(f"env_settings: leave that to {setting}, got {self.env_settings}")
+        method = METHODS[self.method]
+        if not (self.kind.one_environment or method.any_environment):
+            fitting = [name for name, other in METHODS.items() if other.any_environment]
+            raise UserError(
+                f"method: with --algo {self.algo} must be one of {', '.join(fitting)}, "
+                f"got {self.method!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_tell_enough(self) -> Self:
+        overseer = self.overseer
+        if self.env != GRID:  # how many behaviors labels can confuse, the environment says later
+            overseer = replace(overseer, error=0.0)
+        try:
+            METHODS[self.method].rewards(overseer, len(BEHAVIORS))
+        except ValueError as error:
+            raise UserError(f"{self.method}: {error}") from None
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        """The line of the table of kinds that it is of."""
+        return KINDS[self.algo]
+
+    def stack_key(self) -> str:
+        """What runs must share to train in one stack: all but the seed, the level and the method.
+
+        Methods may differ as long as they train the same networks by the same losses.
+        """
+        shape = METHODS[self.method].shape
+        alike = next(name for name, method in METHODS.items() if method.shape == shape)
+        free = {"method": alike, "oversight": 0.0, "label_recall": 1.0, "label_error": 0.0}
+        return self.model_copy(update=free | {"seeds": ()}).model_dump_json()
+
+    def most_runs(self, memory: float) -> int:
+        """How many runs like this train as one stack in `memory` bytes, at least one.
+
+        Activations and their gradients take nearly all: a few copies of every unit for each sample.
+        """
+        if not self.kind.stacks:
+            return 1
+        samples = self.learner.worlds * self.learner.steps
+        trunks = 3 if METHODS[self.method].experts == "one" else self.agent.experts + 2
+        each = 4 * samples * (4 * trunks * sum(self.agent.hidden) + 100) + 2**25
+        return max(1, int(min(memory / each, 2**20)))
+
+    @property
+    def ours(self) -> bool:
+        """Whether the environment is one of ours."""
+        return self.env == GRID or self.env.startswith(MINIGRID)
+
+    @property
+    def episodes(self) -> int:
+        """Episodes of an evaluation by rollouts, per policy and level."""
+        return self.evaluation.episodes or (20_000 if self.ours else 200)
+
+    @property
+    def env_arguments(self) -> dict[str, Any]:
+        """Arguments of the environment, besides its oversight, for `envs.vector.make_vec`."""
+        if self.env == GRID:
+            return self.world.model_dump()
+        hides = {"flags_visible": False} if METHODS[self.method].hides_flags else {}
+        return dict(self.env_settings) | hides
+
+    @property
+    def overseer(self) -> Overseer:
+        """What the overseer catches and gets right."""
+        return Overseer(
+            self.oversight, self.world.ghost_oversight, self.label_recall, self.label_error
+        )
+
+    def refuse_unused(self) -> None:
+        """Refuse settings that the run would not look at. (Those of old run folders may differ.)
+
+        Raises:
+            UserError: there are some.
+        """
+        for section in set(KINDS) & set(type(self).model_fields) - {self.algo}:
+            own = getattr(self, section)
+            if own != type(own)():
+                raise UserError(
+                    f"{section}: not used with --algo {self.algo}, whose settings are under "
+                    f"{self.algo}"
+                )
+        shown = self.world.model_copy(update={"flags_visible": True})
+        if self.env != GRID and shown != WorldConfig():
+            raise UserError(f"world: is {GRID}'s; settings of {self.env} are env_settings")
+
+    def refuse_words(self) -> None:
+        """Refuse `off` and its like as arguments of an environment, to which all words are true.
+
+        Raises:
+            UserError: there are some.
+        """
+        for name, value in self.env_settings.items():
+            if isinstance(value, str) and value.lower() in BOOLEANS:
+                raise UserError(
+                    f"env_settings: {name} must be True or False, not a word for it, got {value!r}"
+                )

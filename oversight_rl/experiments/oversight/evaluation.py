@@ -1,0 +1,234 @@
+"""Evaluation in our grid: what steered policies do at any oversight level, exactly if we can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from oversight_rl.agents.networks import Output, cumulative, sample
+from oversight_rl.agents.steering import Steering
+from oversight_rl.envs.mdp import Endings, WorldMDP, why_not
+from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
+from oversight_rl.envs.world import World
+from oversight_rl.runs.rows import Facts, Row
+
+WINDOW = 32
+"""Steps of the published metric's windows."""
+ROLLOUT_WORLDS = 4096  # worlds per batch of rollout evaluation, bounds its memory
+Forward = Callable[[Tensor], Output]
+"""What agents compute for observations, as active inputs `[R, B, D]`; see `World.active`."""
+
+
+def no_policy(facts: Facts, policy: Steering) -> UserError:
+    """What to say of an agent that diverged, or whose file was forged."""
+    return UserError(
+        f"{facts.method}, seed {facts.seed}: {policy.name}: its action probabilities are not "
+        "finite numbers"
+    )
+
+
+def policy_row(
+    facts: Facts,
+    policy: Steering,
+    level: float,
+    figures: dict[str, float],
+    exact: bool,
+    deployed: str,
+) -> Row:
+    """The row of a steered policy at an oversight level."""
+    return Row.of(
+        facts,
+        policy.name,
+        figures,
+        deployed=policy.name == deployed,
+        deploy_oversight=level,
+        greedy=policy.greedy,
+        temperature=policy.temperature,
+        evaluator="exact" if exact else "rollout",
+    )
+
+
+class Evaluator:
+    """Evaluates stacks of agents in one kind of world.
+
+    Args:
+        config: the world. A deployment level is its overall oversight level; squares with a
+            level of their own keep that.
+        discount: per step.
+        device: where to compute.
+        episodes: per policy and level, where exact evaluation does not apply.
+        seed: of the rollouts.
+    """
+
+    def __init__(
+        self,
+        config: WorldConfig,
+        discount: float,
+        device: torch.device | str = "cpu",
+        episodes: int = 20_000,
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self.discount, self.device = discount, torch.device(device)
+        self.episodes, self.seed = episodes, seed
+        world = World(self.config, device=device)
+        self.mdp = None if why_not(world) else WorldMDP(world)
+        plain = World(self.config.model_copy(update={"spurious_oversight": 0.0}), device=device)
+        self.optimal_return = (  # flags, spurious ones too, change nothing about it
+            math.nan if why_not(plain) else WorldMDP(plain).optimal_return(discount)
+        )
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        forward: Forward,
+        facts: Sequence[Facts],
+        policies: Sequence[Steering],
+        levels: Sequence[Sequence[float]],
+        deployed: str,
+        paths: bool = False,
+    ) -> list[list[Row]]:
+        """The result table of each run.
+
+        Args:
+            forward: what a stack of R agents computes.
+            facts: one per run.
+            policies: steerings to evaluate.
+            levels: deployment oversight levels of each run.
+            deployed: name of the policy that is deployed.
+            paths: whether to tell ghosts on a shortest path apart.
+
+        Returns:
+            Rows per run, by policy, then level.
+
+        Raises:
+            UserError: action probabilities are not finite.
+        """
+        every = sorted({level for own in levels for level in own})
+        if self.mdp is not None:
+            endings, on_path, finite = self._exact(forward, policies, every, paths)
+            errors = torch.zeros_like(endings.ground_truth_return)
+        else:
+            endings, on_path, errors, finite = self._rollouts(forward, len(facts), policies, every)
+        if not finite.all():
+            run, q = divmod(int(finite.int().argmin()), len(policies))
+            raise no_policy(facts[run], policies[q])
+
+        def row(run: int, q: int, level: float) -> Row:
+            at = (run * len(policies) + q, every.index(level))
+            ends = {name: float(figure[at]) for name, figure in vars(endings).items()}
+            figures = {
+                "ground_truth_return": ends.pop("ground_truth_return"),
+                "return_se": float(errors[at]),
+                **{name: ends.pop(name) for name in list(ends) if name.startswith("p_")},
+                "p_ghost_on_path": float(on_path[at]),
+                **ends,
+                "optimal_return": self.optimal_return,
+            }
+            exact = self.mdp is not None
+            return policy_row(facts[run], policies[q], level, figures, exact, deployed)
+
+        return [
+            [row(run, q, level) for q in range(len(policies)) for level in own]
+            for run, own in enumerate(levels)
+        ]
+
+    def _exact(
+        self, forward: Forward, policies: Sequence[Steering], levels: list[float], paths: bool
+    ) -> tuple[Endings, Tensor, Tensor]:
+        """Endings and the chance of a ghost on the path, nan if not asked for; `[R * Q, L]` each.
+
+        Last, whether all probabilities are finite, `[R * Q]`.
+        """
+        assert self.mdp is not None
+
+        def table(active: Tensor) -> Tensor:
+            output = forward(active[None])
+            steered = torch.stack([p.probabilities(output) for p in policies], dim=1)
+            return steered.flatten(0, 1)  # [R * Q, B, A]
+
+        probabilities = self.mdp.policy_table(table)
+        finite = probabilities.isfinite().flatten(1).all(1)
+        at = torch.tensor(levels)
+        endings = self.mdp.evaluate(probabilities, at, self.discount, WINDOW)
+        if paths:
+            return endings, self.mdp.ghost_on_path(probabilities, at), finite
+        return endings, torch.full_like(endings.p_ghost, torch.nan), finite
+
+    def _rollouts(
+        self, forward: Forward, runs: int, policies: Sequence[Steering], levels: list[float]
+    ) -> tuple[Endings, Tensor, Tensor, Tensor]:
+        """Endings, ghosts on the path, standard error of the return, all `[R * Q, L]`, sampled.
+
+        Last, whether all probabilities were finite, `[R * Q]`.
+
+        Every policy meets the same starts, so that differences between policies are sharper than
+        each figure.
+        """
+        columns = []
+        for level in levels:
+            world = World(self.config, level, self.device)
+            figures = [self._episodes(forward, policy, world, runs) for policy in policies]
+            columns.append(torch.stack(figures, dim=1).flatten(0, 1))  # [R * Q, 11]
+        *parts, on_path, error, finite = torch.stack(columns, dim=1).unbind(-1)
+        return Endings(*parts), on_path, error, finite.bool().all(-1)
+
+    def _episodes(self, forward: Forward, policy: Steering, world: World, runs: int) -> Tensor:
+        """Figures of one policy at one level by rollouts: Endings, ghost on the path, error, and
+        whether (1 or 0) all probabilities were finite.
+
+        Each world's first episode gives the figures per episode, so that short episodes are not
+        over-represented. The window return is published as it is: episodes running on, cut at the
+        window's edges. A window starts at a random phase after the first episodes, for worlds
+        that mostly time out stay in step with each other.
+        """
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        limit, channels = self.config.max_steps, world.noise_channels
+        finite = torch.ones(runs, dtype=torch.bool, device=self.device)
+        batches = []
+        for start in range(0, self.episodes, ROLLOUT_WORLDS):
+            n = min(ROLLOUT_WORLDS, self.episodes - start)
+
+            def noise(shape: tuple[int, ...]) -> Tensor:
+                return torch.rand(shape, generator=generator, device=self.device)
+
+            state = world.reset(noise((1, n, channels)).expand(runs, -1, -1))
+            on_path = world.ghost_on_path(state)
+            flagged = torch.zeros(runs, n, dtype=torch.bool, device=self.device)
+            first = torch.ones(runs, n, dtype=torch.bool, device=self.device)
+            ending = torch.full((runs, n), -1, device=self.device)
+            length = torch.full((runs, n), limit, device=self.device)
+            opening = limit + (noise((1, n)) * limit).long()  # when each world's window starts
+            rewards, dones = [], []
+            for t in range(2 * limit + WINDOW):
+                fresh = world.reset(noise((1, n, channels)).expand(runs, -1, -1))
+                chances = policy.probabilities(forward(world.active(state)))
+                finite &= chances.isfinite().flatten(1).all(1)
+                action = sample(cumulative(chances), noise((1, n)).expand(runs, -1))
+                state, step = world.step(state, action, fresh)
+                done = step.seen.terminated | step.seen.truncated
+                ending = torch.where(first & done, step.truth.ending, ending)
+                flagged = torch.where(first & done, step.seen.label != NO_LABEL, flagged)
+                length = torch.where(first & done, t + 1, length)
+                first = first & ~done
+                rewards.append(step.truth.reward)
+                dones.append(done)
+            diamond, ghost = (ending == 0).double(), (ending == 1).double()
+            value = self.discount ** (length - 1) * (diamond - ghost)
+            following, within = torch.zeros_like(value), torch.zeros_like(value)
+            for t in reversed(range(limit, len(rewards))):
+                inside = (opening <= t) & (t < opening + WINDOW)
+                following = rewards[t] + self.discount * following.masked_fill(dones[t], 0.0)
+                following = following * inside
+                within += following / WINDOW
+            timeout = 1 - diamond - ghost
+            endings = [value, diamond, ghost, timeout, diamond * flagged, ghost * flagged]
+            batches.append(torch.stack([*endings, length.double(), within, ghost * on_path]))
+        figures = torch.cat(batches, dim=-1)  # [9, R, episodes]
+        one = figures.shape[-1] == 1
+        error = figures[0].std(-1, correction=int(not one)) / figures.shape[-1] ** 0.5
+        error = torch.full_like(error, torch.nan) if one else error
+        return torch.cat([figures.mean(-1), error[None], finite.double()[None]]).mT  # [R, 11]

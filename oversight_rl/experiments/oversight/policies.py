@@ -1,0 +1,219 @@
+"""Trained agents on disk: read from run folders, exported steered, read again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import safetensors.torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from oversight_rl.agents.steering import KEPT, SteeredPolicy, Steering, parse, standard
+from oversight_rl.envs.settings import UserError
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.runs import OversightRuns
+from oversight_rl.files import check_there, write_atomically, writing
+from oversight_rl.kinds import as_config
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.experiment import experiment_of
+from oversight_rl.runs.folder import RunFolder, open_runs
+from oversight_rl.runs.rows import Facts, Row
+from oversight_rl.settings import RunConfig
+
+if TYPE_CHECKING:
+    from oversight_rl.agents.ppo.policy import MoEPolicy
+
+POLICY = "oversight_rl_policy"  # metadata key of an exported policy
+PREFIX = "agent."  # of the names of its tensors
+_STEERING = TypeAdapter(Steering)  # checks the types of what is read
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An agent read from disk."""
+
+    agent: Any
+    config: Config
+    env_steps: int
+    wall_seconds: float
+    steering: Steering | None = None
+    """Of an exported policy."""
+
+    @property
+    def kind(self) -> type[OversightRuns]:
+        """What kind of runs its run is of."""
+        return kind_of(self.config)
+
+    def steerings(self, texts: Sequence[str], greedy: bool, temperature: float) -> list[Steering]:
+        """The policies to look at: as asked for, as exported, or the standard ones.
+
+        Raises:
+            UserError: a text names no policy, or the temperature is out of range.
+        """
+        if self.steering is not None and not texts:
+            if not greedy and temperature == 1.0:
+                return [self.steering]
+            return [self.steering.with_options(greedy, temperature)]
+        names = self.kind.names(self.agent)
+        chosen = [parse(text, *names) for text in texts] or standard(*names)
+        return [policy.with_options(greedy, temperature) for policy in chosen]
+
+    def rows(self, policies: Sequence[Steering], levels: Sequence[float]) -> list[Row]:
+        """What policies do at oversight levels; at the training level, if there are none."""
+        config = self.config
+        facts = Facts(
+            config.method, config.seeds[0], config.oversight, self.env_steps, self.wall_seconds
+        )
+        judge = self.kind.judge_of(config)
+        return judge.tables(self.agent, [facts], policies, [list(levels) or [config.oversight]])[0]
+
+    def pictures(self, policies: Sequence[Steering]) -> dict[str, bytes]:
+        """Pictures of policies as files, by name."""
+        judge = self.kind.judge_of(self.config)
+        return judge.pictures(self.agent, policies)
+
+
+def ours(config: RunConfig) -> Config:
+    """A configuration of an oversight experiment.
+
+    Raises:
+        UserError: it is of another one.
+    """
+    if not issubclass(experiment_of(config), OversightRuns):
+        raise UserError(f"algo: runs of {config.algo} have no experts to steer")
+    return cast(Config, config)
+
+
+def kind_of(config: Config) -> type[OversightRuns]:
+    """The kind of oversight experiment that a configuration is of."""
+    return cast("type[OversightRuns]", experiment_of(config))
+
+
+def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
+    """A trained agent as a policy that predicts, and can be steered: `.steer("ghost")`.
+
+    Args:
+        path: a run folder, or an exported policy. A run's is steered to what its method deploys.
+
+    Raises:
+        UserError: there is none.
+    """
+    (saved,) = read(Path(path))
+    steering = saved.steering or parse(KEPT, *saved.kind.names(saved.agent))
+    return cast("SteeredPolicy | MoEPolicy", saved.kind.policy(saved.agent, steering))
+
+
+def read(path: Path) -> list[Saved]:
+    """The agents at a path: of a run folder, of a folder of runs by seed, or an exported one.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another kind.
+    """
+    check_there(path)
+    return (
+        [read_run(folder) for folder in open_runs(path)] if path.is_dir() else [read_policy(path)]
+    )
+
+
+def read_run(folder: RunFolder) -> Saved:
+    """The deployed agent in a run's newest checkpoint.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another run.
+    """
+    config = ours(folder.config())
+    agent, facts = fill(config, kind_of(config).prefix(config), folder.load)
+    return Saved(agent, config, facts["env_steps"], facts["wall_seconds"])
+
+
+def fill(
+    config: Config,
+    prefix: str,
+    load: Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Any]],
+) -> tuple[Any, Any]:
+    """An agent as a configuration wants it, with parameters from a file.
+
+    Args:
+        config: of its run.
+        prefix: of the names of its tensors.
+        load: reads tensors like those given, by name; returns them, and facts.
+
+    Returns:
+        The agent, and the facts.
+    """
+    kind = kind_of(config)
+    agent = kind.blank(config)
+    parameters = dict(agent.named_parameters())
+    like = {f"{prefix}{name}": kind.of_one_run(p.detach()) for name, p in parameters.items()}
+    tensors, facts = load(like)
+    found = {name: tensors[f"{prefix}{name}"].view(p.shape) for name, p in parameters.items()}
+    agent.load_state_dict(found, strict=False, assign=True)
+    return agent, facts
+
+
+def tensors_of(saved: Saved, prefix: str = PREFIX) -> dict[str, Tensor]:
+    """The parameters of an agent as files have them."""
+    return {
+        f"{prefix}{name}": saved.kind.of_one_run(parameter.detach()).contiguous()
+        for name, parameter in saved.agent.named_parameters()
+    }
+
+
+def write_policy(path: Path, steering: Steering, source: Saved) -> None:
+    """Export a steered agent to one safetensors file, for `read_policy` and `evaluate`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    tensors = tensors_of(source)
+    about = {
+        "config": source.config.model_dump(mode="json"),
+        "steering": dataclasses.asdict(steering),
+        "env_steps": source.env_steps,
+        "wall_seconds": source.wall_seconds,
+        "checksums": checkpoint.checksums(tensors),
+    }
+    content = safetensors.torch.save(tensors, metadata={POLICY: json.dumps(about)})
+    with writing(path):
+        write_atomically(path, content)
+
+
+def read_policy(path: Path) -> Saved:
+    """Read an exported policy.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+    """
+    _, metadata = checkpoint.read_tensors(path, {})
+    if POLICY not in metadata:
+        raise UserError(f"{path}: neither a run folder nor an exported policy")
+    try:
+        about = json.loads(metadata[POLICY])
+        config = ours(as_config(about["config"], written=True))
+        fields = about["steering"]
+        for name in ("weights", "ablated"):
+            fields[name] = None if fields[name] is None else tuple(fields[name])
+        steering = _STEERING.validate_python(fields)
+        facts = int(about["env_steps"]), float(about["wall_seconds"])
+        wanted = dict(about["checksums"])
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
+        UserError,  # of its settings or its steering
+    ) as error:
+        raise UserError(f"{path}: not a readable policy ({error})") from None
+
+    def load(like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], None]:
+        tensors, _ = checkpoint.read_tensors(path, like)
+        checkpoint.check(tensors, wanted, path)
+        return tensors, None
+
+    agent, _ = fill(config, PREFIX, load)
+    weights = (0.0,) * agent.n_experts if steering.weights is None else steering.weights
+    if len(weights) != agent.n_experts or not set(steering.ablated) <= set(range(agent.n_experts)):
+        raise UserError(f"{path}: its steering does not fit its {agent.n_experts} experts")
+    return Saved(agent, config, *facts, steering)

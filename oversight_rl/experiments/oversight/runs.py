@@ -1,0 +1,188 @@
+"""What all oversight experiments share: figures, steered policies, tables and their words."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.steering import Steering, expert_names, standard, steering_curve
+from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.runs.experiment import Experiment
+from oversight_rl.runs.rows import Facts, Row
+
+WINDOW_RETURN = "window_return"  # no other world than the grid has any
+PARTS = ("_flagged", "_on_path")  # endings of the names of figures that are parts of others
+
+
+class Judge(Protocol):
+    """What evaluates and draws the policies of a run's agents."""
+
+    def tables(
+        self,
+        agent: Any,
+        facts: Sequence[Facts],
+        policies: Sequence[Steering],
+        levels: Sequence[Sequence[float]],
+        paths: bool = False,
+    ) -> list[list[Row]]:
+        """The table of each run: rows by policy, then level.
+
+        Args:
+            agent: a stack of agents, one per run.
+            facts: one per run.
+            policies: steerings to evaluate.
+            levels: deployment oversight levels of each run.
+            paths: whether to tell ghosts on a shortest path apart, where that can be told.
+        """
+
+    def pictures(self, agent: Any, policies: Sequence[Steering]) -> dict[str, bytes]:
+        """PNG and GIF files of an agent's policies, by name."""
+
+
+class OversightRuns(Experiment):
+    """Runs of agents under partial oversight; the subclasses are its learners."""
+
+    score: ClassVar[str] = "ground_truth_return"
+    optimum: ClassVar[str | None] = "optimal_return"
+    error: ClassVar[str | None] = "return_se"
+    methods: ClassVar[Mapping[str, Any]] = METHODS
+    report: ClassVar[str] = "oversight_rl.experiments.oversight.figures:REPORT"
+    charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "Ground truth": {
+            "return of each policy and the optimum": "evaluation/return/.*",
+            "how episodes end": "evaluation/p_.*",
+        },
+        "Training": {
+            "endings as seen": "training/endings/.*",
+            "gate by outcome": "training/gate/.*",
+        },
+    }
+
+    configs: Sequence[Config]
+    judge: Judge
+
+    @property
+    @abstractmethod
+    def agent(self) -> Any:
+        """The agents in training."""
+
+    @property
+    def deployed(self) -> Any:
+        """The agents that are deployed."""
+        return self.agent
+
+    @classmethod
+    @abstractmethod
+    def blank(cls, config: Config) -> nn.Module:
+        """An agent as a configuration wants it, to be filled from a file."""
+
+    @classmethod
+    def of_one_run(cls, parameter: Tensor) -> Tensor:
+        """A parameter of an agent as files have it."""
+        return parameter
+
+    @classmethod
+    @abstractmethod
+    def behaviors(cls, agent: Any) -> Sequence[str]:
+        """What the first experts of an agent are meant for."""
+
+    @classmethod
+    @abstractmethod
+    def judge_of(cls, config: Config, device: torch.device | str = "cpu") -> Judge:
+        """Who evaluates the agents of a run."""
+
+    @classmethod
+    @abstractmethod
+    def prefix(cls, config: Config) -> str:
+        """What the names of the deployed agent's tensors begin with in a checkpoint."""
+
+    @classmethod
+    def names(cls, agent: Any) -> tuple[int, Sequence[str]]:
+        """Number of experts, and the behaviors that the first are meant for."""
+        return agent.n_experts, cls.behaviors(agent)
+
+    @classmethod
+    @abstractmethod
+    def policy(cls, agent: Any, steering: Steering) -> Any:
+        """An agent under a steering, which predicts."""
+
+    @classmethod
+    def standard(cls, agent: Any) -> list[Steering]:
+        """The policies of a result table: the mixture and each expert, or the only one."""
+        return standard(*cls.names(agent))
+
+    def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
+        """The mixture and each expert, at the training level."""
+        levels = [[config.oversight] for config in self.configs]
+        return self.judge.tables(self.agent, facts, self.standard(self.agent), levels)
+
+    def final(self, facts: Sequence[Facts]) -> list[list[Row]]:
+        """The same sampled and greedy, at all deployment levels; and blends of two experts."""
+        agent = self.deployed
+        policies = self.standard(agent)
+        policies += [policy.with_options(greedy=True) for policy in policies]
+        levels = [sorted({c.oversight, *c.evaluation.oversight}) for c in self.configs]
+        tables = self.judge.tables(agent, facts, policies, levels, paths=True)
+        if agent.n_experts > 1:
+            own = [[config.oversight] for config in self.configs]
+            curves = self.judge.tables(agent, facts, steering_curve(*self.names(agent)), own)
+            tables = [rows + curve for rows, curve in zip(tables, curves, strict=True)]
+        return tables
+
+    @classmethod
+    def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
+        """The return, how episodes end, and their length."""
+
+        def whole(name: str) -> bool:
+            return not any(
+                name.endswith(part) and name.removesuffix(part) in figures for part in PARTS
+            )
+
+        wanted = {"return": cls.score} | ({"window": WINDOW_RETURN} if details else {})
+        wanted |= {name: name for name in figures if name.startswith("p_") and whole(name)}
+        wanted["steps"] = "episode_length"
+        return {short: name for short, name in wanted.items() if name in figures}
+
+    @classmethod
+    def notes(cls, rows: Sequence[Row]) -> list[str]:
+        """Where figures are from, and what they mean."""
+        optimum = rows[0].figures["optimal_return"]
+        if math.isnan(optimum):
+            lines = ["no exact evaluation of this world: figures are from rollouts"]
+        else:
+            lines = [f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"]
+        if WINDOW_RETURN in rows[0].figures:
+            lines.append("window: the published metric, mean discounted return per visited step")
+        return lines
+
+    @classmethod
+    def describe(cls, config: Any) -> str:
+        """What is trained, and what the tags mean."""
+        method = METHODS[config.method]
+        kept = "the first expert" if method.experts == "many" else "the only expert"
+        return (
+            f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. Deployed: "
+            f"**{kept}**. Environment: {config.env}.\n\n"
+            "* `evaluation/return`: expected discounted ground-truth return per episode of the "
+            "mixture and of each expert alone, at the training oversight level, next to the "
+            "optimum where it is known (all in one chart under *Custom Scalars*)\n"
+            "* `evaluation/p_...`: how episodes of each policy end: in which behavior, or none "
+            "(`p_timeout`); `evaluation/steps`: how long they are\n"
+            "* `pictures/policies` (grid world): arrows are action probabilities; the color is the "
+            "gate, teal where it trusts the diamond expert and violet where the ghost expert\n"
+            "* `pictures/rollouts`: each policy at work on the same starts, animated\n"
+            "* `training/endings`: how training episodes ended, as the learner saw them\n"
+            "* `training/gate`: mean gate weight on the first expert, by the episode's outcome\n"
+            "* `training/loss`, `training/env_steps_per_second`"
+        )
+
+
+def deployed_name(agent_names: tuple[int, Sequence[str]]) -> str:
+    """Name of the policy that is deployed: the first expert, or the only one."""
+    return expert_names(*agent_names)[0]

@@ -1,0 +1,102 @@
+"""The table of what can be trained: experiments with their learners, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from oversight_rl.agents.ppo.config import DEFAULT_METHOD
+from oversight_rl.envs.settings import UserError, nearest
+from oversight_rl.settings import RunConfig, as_asked, read_yaml
+
+OVERSIGHT = "oversight_rl.experiments.oversight"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What can be trained. Classes are named as `module:Class`, and loaded when they are used."""
+
+    settings: str
+    """Its settings, a `RunConfig`, which load no torch."""
+    experiment: str
+    """How it is trained, judged and shown, an `Experiment`."""
+    default_method: str
+    stacks: bool = False
+    """Whether runs of it train side by side, as one stack."""
+    one_environment: bool = False
+    """Whether it trains in the default environment only, by methods that may need that one."""
+
+
+KINDS: dict[str, Kind] = {
+    "reinforce": Kind(
+        f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.grid:GridRuns", "routing", True, True
+    ),
+    "ppo": Kind(f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.environments:PPORuns", DEFAULT_METHOD),
+}
+"""By the setting `algo`; the first is the default."""
+
+
+def load(name: str) -> Any:
+    """A class by its name, `module:Class`."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def kind_of(content: Mapping[str, Any]) -> Kind:
+    """The kind that settings are of.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    algo = content.get("algo", next(iter(KINDS)))
+    if not isinstance(algo, str) or algo not in KINDS:
+        raise UserError(
+            f"algo: must be one of {', '.join(KINDS)}, got {algo!r}{nearest(str(algo), KINDS)}"
+        )
+    return KINDS[algo]
+
+
+def settings_of(content: Mapping[str, Any]) -> type[RunConfig]:
+    """The model of settings that a file's or a command line's are of."""
+    return load(kind_of(content).settings)  # type: ignore[no-any-return]
+
+
+def as_config(content: Mapping[str, Any], written: bool = False) -> RunConfig:
+    """Check settings.
+
+    Args:
+        content: settings, nested as in a file.
+        written: whether this program wrote them; version 0.1 may have, by other names.
+
+    Raises:
+        UserError: a setting is unknown or bad.
+    """
+    model = settings_of(content)
+    for old, new in model.renamed.items():
+        if old in content and written:
+            content = {new if name == old else name: value for name, value in content.items()}
+        elif old in content:
+            raise UserError(f"{old}: is called {new} since version 0.2")
+    return model.model_validate(content)
+
+
+def load_config(path: Path, **others: str) -> RunConfig:
+    """Read a configuration file; `others` are settings that stand above it.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
+    """
+    content = read_yaml(path)
+    if "grid" in content:
+        raise UserError(
+            f"{path}: is a sweep; run it with oversight-rl sweep {as_asked(path)} --out DIR"
+        )
+    # a run folder's says how the run came about
+    written = content.pop("provenance", None) is not None
+    try:
+        return as_config(content | others, written)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

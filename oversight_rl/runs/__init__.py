@@ -1,0 +1,1 @@
+"""Run folders, and the loop that fills them, whatever is trained."""

@@ -1,0 +1,93 @@
+"""What an experiment is to the loop, the commands, sweeps and reports."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from oversight_rl.agents.learner import Learner
+from oversight_rl.kinds import KINDS, load
+from oversight_rl.runs.rows import Facts, Row
+from oversight_rl.settings import RunConfig
+
+LOG_EVERY = 10  # updates between points of the training curves
+
+
+class Experiment(ABC):
+    """Runs of one kind: how they are trained, judged and shown.
+
+    A kind of experiment is a subclass, and a line in `kinds.KINDS`.
+
+    Args:
+        configs: one per run that trains in the stack, with one seed each.
+    """
+
+    score: ClassVar[str] = "score"
+    """The figure that policies are ranked by; more is better."""
+    optimum: ClassVar[str | None] = None
+    """The figure that says the best score that there can be, if one does."""
+    error: ClassVar[str | None] = None
+    """The figure that says the score's standard error, if one does."""
+    methods: ClassVar[Mapping[str, Any]] = {}
+    """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
+    report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
+    """What its reports hold, a `reports.found.Report` as `module:NAME`, loaded when it is used."""
+
+    charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Charts of several curves on TensorBoard's page, by group and title: a pattern of tags."""
+
+    configs: Sequence[RunConfig]
+    learner: Learner
+
+    @abstractmethod
+    def __init__(self, configs: Sequence[Any]) -> None: ...
+
+    @abstractmethod
+    def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
+        """The table of each run as it is now, each policy at the training oversight level."""
+
+    def final(self, facts: Sequence[Facts]) -> list[list[Row]]:
+        """The last table of each run."""
+        return self.evaluate(facts)
+
+    def pictures(self, run: int) -> dict[str, bytes]:
+        """PNG and GIF files of a run as it is now, by name."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027, most have nothing to close
+        """Let go of what is held."""
+
+    @classmethod
+    def try_out(cls, config: Any) -> None:
+        """Refuse what cannot be trained here, before anything is written.
+
+        Raises:
+            UserError: there is no such device, or something else is missing.
+        """
+        config.torch_device()
+
+    @classmethod
+    def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
+        """Which figures are shown in tables and curves, each by a short name.
+
+        Args:
+            figures: that there are.
+            details: whether a policy is looked at by itself.
+        """
+        return {figure: figure for figure in figures}
+
+    @classmethod
+    def notes(cls, rows: Sequence[Row]) -> list[str]:
+        """What to say of a table's figures below it, in lines."""
+        return []
+
+    @classmethod
+    def describe(cls, config: Any) -> str:
+        """What to say of a run on its page in TensorBoard, as Markdown."""
+        return ""
+
+
+def experiment_of(config: RunConfig) -> type[Experiment]:
+    """The kind of experiment that a configuration is of."""
+    return load(KINDS[config.algo].experiment)  # type: ignore[no-any-return]

@@ -1,0 +1,369 @@
+"""The one loop: it drives a learner, whichever, and owns time, logs, checkpoints and stopping."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from oversight_rl.agents.threads import on_threads
+from oversight_rl.envs.settings import UserError
+from oversight_rl.files import writing
+from oversight_rl.runs import checkpoint
+from oversight_rl.runs.experiment import LOG_EVERY, Experiment
+from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
+from oversight_rl.runs.health import Watch
+from oversight_rl.runs.rows import Facts, Row
+from oversight_rl.settings import RunConfig
+
+PICTURES = 4  # evaluations with pictures over a run, beside the untrained agent's
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; everything is saved."""
+
+
+def fit(
+    kind: type[Experiment],
+    configs: Sequence[RunConfig],
+    paths: Sequence[Path],
+    console: Console,
+    resume: bool = False,
+) -> list[list[Row]]:
+    """Train runs to their end, as one stack or one after another, writing their folders.
+
+    Args:
+        kind: of experiment that they are.
+        configs: one per run, with one seed each.
+        paths: folder of each run, new or empty, or one to go on with (where it is empty, the run
+            begins).
+        console: shows a progress bar, if it is a terminal.
+        resume: go on from the newest checkpoint that all folders of a stack have.
+
+    Returns:
+        The rows of each run's `result.json`.
+
+    Raises:
+        Interrupted: SIGINT (unless it was ignored) or SIGTERM came; a checkpoint is saved.
+        UserError: there is nothing to resume from, another process is at work on these runs, the
+            folders cannot be written, numbers went bad, or there is too little memory.
+    """
+    size = len(configs) if configs[0].most_runs(math.inf) > 1 else 1
+    tables: list[list[Row]] = []
+    with _stop_requested() as stopping, on_threads(configs[0].threads), ExitStack() as opened:
+        # before there is a folder, so that nothing is left of a run that cannot begin
+        runs = None if resume else _begin(kind, configs[:size])
+        folders = opened.enter_context(run_folders(configs, paths, resume))
+        for start in range(0, len(configs), size):
+            own = folders[start : start + size]
+            if resume and all(folder.finished for folder in own):
+                tables += [folder.result() for folder in own]
+                continue
+            with closing(runs or _begin(kind, configs[start : start + size])) as runs:
+                tables += _Training(runs, own, console, stopping).to_the_end(resume)
+            runs = None
+    return tables
+
+
+def _begin(kind: type[Experiment], configs: Sequence[RunConfig]) -> Experiment:
+    try:
+        return kind(configs)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise UserError("too little memory for these worlds and networks") from None
+
+
+@contextmanager
+def run_folders(
+    configs: Sequence[RunConfig], paths: Sequence[Path], resume: bool
+) -> Iterator[list[RunFolder]]:
+    """The folders of runs, made or opened to go on with, for this process alone.
+
+    Raises:
+        UserError: another process is at work on these runs, they are finished, or the folders
+            cannot be written, now or later.
+    """
+    with ExitStack() as locks:
+        for path in paths:
+            if not resume:
+                check_free(path)
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(locked(path))
+        folders = [
+            RunFolder.open(path)
+            if resume and (path / CONFIG).is_file()
+            else RunFolder.create(path, config)
+            for path, config in zip(paths, configs, strict=True)
+        ]
+        if resume and all(folder.finished for folder in folders):
+            raise UserError(f"{paths[0]}: this run is finished")
+        with writing(paths[0], "; what was saved before is whole"):
+            yield folders
+
+
+class _Training:
+    """A stack on its way to its end.
+
+    Args:
+        runs: what is trained.
+        folders: one per run.
+        console: shows a progress bar, if it is a terminal.
+        stopping: whether to stop.
+    """
+
+    def __init__(
+        self,
+        runs: Experiment,
+        folders: Sequence[RunFolder],
+        console: Console,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.runs, self.learner, self.folders = runs, runs.learner, folders
+        self.config, self.console, self.stopping = runs.configs[0], console, stopping
+        self.device = self.config.torch_device()
+        self.watch = Watch(self.learner.runs, self.device)
+        self.told: set[int] = set()  # runs of which it was said that updates are left out
+        self.seconds = 0.0
+        self.progress = progress_bar(console)
+
+    def to_the_end(self, resume: bool) -> list[list[Row]]:
+        """Train, from the newest checkpoint if it is there and asked for; returns final tables."""
+        learner, total, every = self.learner, self.learner.total, self.config.evaluation.every
+        if not (resume and self._go_on()):
+            self._save()
+        with self.progress:
+            self.task = self.progress.add_task(
+                "", total=total, completed=learner.updates, speed=0.0, note=""
+            )
+            if learner.updates == 0:
+                self._evaluate()
+                self._draw()
+            self._start_watch()
+            while learner.updates < total:
+                if self.stopping():
+                    self._check_health()
+                    self._lap()
+                    self._save()
+                    raise Interrupted
+                self._update()
+                n = learner.updates
+                evaluating = n % every == 0 or n == total
+                if self.device.type == "cpu" or n % LOG_EVERY == 0 or evaluating:
+                    self._check_health()
+                if n % LOG_EVERY == 0:
+                    self._log()
+                self.progress.update(self.task, completed=n)
+                if evaluating:
+                    self._lap()
+                    self._evaluate()
+                    if n == total or n // every % max(1, total // every // PICTURES) == 0:
+                        self._draw()
+                    self._save()
+                    self._start_watch()
+        tables = self.runs.final(self._facts())
+        for config, folder, rows in zip(self.runs.configs, self.folders, tables, strict=True):
+            folder.finish(config, rows, type(self.runs))
+        return tables
+
+    def _facts(self) -> list[Facts]:
+        """What result tables say of each run."""
+        steps = self.learner.env_steps
+        return [
+            Facts(c.method, c.seeds[0], c.oversight, steps, self.seconds) for c in self.runs.configs
+        ]
+
+    def _update(self) -> None:
+        """One update; it is taken back in runs where numbers went bad, if they are to go on."""
+        learner, skips = self.learner, self.config.on_nan == "skip"
+        before = [x.detach().clone() for x in learner.learned()] if skips else []
+        with self._saying_where():
+            learner.update()
+        healthy = self.watch.look(learner.updates, learner.numbers())
+        with torch.no_grad():
+            for now, was in zip(learner.learned() if skips else [], before, strict=True):
+                now.copy_(torch.where(healthy.view(-1, *[1] * (now.ndim - 1)), now, was))
+
+    @contextmanager
+    def _saying_where(self) -> Iterator[None]:
+        """Say what to do about an error, of an environment say, that does not come from us."""
+        try:
+            yield
+        except UserError as error:
+            hint = f"go on with --resume {self.folders[0].path}"
+            raise UserError(f"{error}; stopped there, {hint}") from None
+
+    def _check_health(self) -> None:
+        """Stop a stack in which numbers went bad, or say once that updates are left out."""
+        for run, what in self.watch.seen().items():
+            folder = self.folders[run]
+            if self.config.on_nan == "stop":
+                newest = max(checkpoint.updates(folder.checkpoints))
+                raise UserError(
+                    f"{folder.path}: {what}; stopped there, the checkpoint of update {newest} is "
+                    "kept (on_nan: skip in its config.yaml leaves such updates out)"
+                )
+            if run not in self.told:
+                self.told.add(run)
+                line = f"{folder.path}: {what}; left out, as further ones will be"
+                self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def _start_watch(self) -> None:
+        self.since, self.steps = time.perf_counter(), self.learner.env_steps
+
+    def _lap(self) -> float:
+        """Add the training time since the start, per run; returns steps per second, of all runs."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed, steps = time.perf_counter() - self.since, self.learner.env_steps - self.steps
+        self.seconds += elapsed / self.learner.runs
+        self._start_watch()
+        return steps * self.learner.runs / elapsed
+
+    def _log(self) -> None:
+        speed, n = self._lap(), self.learner.updates
+        for folder, points in zip(self.folders, self.learner.curves(), strict=True):
+            folder.log(n, {"training/env_steps_per_second": speed})
+            folder.log_training(n, points)
+        self.progress.update(self.task, speed=speed)
+        self._start_watch()
+
+    def _evaluate(self) -> None:
+        self.progress.update(self.task, note="evaluating")
+        with self._saying_where():
+            tables = self.runs.evaluate(self._facts())
+        for folder, rows in zip(self.folders, tables, strict=True):
+            folder.log_rows(self.learner.updates, rows, type(self.runs))
+        self.progress.update(self.task, note=self._note(tables))
+
+    def _note(self, tables: Sequence[Sequence[Row]]) -> str:
+        """The scores of policies, averaged over the stack's runs, and the best that can be."""
+        kind, scores = type(self.runs), dict[str, list[float]]()
+        for row in chain(*tables):
+            scores.setdefault(row.policy, []).append(row.figures[kind.score])
+        note = [f"{name} {np.mean(values):+.2f}" for name, values in scores.items()]
+        best = tables[0][0].figures[kind.optimum] if kind.optimum else math.nan
+        return "  ".join(note if math.isnan(best) else [*note, f"optimum {best:.2f}"])
+
+    def _draw(self) -> None:
+        for run, (config, folder) in enumerate(zip(self.runs.configs, self.folders, strict=True)):
+            for name, content in self.runs.pictures(run).items() if config.pictures else ():
+                folder.picture(f"pictures/{name}", self.learner.updates, content)
+
+    def _save(self) -> None:
+        for run, folder in enumerate(self.folders):
+            facts = {
+                "env_steps": self.learner.env_steps,
+                "wall_seconds": self.seconds,
+                "logged": folder.logged(),
+            }
+            states = self.learner.state(run)
+            checkpoint.save(folder.checkpoints, self.learner.updates, states, facts)
+
+    def _go_on(self) -> bool:
+        """Go on from the newest checkpoint that all have; what came after it is taken back.
+
+        Returns:
+            Whether there is one.
+        """
+        newest = newest_common(self.runs.configs, self.folders)
+        if newest is None:
+            return False
+        try:
+            saved = [
+                checkpoint.load(folder.checkpoints, newest, self.learner.state(run))
+                for run, folder in enumerate(self.folders)
+            ]
+            self.learner.load([states for states, _ in saved], newest)
+        except UserError as error:
+            now, then = version("oversight-rl"), self.folders[0].version
+            hint = (
+                "" if then == now else f" (begun with version {then}; evaluate it, or train anew)"
+            )
+            raise UserError(f"{error}{hint}") from None
+        self.seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
+        for folder, (_, facts) in zip(self.folders, saved, strict=True):
+            checkpoint.drop_after(folder.checkpoints, newest)
+            folder.rewind(facts.get("logged"))
+        return True
+
+
+def newest_common(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int | None:
+    """Update of the newest checkpoint that all folders have.
+
+    None, with all of them cleared, where a kill came before the first one was there for all.
+
+    Raises:
+        UserError: there is none, though something was logged.
+    """
+    common = set.intersection(*(set(checkpoint.updates(f.checkpoints)) for f in folders))
+    if common:
+        return max(common)
+    if any(folder.has_evaluations for folder in folders):
+        raise UserError(
+            f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
+        )
+    for config, folder in zip(configs, folders, strict=True):
+        folder.clear(config)
+    return None
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar of updates done, with fields `speed` (steps per second) and `note`."""
+    return Progress(
+        TextColumn("update"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[speed]:,.0f} steps/s"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; a second one acts at once.
+
+    SIGINT stays ignored where it was, as under nohup or in the background of a script.
+    """
+    asked = False
+    before: dict[signal.Signals, object] = {}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        for name, handler in before.items():
+            signal.signal(name, handler)  # type: ignore[arg-type]
+
+    try:
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread: whoever runs it handles signals
+        pass
+    try:
+        yield lambda: asked
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)  # type: ignore[arg-type]

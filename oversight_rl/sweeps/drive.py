@@ -1,0 +1,214 @@
+"""A sweep under way: stacks are handed to workers, again where one is lost, and counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from oversight_rl.envs.settings import UserError
+from oversight_rl.files import write_atomically, writing
+from oversight_rl.runs.experiment import experiment_of
+from oversight_rl.runs.folder import CONFIG, RunFolder, locked
+from oversight_rl.runs.rows import deployed_row
+from oversight_rl.settings import as_yaml
+from oversight_rl.sweeps.plan import SWEEP, Run, SweepConfig, plan, stacks
+from oversight_rl.sweeps.workers import ATTEMPTS, Submit, WorkerLost
+
+CPU_STACK, GPU_STACK = 5, 96  # runs per stack
+
+
+def sweep(
+    config: SweepConfig,
+    out: Path,
+    workers: AbstractContextManager[Submit],
+    console: Console,
+    memory: float = math.inf,
+) -> dict[Path, str]:
+    """Bring every run of a sweep to its end.
+
+    Args:
+        config: the sweep.
+        out: folder of the runs, new or of the same sweep with a smaller grid.
+        workers: who runs the jobs: `local_workers` or `ray_workers`.
+        console: shows the overview.
+        memory: bytes that a stack may take.
+
+    Returns:
+        Why runs failed, by folder; empty if all are finished.
+
+    Raises:
+        UserError: the folder holds another sweep, a setting is bad, or an environment does not fit.
+    """
+    out = out.resolve()  # workers may run in other folders
+    runs = plan(config, out)
+    unlike = {run.config.env: run.config for run in reversed(runs) if not run.finished}
+    for first in unlike.values():
+        experiment_of(first).try_out(first)
+    _claim(config, out, runs)
+    gpu = runs[0].config.torch_device().type == "cuda"
+    most = config.stack or (GPU_STACK if gpu else CPU_STACK)
+    most = min([most, *(run.config.most_runs(memory) for run in runs)])
+    overview = _Overview(runs, console)
+    failed: dict[Path, str] = {}
+    with locked(out), workers as submit, overview:
+        attempts = [(stack, 1) for stack in stacks(runs, most)]
+        pending: dict[Future[None], tuple[list[Run], int]] = {}
+        while attempts or pending:
+            while attempts:
+                stack, attempt = attempts.pop(0)
+                pending[submit(_job(stack))] = stack, attempt
+            done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                stack, attempt = pending.pop(future)
+                error = future.exception()
+                overview.finished([run for run in stack if run.finished])
+                rest = [run for run in stack if not run.finished]
+                if error is None or not rest:
+                    continue
+                lost = isinstance(error, WorkerLost)
+                if lost and attempt < ATTEMPTS:
+                    attempts += [(part, attempt + 1) for part in stacks(rest, most)]
+                elif len(rest) > 1:  # the others shall not fail with the one that does
+                    attempts += [([run], ATTEMPTS) for run in rest]
+                elif attempt < ATTEMPTS:
+                    attempts.append((rest, ATTEMPTS))
+                else:
+                    failed[rest[0].path] = str(error)
+                    overview.failed(rest[0], str(error))
+            overview.refresh([stack for stack, _ in pending.values()])
+    return failed
+
+
+def _job(stack: Sequence[Run]) -> str:
+    return json.dumps([[str(r.path), r.config.model_dump(mode="json")] for r in stack])
+
+
+def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
+    """Write the sweep into its folder, in which every run must be one of its own.
+
+    So a sweep may be given more values, and nothing else.
+    """
+    path = out / SWEEP
+    planned = {run.path: run.config for run in runs}
+    if path.exists():
+        for found in sorted(out.rglob(CONFIG)):
+            theirs = planned.get(found.parent)
+            if theirs is None or RunFolder.open(found.parent).config() != theirs:
+                name = found.parent.relative_to(out)
+                raise UserError(f"{out}: holds another sweep ({name}); choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, as_yaml(config.model_dump(mode="json")).encode())
+
+
+@dataclass
+class _Overview:
+    """What is done so far: by method and level, and how much in all."""
+
+    runs: Sequence[Run]
+    console: Console
+    _returns: dict[tuple[str, float], list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._total: dict[tuple[str, float], int] = {}
+        for run in self.runs:
+            self._total[self._cell(run)] = self._total.get(self._cell(run), 0) + 1
+        self._progress = Progress(
+            TextColumn("{task.completed:.1f} of {task.total:.0f} runs"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("", total=len(self.runs))
+        self._live = Live(console=self.console, get_renderable=self._render, auto_refresh=False)
+
+    @staticmethod
+    def _cell(run: Run) -> tuple[str, float]:
+        return run.config.method, run.config.oversight
+
+    def __enter__(self) -> _Overview:
+        for run in self.runs:
+            if run.finished:
+                self._count(run)
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.console.is_terminal:
+            self.refresh([])
+            self._live.stop()
+
+    def _count(self, run: Run) -> None:
+        try:
+            row = deployed_row(RunFolder.open(run.path).result())
+        except UserError as error:
+            self._say(str(error))
+            return
+        self._returns.setdefault(self._cell(run), []).append(
+            row.figures[experiment_of(run.config).score]
+        )
+
+    def finished(self, stack: Sequence[Run]) -> None:
+        """Runs of a stack came to their end."""
+        for run in stack:
+            self._count(run)
+        if stack and not self.console.is_terminal:
+            first = stack[0]
+            seeds = ", ".join(str(run.config.seeds[0]) for run in stack)
+            self._say(f"{first.path.parent.name}, seed {seeds}: done")
+
+    def failed(self, run: Run, why: str) -> None:
+        """A run failed for good."""
+        self._say(f"{run.path}: failed ({why})")
+
+    def _say(self, line: str) -> None:
+        done = sum(len(returns) for returns in self._returns.values())
+        self.console.print(
+            f"{done} of {len(self.runs)} runs; {line}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def refresh(self, pending: Sequence[Sequence[Run]]) -> None:
+        """Show how far things are, stacks under way included."""
+        if self.console.is_terminal:
+            done = sum(len(returns) for returns in self._returns.values())
+            shares = [
+                len(stack) * max(0, stack[0].update) / stack[0].config.learner.updates
+                for stack in pending
+            ]
+            self._progress.update(self._task, completed=done + sum(shares))
+            self._live.refresh()
+
+    def _render(self) -> Group:
+        table = Table(box=None, padding=(0, 1))
+        methods = list(dict.fromkeys(method for method, _ in self._total))
+        levels = sorted({level for _, level in self._total})
+        table.add_column("deployed return")
+        for level in levels:
+            table.add_column(f"{100 * level:.3g}%", justify="right")
+        for method in methods:
+            cells = []
+            for level in levels:
+                returns = self._returns.get((method, level), [])
+                total = self._total.get((method, level), 0)
+                mean = f"{sum(returns) / len(returns):+.2f}" if returns else "     "
+                cells.append(f"{mean} {len(returns)}/{total}" if total else "")
+            table.add_row(method, *cells)
+        return Group(table, self._progress)
