@@ -51,9 +51,9 @@ PALETTE = (
 )
 COLORS = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(METHODS)}
 GROUPS: dict[str, Callable[[str], bool]] = {
-    "routing, its ablations and controls": lambda m: METHODS[m].experts == "many",
+    "routing, its ablations and controls": lambda m: METHODS[m].policy.experts == "many",
     "one policy, labels only": lambda m: (
-        (METHODS[m].experts, METHODS[m].assumes) == ("one", "labels")
+        (METHODS[m].policy.experts, METHODS[m].assumes) == ("one", "labels")
     ),
     "methods that need more than labels": lambda m: METHODS[m].assumes != "labels",
 }

@@ -434,7 +434,7 @@ def test_flags_of_a_dictionary_hide_the_entries_that_they_name():
     action = torch.zeros(1, dtype=torch.long)
 
     def told(**changed):
-        return policy.ending_log_probabilities(seen | changed, action)
+        return policy.behavior_log_probabilities(seen | changed, action)
 
     lit, other = seen["img"].clone(), seen["img"].clone()
     lit[0, 2, 0, 1], other[0, 1, 0, 2] = 255, 255  # channels first, as the policy sees them
