@@ -27,14 +27,15 @@ import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import cli, report, training
+from oversight_rl import cli
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight import reference
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
+from oversight_rl.reports import page
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import EVENTS, RunFolder, find_runs
 from oversight_rl.sweeps.plan import load_sweep, plan
@@ -305,13 +306,13 @@ def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
     pair = [newest, newest.with_suffix(".safetensors")]
     logs = [run / name for name in ("result.json", "metrics.csv", "training.csv", "config.yaml")]
     return {
-        "settings": ([settings], lambda: load_yaml(settings)),
+        "settings": ([settings], lambda: load_config(settings)),
         "sweep": ([sweep], lambda: plan(load_sweep(sweep), folder)),
         "checkpoint, evaluated": (pair, lambda: RunFolder.open(run).load()),
         "checkpoint, resumed": (pair, resume),
         "exported policy": ([policy], lambda: checkpoint.read_policy(policy)),
         "state dict": ([state], bring_in),
-        "report": (logs, lambda: report.write(run)),
+        "report": (logs, lambda: page.write(run)),
     }
 
 

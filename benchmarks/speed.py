@@ -36,7 +36,7 @@ from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER_GFLOP = {"routing": 44.6, "naive": 22.2}  # of one dense update at paper size
@@ -89,7 +89,7 @@ class Bench:
 
 
 def config(preset: str, method: str, device: torch.device, **training: int) -> Config:
-    base = load_yaml(CONFIGS / f"{preset}.yaml")
+    base = load_config(CONFIGS / f"{preset}.yaml")
     changed = base.training.model_copy(update=training)
     return base.model_copy(
         update={"method": method, "device": device.type, "training": changed, "pictures": False}

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
 
 import tyro
 from rich.console import Console
@@ -89,14 +89,16 @@ def _train(args: list[str], command: str) -> None:
         for arg in others:
             if arg.startswith(f"--{old}."):
                 raise UserError(f"{arg}: {old} is called {new} since version 0.2")
+    model: Any = Train[type(default)]  # type: ignore[misc]
     chosen = tyro.cli(
-        Train[type(default)],  # type: ignore[misc]
+        model,
         prog=command.removeprefix("python "),
         args=args,
         default=Train(settings=default),
     )
     config = chosen.settings
     config.refuse_unused()
+    config.refuse_words()
     # with torch, which takes a second to load
     from oversight_rl.runs.experiment import experiment_of
     from oversight_rl.runs.folder import begin_seeds, check_free
@@ -326,10 +328,10 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
         directory: Folder of run folders: a sweep's, or any other. Links are followed.
     """
     check_there(directory, "folder")
-    from oversight_rl import report  # with pandas, matplotlib and scipy, which take two seconds
+    from oversight_rl.reports import page  # with pandas, matplotlib, scipy: two seconds
 
     console = Console()
-    found, verdict = report.write(directory)
+    found, verdict = page.write(directory)
     for line in found.missing:
         say(console, f"note: {line}")
     say(console, verdict)
@@ -346,7 +348,7 @@ def main(args: Sequence[str] | None = None) -> None:
         run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
         return
     commands: dict[str, Callable[..., Any]] = {
-        "train": Train[settings_of({})],  # type: ignore[misc]  # for the help
+        "train": cast(Any, Train)[settings_of({})],  # for the help
         "evaluate": evaluate,
         "sweep": run_sweep,
         "report": run_report,

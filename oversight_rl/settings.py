@@ -109,6 +109,13 @@ class RunConfig(Settings):
             UserError: there are some.
         """
 
+    def refuse_words(self) -> None:
+        """Refuse words where something else is meant, which no type tells; in a user's file.
+
+        Raises:
+            UserError: there are some.
+        """
+
     def torch_device(self) -> torch.device:
         """The device to use.
 

@@ -25,7 +25,7 @@ from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.cli import main, train
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import RunFolder, find_runs
 from oversight_rl.runs.loop import _stop_requested
@@ -69,7 +69,7 @@ def run(tmp_path_factory):
 def test_no_number_is_shown_that_is_none(tmp_path, capsys):
     """One episode has no standard error, and rollouts no optimum."""
     one = ["--world.spurious-oversight", "0.1", "--evaluation.episodes", "1"]
-    train([*SMOKE, *one, "--training.updates", "1", "--run-dir", str(tmp_path / "run")])
+    train([*SMOKE, *one, "--reinforce.updates", "1", "--run-dir", str(tmp_path / "run")])
     main(["evaluate", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert "timeout" in out
@@ -87,7 +87,7 @@ def test_every_step_that_a_run_takes_is_counted(tmp_path, monkeypatch, method, u
         return step(self, state, *args)
 
     monkeypatch.setattr(World, "step", counted)
-    small = ["--world.max-steps", "4", "--training.updates", str(updates), "--evaluation.every"]
+    small = ["--world.max-steps", "4", "--reinforce.updates", str(updates), "--evaluation.every"]
     train([*SMOKE, *small, "2", "--method", method, "--run-dir", str(tmp_path / "run")])
     assert result(tmp_path / "run")[0]["env_steps"] == taken[0]
     assert RunFolder.open(tmp_path / "run").load().env_steps == taken[0]
@@ -116,7 +116,7 @@ def test_a_run_folder_is_complete(run):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["provenance"]["versions"]["torch"]
     assert saved["seeds"] == [0]
-    assert load_yaml(run / "config.yaml").training.updates == 20
+    assert load_config(run / "config.yaml").training.updates == 20
     assert checkpoint.updates(run / "checkpoints") == [10, 20]
     assert not list(run.rglob("*.tmp"))
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
@@ -144,7 +144,7 @@ def test_several_seeds_get_a_folder_each(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_from_the_command_line(tmp_path, method):
-    few = ["--training.updates", "2", "--oversight", "0.3"]
+    few = ["--reinforce.updates", "2", "--oversight", "0.3"]
     train([*SMOKE, "--run-dir", str(tmp_path), "--method", method, *few])
     rows = result(tmp_path)
     assert 0.3 in {row["deploy_oversight"] for row in rows}
@@ -191,7 +191,7 @@ def test_evaluate_draws_pictures(run, tmp_path):
 def test_spurious_flags_are_evaluated_by_rollouts(tmp_path):
     train([
         *SMOKE, "--run-dir", str(tmp_path), "--world.spurious-oversight", "0.3",
-        "--training.updates", "1", "--evaluation.episodes", "200", "--evaluation.oversight", "0.1",
+        "--reinforce.updates", "1", "--evaluation.episodes", "200", "--evaluation.oversight", "0.1",
     ])  # fmt: skip
     rows = result(tmp_path)
     assert {row["evaluator"] for row in rows} == {"rollout"}
@@ -209,8 +209,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
     path = tmp_path / "stopped"
     # no annealing: the two runs below differ in their number of updates
-    steady = [*SMOKE, "--training.learning-rate", "1e-3", "--training.entropy-coef", "0.02"]
-    args = [*steady, "--run-dir", str(path), "--training.updates", "20000"]
+    steady = [*SMOKE, "--reinforce.learning-rate", "1e-3", "--reinforce.entropy-coef", "0.02"]
+    args = [*steady, "--run-dir", str(path), "--reinforce.updates", "20000"]
     process = subprocess.Popen(
         [sys.executable, "train.py", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -233,7 +233,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
     set_updates(path, stopped_at + 20)
     train(["--resume", str(path)])
     whole = tmp_path / "whole"
-    train([*steady, "--run-dir", str(whole), "--training.updates", str(stopped_at + 20)])
+    train([*steady, "--run-dir", str(whole), "--reinforce.updates", str(stopped_at + 20)])
     same_run(path, whole)
 
 
@@ -254,7 +254,7 @@ def same_run(path, whole):
 @pytest.mark.usefixtures("interruptible")
 def test_a_stop_is_saved_at_once_and_not_at_the_next_evaluation(tmp_path):
     path = tmp_path / "stopped"
-    rare = ["--evaluation.every", "1000000", "--training.updates", "1000000"]
+    rare = ["--evaluation.every", "1000000", "--reinforce.updates", "1000000"]
     process = subprocess.Popen(
         [sys.executable, "train.py", *SMOKE, "--run-dir", str(path), *rare],
         cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -273,10 +273,10 @@ def test_a_stop_is_saved_at_once_and_not_at_the_next_evaluation(tmp_path):
 
 def test_seeds_that_were_saved_apart_go_on_together(tmp_path):
     """A crash between two folders' checkpoints: both go on from the newest that they share."""
-    steady = [*SMOKE, "--seeds", "2", "10", "--training.learning-rate", "1e-3"]
-    steady += ["--training.entropy-coef", "0.02", "--evaluation.every", "5"]
+    steady = [*SMOKE, "--seeds", "2", "10", "--reinforce.learning-rate", "1e-3"]
+    steady += ["--reinforce.entropy-coef", "0.02", "--evaluation.every", "5"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    train([*steady, "--run-dir", str(broken), "--training.updates", "20"])
+    train([*steady, "--run-dir", str(broken), "--reinforce.updates", "20"])
     assert [p.name for p in find_runs(broken)] == ["seed_2", "seed_10"]
     for seed in (2, 10):
         (broken / f"seed_{seed}/result.json").unlink()
@@ -284,7 +284,7 @@ def test_seeds_that_were_saved_apart_go_on_together(tmp_path):
     for file in (broken / "seed_10/checkpoints").glob("*20.*"):
         file.unlink()
     train(["--resume", str(broken)])
-    train([*steady, "--run-dir", str(whole), "--training.updates", "30"])
+    train([*steady, "--run-dir", str(whole), "--reinforce.updates", "30"])
     for seed in (2, 10):
         same_run(broken / f"seed_{seed}", whole / f"seed_{seed}")
         events = EventAccumulator(str(broken / f"seed_{seed}")).Reload()
@@ -532,13 +532,13 @@ def test_what_is_not_a_published_policy_is_refused(tmp_path, capsys):
         (["--world.ghost-oversight", "-0.5"], "world.ghost_oversight"),
         (["--world.rows", "1"], "world.rows: should be greater than or equal to 2, got 1"),
         (["--world.cols", "0"], "world.cols"),
-        (["--training.worlds", "0"], "training.worlds"),
-        (["--training.worlds", "1000000000"], "training.worlds"),
+        (["--reinforce.worlds", "0"], "training.worlds"),
+        (["--reinforce.worlds", "1000000000"], "training.worlds"),
         (["--agent.hidden", "10000000"], "agent.hidden"),
         (["--world.max-steps", "1000000"], "world.max_steps"),
-        (["--training.updates", "-3"], "training.updates"),
-        (["--training.learning-rate", "1", "2", "3"], "training.learning_rate"),
-        (["--training.updates", "many"], "many"),
+        (["--reinforce.updates", "-3"], "reinforce.updates"),
+        (["--reinforce.learning-rate", "1", "2", "3"], "training.learning_rate"),
+        (["--reinforce.updates", "many"], "many"),
         (["--agent.hidden", "0"], "agent.hidden"),
         (["--agent.experts", "1"], "agent.experts"),
         (["--seeds", "1", "1"], "seeds: must be distinct"),
@@ -571,7 +571,7 @@ def test_an_absent_gpu_is_refused(tmp_path, capsys):
         ("- a list", "expected settings"),
         ("world: [", "not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
-        ("training: {updates: 1.5}", "training.updates"),
+        ("reinforce: {updates: 1.5}", "reinforce.updates"),
         ("seeds: []", "seeds"),
         ("agent: {hidden: 0}", "agent.hidden"),
     ],
@@ -653,7 +653,7 @@ def test_what_is_not_a_run_is_refused(run, tmp_path, capsys):
 def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
     """Real processes, whose clock stands still."""
     start = "import time; time.strftime = lambda _: 'now'; from oversight_rl.cli import train; "
-    few = [*SMOKE, "--training.updates", "1"]
+    few = [*SMOKE, "--reinforce.updates", "1"]
     commands = [[*few, "--seeds", "3"]] * 2 + [[*few, "--seeds", "0", "1"]]
     running = [
         subprocess.Popen(
@@ -673,7 +673,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
 def test_a_start_that_fails_leaves_no_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    huge = ["--training.worlds", "1000000", "--training.steps", "65536"]
+    huge = ["--reinforce.worlds", "1000000", "--reinforce.steps", "65536"]
     huge += ["--agent.hidden", "16384", "16384", "16384", "16384", "--agent.experts", "64"]
     assert "too little memory" in refused(capsys, train, [*SMOKE, *huge])
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "runs"])
@@ -722,7 +722,7 @@ def shell(line, run, **environment):
 
 
 def test_output_that_cannot_be_written_stops_nothing(run, tmp_path):
-    small = [*SMOKE, "--training.updates", "1", "--run-dir"]
+    small = [*SMOKE, "--reinforce.updates", "1", "--run-dir"]
     for name, where, code in (("full", ">/dev/full", 1), ("closed", ">&-", 0)):
         line = f"$T {' '.join(small)} {tmp_path / name} {where}"
         found, told = shell(line, run)
@@ -739,11 +739,11 @@ def test_output_that_cannot_be_written_stops_nothing(run, tmp_path):
 def test_ascii_terminals(run, tmp_path):
     ascii_only = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
     path = tmp_path / "sampled"
-    spurious = "--world.spurious-oversight 0.1 --evaluation.episodes 200 --training.updates 1"
+    spurious = "--world.spurious-oversight 0.1 --evaluation.episodes 200 --reinforce.updates 1"
     args = " ".join([*SMOKE, "--run-dir", str(path)])
     for line, shown in (
         (f"$T {args} {spurious} && $O evaluate {path}", " +- "),  # a standard error
-        ("$T --help", "--training.updates"),
+        ("$T --help", "--reinforce.updates"),
         ("$O evaluate $RUN-é", "no such run folder"),
     ):
         code, told = shell(line, run, **ascii_only)
@@ -769,7 +769,7 @@ def test_help_is_complete(command):
         [sys.executable, *command, "--help"],
         cwd=ROOT, capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
-    train_flags = ["--config", "--resume", "--oversight", "--world.rows", "--training.gate-coef"]
+    train_flags = ["--config", "--resume", "--oversight", "--world.rows", "--reinforce.gate-coef"]
     flags = FLAGS.get(command[-1], train_flags)
     for flag in flags:
         assert flag in done.stdout
@@ -812,7 +812,7 @@ def test_help_and_mistakes_load_nothing_slow(tmp_path, command, args):
 
 def test_training_loads_what_it_needs(tmp_path):
     """The default learner needs no other's libraries, nor torch's compiler, nor a report's."""
-    args = [*SMOKE[:-1], "--training.updates", "1", "--run-dir", "run"]
+    args = [*SMOKE[:-1], "--reinforce.updates", "1", "--run-dir", "run"]
     assert loaded("train", args, tmp_path) == {"torch", "tensorboard", "PIL", "safetensors"}
 
 
@@ -824,7 +824,7 @@ def test_every_preset_loads(path):
         expected |= {"compare_minigrid": 7 * 5, "compare_four_rooms": 4 * 5}
         assert len(runs) == expected[path.stem]
         return
-    config = load_yaml(path)
+    config = load_config(path)
     assert Config.model_validate(config.model_dump()) == config
     assert (config == Config()) == (path.name == "default.yaml")
 

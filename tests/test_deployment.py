@@ -29,7 +29,7 @@ from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.environments import new_learner
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 
 GRID = "OversightGrid-v0"
 SMALL = {"n_envs": 4, "n_steps": 16, "batch_size": 32, "seed": 0, "gate_replay": 16,
@@ -312,7 +312,7 @@ def test_the_command_line_knows_each_learners_default(tmp_path):
         "--evaluation.episodes",
         "4",
     ]
-    grid = ["--training.updates", "1", "--training.worlds", "4", "--training.steps", "4"]
+    grid = ["--reinforce.updates", "1", "--reinforce.worlds", "4", "--reinforce.steps", "4"]
     file = tmp_path / "ppo.yaml"
     file.write_text("algo: ppo\nworld: {rows: 3, cols: 3}\n")
     for name, flags, method in (
@@ -322,7 +322,7 @@ def test_the_command_line_knows_each_learners_default(tmp_path):
         ("grid", grid, "routing"),
     ):
         train(["--run-dir", str(tmp_path / name), *small, *flags])
-        assert load_yaml(tmp_path / name / "config.yaml").method == method
+        assert load_config(tmp_path / name / "config.yaml").method == method
 
 
 def test_set_env_changes_what_the_method_knows_of_labels():

@@ -37,7 +37,7 @@ from oversight_rl.evaluation import Subject
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 from oversight_rl.training import stack_key
 
 ROOT = Path(__file__).parent.parent
@@ -260,7 +260,7 @@ def agree(ours, theirs, tolerance=1e-4):
 
 PRESETS = {
     "small": (SMALL, (4, 3, 3), 12, 20),
-    "paper": (load_yaml(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
+    "paper": (load_config(ROOT / "configs/paper.yaml").agent, (4, 5, 5), 32, 64),
 }
 
 
@@ -482,8 +482,8 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
         chance = float(targets.chance[0, t + left[t, n], n])
         routes = [chance, 1 - chance, 0.0]
         assert targets.routes[0, t, n].tolist() == pytest.approx(routes, abs=1e-5)
-        signed = float(targets.deployed_returns[0, t, n]) / 0.5 ** left[t, n]
-        assert signed == pytest.approx(2 * chance - 1, abs=1e-5)
+        worth = float(targets.deployed_returns[0, t, n]) / 0.5 ** left[t, n]
+        assert worth == pytest.approx(2 * chance - 1, abs=1e-5)
         worth = float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
         assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
 

@@ -206,8 +206,8 @@ def test_the_command_trains_stops_and_goes_on_by_what_it_said(installed, mine):
     command = installed / "oversight-rl"
     assert run(command, "--version", cwd=mine) == f"oversight-rl {PROJECT['version']}\n"
     small = ["--config", "smoke", "--device", "cpu", "--no-pictures"]
-    steady = ["--training.learning-rate", "1e-3", "--training.entropy-coef", "0.02"]
-    long = ["--run-dir", "run", "--training.updates", "20000", *steady]
+    steady = ["--reinforce.learning-rate", "1e-3", "--reinforce.entropy-coef", "0.02"]
+    long = ["--run-dir", "run", "--reinforce.updates", "20000", *steady]
     process = subprocess.Popen([command, "train", *small, *long], cwd=mine,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     kept = mine / "run" / "checkpoints"

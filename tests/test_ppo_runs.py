@@ -21,7 +21,7 @@ from oversight_rl.envs.settings import UserError
 from oversight_rl.evaluation import Subject
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import RunFolder
 from oversight_rl.settings import EvaluationConfig
@@ -59,7 +59,7 @@ def timeless(path):
 
 
 def tensors(path):
-    folder, config = RunFolder.open(path), load_yaml(path / "config.yaml")
+    folder, config = RunFolder.open(path), load_config(path / "config.yaml")
     like = checkpoint.agent_like(config, "policy.")
     newest = checkpoint.updates(folder.checkpoints)[-1]
     return newest, checkpoint.load(folder.checkpoints, newest, like)[0]
@@ -286,7 +286,7 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
         (["--algo", "ppo", "--env", "CartPole-v1"], "oversight"),
         (["--algo", "ppo", "--env", "os:CartPole-v1"], "must be an id that gymnasium knows"),
         (["--algo", "ppo", "--method", "naive_early_stop"], "with --algo ppo must be one of"),
-        (["--algo", "ppo", "--training.steps", "9"], "training: not used with --algo ppo"),
+        (["--algo", "ppo", "--reinforce.steps", "9"], "reinforce: not used with --algo ppo"),
         (["--ppo.steps", "9"], "ppo: not used with --algo reinforce, whose settings"),
         (["--env", "MiniGrid-DiamondGhost-5x5-v0", "--algo", "ppo", "--world.rows", "4"],
          "world: is OversightGrid-v0's"),
@@ -323,7 +323,7 @@ def test_damaged_checkpoints_are_refused(run, tmp_path, capsys):
 
 
 def checkpoint_of_all(path):
-    config = load_yaml(path / "config.yaml")
+    config = load_config(path / "config.yaml")
     model = ppo_training.make_model(config)
     model._last_obs = model.env.reset()
     model._last_episode_starts = np.ones(8, bool)

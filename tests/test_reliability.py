@@ -16,13 +16,14 @@ import soak
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import report, tracking
+from oversight_rl import tracking
 from oversight_rl.agents.reinforce import learner, losses
 from oversight_rl.cli import STOPPED, main, train
 from oversight_rl.envs.gym import OversightGridVecEnv
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
+from oversight_rl.reports.gather import gather
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import EVENTS, RunFolder
 from oversight_rl.runs.health import Watch
@@ -80,7 +81,7 @@ def test_ppo_on_the_grid_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stop):
 
 
 def small(seed=0, **more):
-    base = load_yaml(ROOT / "configs" / "smoke.yaml").model_dump() | {"device": "cpu"}
+    base = load_config(ROOT / "configs" / "smoke.yaml").model_dump() | {"device": "cpu"}
     return Config.model_validate(base | {"seeds": (seed,), "pictures": False} | more)
 
 
@@ -120,7 +121,7 @@ def test_a_bad_number_stops_the_run_at_that_update(tmp_path, capsys, monkeypatch
 
 
 def test_what_went_bad_first_is_named(tmp_path, capsys):
-    steep = [*SMOKE, "--run-dir", tmp_path / "run", "--training.learning-rate", "1e30"]
+    steep = [*SMOKE, "--run-dir", tmp_path / "run", "--reinforce.learning-rate", "1e30"]
     assert "update 1: the parameter agent.trunks.0.weight is inf" in refused(capsys, steep)
 
 
@@ -166,7 +167,7 @@ def test_an_update_is_left_out_of_the_bad_run_alone(monkeypatch):
 
 def test_leaving_updates_out_is_said_once_and_the_run_ends(tmp_path, capsys, monkeypatch):
     poisoned(monkeypatch, "gate", torch.nan, 0, 4)
-    steep = ["--run-dir", str(tmp_path / "run"), "--on-nan", "skip", "--training.updates", "8"]
+    steep = ["--run-dir", str(tmp_path / "run"), "--on-nan", "skip", "--reinforce.updates", "8"]
     train([*SMOKE, *steep])
     assert capsys.readouterr().out.count("update 4: the gate loss is nan; left out") == 1
     assert (tmp_path / "run/result.json").exists()
@@ -329,7 +330,7 @@ def test_the_second_process_on_a_folder_is_refused(tmp_path, capsys, monkeypatch
 
 def test_seeds_whose_folders_were_not_yet_there_are_not_forgotten(tmp_path):
     path = tmp_path / "many"
-    few = [*SMOKE, "--seeds", "0", "7", "--training.updates", "2"]
+    few = [*SMOKE, "--seeds", "0", "7", "--reinforce.updates", "2"]
     train([*few, "--run-dir", str(tmp_path / "whole")])
     train([*few, "--run-dir", str(path)])
     (path / "seed_0/result.json").unlink()
@@ -376,7 +377,7 @@ def test_a_run_with_results_and_no_checkpoint_is_not_begun_again(tmp_path, whole
 def test_what_a_kill_before_the_settings_leaves_is_no_obstacle(tmp_path):
     (tmp_path / "run/seed_0").mkdir(parents=True)
     (tmp_path / "run/seed_0/config.yaml.tmp").write_text("half of a fi")
-    train([*SMOKE, "--run-dir", str(tmp_path / "run"), "--training.updates", "1"])
+    train([*SMOKE, "--run-dir", str(tmp_path / "run"), "--reinforce.updates", "1"])
     assert (tmp_path / "run/result.json").exists()
 
 
@@ -398,7 +399,7 @@ def test_half_a_line_is_cut_off(tmp_path, whole):
 def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
     path = tmp_path / "runs/busy"
     shutil.copytree(whole, tmp_path / "runs/done")
-    often = ["--evaluation.every", "1", "--training.updates", "100000", "--agent.hidden", "4"]
+    often = ["--evaluation.every", "1", "--reinforce.updates", "100000", "--agent.hidden", "4"]
     command = [sys.executable, "train.py", *SMOKE, "--run-dir", str(path), *often]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
@@ -413,7 +414,7 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
             events.Reload()
         assert steps == sorted(steps)
         main(["evaluate", str(path), "--json", str(tmp_path / "rows.json")])
-        found = report.gather(tmp_path / "runs")
+        found = gather(tmp_path / "runs")
         assert found.missing == ["Not finished and left out: busy."]
         seen = [event.step for event in events.Scalars("evaluation/return/mixture")]
         assert seen == list(range(len(seen)))

@@ -14,12 +14,18 @@ import pytest
 import yaml
 from scipy import stats
 
-from oversight_rl import report
 from oversight_rl.cli import main
+from oversight_rl.experiments.oversight import figures
 from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.grid import GridRuns
+from oversight_rl.reports import page, tables
+from oversight_rl.reports.gather import gather
 from oversight_rl.runs.folder import RunFolder
-from oversight_rl.runs.rows import Row
+from oversight_rl.runs.rows import Facts, Row
 
+GATE = ["gate/labeled_diamond", "gate/labeled_ghost", "gate/unlabeled"]
+TITLES = {part.name: part.title for part in figures.PARTS}
+DRAWN = [name for name in TITLES if name != "reward_models"]  # which is a table
 LEVELS, SEEDS = (0.01, 0.1), range(5)
 RETURNS = {  # by method: mean return at the two levels
     "routing": (0.5, 0.7),
@@ -40,31 +46,33 @@ def make_run(path, method, level, seed, value, settings=None):
         policies = ["single"]
     rows = []
     for policy in policies:
-        fields = dict.fromkeys((field.name for field in dataclasses.fields(Row)), 0.25)
-        fields |= {
-            "method": method, "seed": seed, "train_oversight": level, "deploy_oversight": level,
-            "policy": policy, "greedy": False, "temperature": 1.0, "evaluator": "exact",
+        names = ("return_se", "p_diamond_flagged", "p_ghost_flagged", "p_ghost_on_path")
+        found = {
             "ground_truth_return": value if policy in ("diamond", "single") else -value,
-            "window_return": value / 2, "optimal_return": 0.93, "env_steps": 1000,
-            "wall_seconds": 3.0, "p_diamond": 0.8, "p_ghost": 0.15, "p_timeout": 0.05,
-        }  # fmt: skip
-        rows.append(Row(**fields))
+            "window_return": value / 2, "optimal_return": 0.93,
+            "p_diamond": 0.8, "p_ghost": 0.15, "p_timeout": 0.05, "episode_length": 0.25,
+        } | dict.fromkeys(names, 0.25)  # fmt: skip
+        deployed = policy in ("diamond", "single")
+        rows.append(Row.of(Facts(method, seed, level, 1000, 3.0), policy, found, deployed=deployed))
     for update, share in ((0, 0.0), (10, 0.5), (20, 1.0)):
         scaled = [
             dataclasses.replace(
-                r, ground_truth_return=share * r.ground_truth_return, env_steps=50 * update
+                r,
+                figures={**r.figures, GridRuns.score: share * r.figures[GridRuns.score]},
+                env_steps=50 * update,
             )
             for r in rows
             if "=" not in r.policy
         ]
-        folder.log_rows(update, scaled)
+        folder.log_rows(update, scaled, GridRuns)
         points = {"loss/policy": 0.1}
         if len(policies) > 1:
-            points |= {f"gate/{kind}": 0.5 for kind in report.GATE}
+            points |= dict.fromkeys(GATE, 0.5)
         if method == "reward_model":
-            points |= dict(zip(report.REWARD_MODEL, (0.99, 0.9, 0.01, 0.123), strict=True))
+            columns = [column for column, _ in figures.REWARD_MODEL.values()]
+            points |= dict(zip(columns, (0.99, 0.9, 0.01, 0.123), strict=True))
         folder.log_training(update, points)
-    folder.finish(config, rows)
+    folder.finish(config, rows, GridRuns)
 
 
 def spread(seed):
@@ -94,7 +102,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def page(directory):
+def read_page(directory):
     return Page((directory / "report.html").read_text())
 
 
@@ -124,8 +132,8 @@ def test_the_summary_holds_the_statistics(runs, capsys):
 
 def test_the_verdict_says_who_wins(runs):
     """Worse and better than routing by more than the spread of seeds, at known levels."""
-    found = report.gather(runs)
-    assert report.verdict(found, report.summary(found)) == (
+    found = gather(runs)
+    assert tables.verdict(found, tables.summary(found)) == (
         "Of the methods that need labels alone, the best return (IQM) has reward_model at 1% "
         "(0.80) and 10% (0.85); of them, gradient routing is beaten by naive at 10%; reward_model "
         "at every level, and beats naive at 1%; of the methods that assume more, it is beaten by "
@@ -136,12 +144,12 @@ def test_the_verdict_says_who_wins(runs):
 def test_one_run_beats_nobody(runs):
     for seed in (1, 2, 3, 4):
         shutil.rmtree(runs / "reward_model-0.1" / f"seed_{seed}")
-    found = report.gather(runs)
-    assert "reward_model at 1%, and beats" in report.verdict(found, report.summary(found))
+    found = gather(runs)
+    assert "reward_model at 1%, and beats" in tables.verdict(found, tables.summary(found))
 
 
 def test_improvement_is_the_share_of_pairs_won(runs):
-    table = report.improvement(report.gather(runs))
+    table = tables.improvement(gather(runs))
     assert table.loc["reward_model", "routing"] == 1.0
     assert table.loc["routing", "naive"] == pytest.approx((1 + 0) / 2, abs=0.01)
     assert np.isnan(table.loc["naive", "naive"])
@@ -150,12 +158,12 @@ def test_improvement_is_the_share_of_pairs_won(runs):
 
 
 def test_the_page_is_one_file_with_every_figure(runs):
-    report.write(runs)
-    found = page(runs)
+    page.write(runs)
+    found = read_page(runs)
     text = " ".join(found.text)
-    for heading, _ in report.CAPTIONS.values():
+    for heading in TITLES.values():
         assert heading in text
-    assert sum(tag == "svg" for tag, _ in found.tags) == len(report.CAPTIONS)
+    assert sum(tag == "svg" for tag, _ in found.tags) == len(DRAWN)
     for tag, attributes in found.tags:
         assert tag not in ("script", "iframe", "object", "link", "img"), tag
         for name in ("src", "href", "xlink:href"):
@@ -168,14 +176,14 @@ def test_the_page_is_one_file_with_every_figure(runs):
     assert "prefers-color-scheme: dark" in (runs / "report.html").read_text()
     assert "12.3%" not in text
     assert "0.123" in text  # calibration of the reward model on unlabeled endings
-    for name in report.CAPTIONS:
+    for name in DRAWN:
         assert (runs / "figures" / f"{name}.svg").read_text().startswith("<?xml")
         image = matplotlib.image.imread(runs / "figures" / f"{name}.png")
         assert image[..., :3].std() > 0.01
 
 
 def test_figures_show_the_numbers(runs):
-    figure = report.figure_returns(report.gather(runs))
+    figure = figures.returns(gather(runs))
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     assert list(lines["routing, as published"].get_ydata()) == [0.28, 0.51]
     (axes,) = [a for a in figure.axes if a.get_title().startswith("one policy")]
@@ -211,7 +219,7 @@ def test_what_is_missing_is_said_and_the_rest_reported(runs, capsys):
         "naive-0.01/seed_1 repeats again",
     ):
         assert line in said, line
-        assert line in " ".join(page(runs).text), line
+        assert line in " ".join(read_page(runs).text), line
     assert "Traceback" not in said
     table = pd.read_csv(runs / "summary.csv").set_index(["method", "train_oversight"])
     assert table.loc[("reward_model", 0.1), "n_seeds"] == 1
@@ -238,26 +246,26 @@ def test_settings_that_runs_vary_tell_them_apart(tmp_path):
         for seed in (0, 1):
             make_run(
                 tmp_path / f"{coefficient}-{seed}", "routing", 0.1, seed, coefficient / 4,
-                {"training": {"gate_coef": coefficient}, "ppo": {"gate_coef": coefficient + seed}},
+                {"reinforce": {"gate_coef": coefficient}, "ppo": {"gate_coef": coefficient + seed}},
             )  # fmt: skip
-    found = report.gather(tmp_path)
+    found = gather(tmp_path)
     assert found.names == [
-        "routing (training.gate_coef=[0.5])",
-        "routing (training.gate_coef=[2.0])",
+        "routing (reinforce.gate_coef=[0.5])",
+        "routing (reinforce.gate_coef=[2.0])",
     ]
-    assert list(report.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
-    _, verdict = report.write(tmp_path)
+    assert list(tables.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
+    _, verdict = page.write(tmp_path)
     assert "beaten" not in verdict  # there is no one routing to compare with
 
 
 def test_runs_that_a_sweep_plans_and_has_not_begun_are_missing(runs):
     grid = {"method": [*RETURNS, "oracle"], "oversight": list(LEVELS), "seeds": list(range(6))}
     (runs / "sweep.yaml").write_text(yaml.safe_dump({"grid": grid}))
-    missing = report.gather(runs).missing
+    missing = gather(runs).missing
     assert "Planned and not begun: seed_5 in naive-0.1." in missing
     assert "Planned and not begun: all of oracle-0.01 and oracle-0.1." in missing
     (runs / "sweep.yaml").write_text("grid: 5")
-    assert any("sweep cannot be read" in line for line in report.gather(runs).missing)
+    assert any("sweep cannot be read" in line for line in gather(runs).missing)
 
 
 def replaced(old, new):
@@ -292,7 +300,7 @@ def test_a_damaged_run_is_named_and_left_out(runs, damage):
     name, change = DAMAGE[damage]
     file = runs / "naive-0.1" / "seed_2" / name
     file.write_text(change(file.read_text()))
-    found = report.gather(runs)
+    found = gather(runs)
     assert any(line.startswith("naive-0.1/seed_2 cannot be read") for line in found.missing)
     assert len(found.deployed) == 39
 
@@ -301,19 +309,19 @@ def test_odd_provenance_does_no_harm(runs):
     config = runs / "naive-0.1" / "seed_2" / "config.yaml"
     text = config.read_text()
     config.write_text(text[: text.index("provenance:")] + "provenance: 5")
-    found = report.gather(runs)
+    found = gather(runs)
     assert len(found.deployed) == 40
     assert "unknown" in found.versions
 
 
 def test_gates_are_drawn_if_there_is_anything_to_draw(runs):
-    found = report.gather(runs)
-    assert report.figure_gate(found) is not None
+    found = gather(runs)
+    assert figures.gate(found) is not None
     found.training["gate/unlabeled"] = np.nan  # at full oversight nothing is unlabeled
-    assert report.figure_gate(found) is not None
-    for kind in report.GATE:
-        found.training[f"gate/{kind}"] = np.nan
-    assert report.figure_gate(found) is None
+    assert figures.gate(found) is not None
+    for column in GATE:
+        found.training[column] = np.nan
+    assert figures.gate(found) is None
 
 
 def test_names_from_files_are_text_and_not_markup(runs):
@@ -322,16 +330,16 @@ def test_names_from_files_are_text_and_not_markup(runs):
     shutil.copytree(runs / "naive-0.01" / "seed_0", folder)
     config = folder / "config.yaml"
     config.write_text(re.sub("commit: .*", f"commit: '{evil}'", config.read_text()))
-    report.write(runs)
-    found = page(runs)
+    page.write(runs)
+    found = read_page(runs)
     assert not [tag for tag, _ in found.tags if tag in ("img", "script")]
     assert evil in " ".join(found.text)
 
 
 def test_the_papers_figure_is_carried_along():
-    paper = report.paper_figure()
+    paper = figures.paper_figure()
     assert set(paper) == {"routing", "naive", "filtering"}
     assert paper["routing"][0.003] == 0.10
     assert paper["filtering"][0.4] == 0.75
-    source = Path(report.__file__).parent / "data" / "paper_figure_6a.csv"
+    source = Path(tables.__file__).parents[1] / "data" / "paper_figure_6a.csv"
     assert "arXiv 2410.04332" in source.read_text()

@@ -19,20 +19,20 @@ from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 from oversight_rl.settings import dump_yaml, read_yaml
 from oversight_rl.sweeps.plan import load_sweep, plan
 from oversight_rl.sweeps.workers import work
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]
-SMALL += ["--training.updates", "4", "--evaluation.every", "2", "--evaluation.oversight", "0.1"]
+SMALL += ["--reinforce.updates", "4", "--evaluation.every", "2", "--evaluation.oversight", "0.1"]
 SMALL += ["--world.rows", "3", "--world.cols", "3", "--world.max-steps", "6"]
 
 TWICE = [
-    ("training:\n  updates: 2\nagent: {hidden: [8]}\ntraining:\n  steps: 8\n", "'training'", 4),
+    ("reinforce:\n  updates: 2\nagent: {hidden: [8]}\nreinforce:\n  steps: 8\n", "'reinforce'", 4),
     ("agent: {hidden: [8], hidden: [9]}\n", "'hidden'", 1),
-    ("training:\n  updates: 2\n  'updates': 2\n", "'updates'", 3),
+    ("reinforce:\n  updates: 2\n  'updates': 2\n", "'updates'", 3),
     ("grid:\n  seeds: [{a: {b: 1,\n    b: 2}}]\n", "'b'", 3),
     ("1: a\n1: b\n", "1", 2),
 ]
@@ -45,7 +45,7 @@ def read(tmp_path, text):
 
 def loaded(tmp_path, text):
     (tmp_path / "settings.yaml").write_text(text)
-    return load_yaml(tmp_path / "settings.yaml")
+    return load_config(tmp_path / "settings.yaml")
 
 
 @pytest.mark.parametrize(("text", "key", "line"), TWICE)
@@ -96,14 +96,14 @@ def test_tags_are_refused(tmp_path, text):
     ("text", "told"),
     [
         ("seeds: 1:30", "seeds: should be a valid integer, .*, got '1:30'"),
-        ("training: {updates: true}", "training.updates: must be a number, got True"),
+        ("reinforce: {updates: true}", "reinforce.updates: must be a number, got True"),
         ("oversight: yes", "oversight: should be a valid number, .*, got 'yes'"),
         ("oversight: true", "oversight: must be a number, got True"),
         ("seeds: [1, true]", r"seeds: must be numbers, got \[1, True\]"),
-        ("training: {learning_rate: [1.0, false]}", "training.learning_rate: must be numbers"),
+        ("reinforce: {learning_rate: [1.0, false]}", "reinforce.learning_rate: must be numbers"),
         ("agent: {hidden: false}", "agent.hidden: must be a number, got False"),
-        ("training: {updates: 2024-01-01}", "training.updates: .* got '2024-01-01'"),
-        ("training: {updates: 0x10}", "training.updates: .* got '0x10'"),
+        ("reinforce: {updates: 2024-01-01}", "reinforce.updates: .* got '2024-01-01'"),
+        ("reinforce: {updates: 0x10}", "reinforce.updates: .* got '0x10'"),
         ("method: on", "method: must be one of .* got 'on'"),
     ],
 )
@@ -113,7 +113,7 @@ def test_what_is_no_number_is_not_made_one(tmp_path, text, told):
 
 
 def test_numbers_mean_what_they_say(tmp_path):
-    config = loaded(tmp_path, "training: {updates: 010, learning_rate: 1e-3}\noversight: 1e-1\n")
+    config = loaded(tmp_path, "reinforce: {updates: 010, learning_rate: 1e-3}\noversight: 1e-1\n")
     assert config.training.updates == 10
     assert config.training.learning_rate == (1e-3,)
     assert config.oversight == 0.1
@@ -155,7 +155,7 @@ def test_words_that_an_environment_would_take_for_true_are_refused(tmp_path, cap
     (tmp_path / "sweep.yaml").write_text(sweep)
     with pytest.raises(UserError, match=f"{told}'yes'"):
         plan(load_sweep(tmp_path / "sweep.yaml"), tmp_path)
-    assert load_yaml(tmp_path / "run.yaml").env_settings == {"lava": "off"}  # of an old run, say
+    assert load_config(tmp_path / "run.yaml").env_settings == {"lava": "off"}  # of an old run, say
 
 
 numbers = st.floats(allow_nan=False) | st.integers(-(2**62), 2**62)
@@ -231,7 +231,7 @@ def test_a_run_uses_the_threads_that_its_settings_say(tmp_path, threads, algo):
     train([*args, "--run-dir", str(path), "--threads", "2"])
     assert set(threads) == {2}
     threads.clear()
-    assert load_yaml(path / "config.yaml").threads == 2
+    assert load_config(path / "config.yaml").threads == 2
     main(["evaluate", str(path)])
     assert threads == [2]
     threads.clear()
@@ -253,7 +253,7 @@ def test_a_stopped_run_goes_on_with_its_threads(tmp_path, threads, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_worker_of_a_sweep_uses_as_many(tmp_path, threads, count):
     (tmp_path / "sweep.yaml").write_text(
-        "settings: {pictures: off, world: {rows: 3, cols: 3}, training: {updates: 2, worlds: 8}}\n"
+        "settings: {pictures: off, world: {rows: 3, cols: 3}, reinforce: {updates: 2, worlds: 8}}\n"
         f"grid: {{threads: {count}}}\n"
     )
     (run,) = plan(load_sweep(tmp_path / "sweep.yaml"), tmp_path / "out")

@@ -22,7 +22,7 @@ from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight import reference
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config as load_yaml
+from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import RunFolder
 from oversight_rl.settings import read_yaml
@@ -45,7 +45,7 @@ def refused(capsys, command, *args):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
-    train([*SMOKE, "--training.updates", "2", "--run-dir", str(path)])
+    train([*SMOKE, "--reinforce.updates", "2", "--run-dir", str(path)])
     return path
 
 
@@ -94,7 +94,7 @@ def test_forged_checkpoints_are_gone_on_with_or_refused(tmp_path, method):
 
 def small_trainer(methods, updates=3, **settings):
     """A stack with one run of each method, after some updates."""
-    config = load_yaml(ROOT / "configs" / "smoke.yaml")
+    config = load_config(ROOT / "configs" / "smoke.yaml")
     configs = [
         Config.model_validate(config.model_dump() | {"method": m, "device": "cpu"} | settings)
         for m in methods

@@ -31,6 +31,8 @@ class Experiment(ABC):
     """The figure that says the score's standard error, if one does."""
     methods: ClassVar[Mapping[str, Any]] = {}
     """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
+    report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
+    """What its reports hold, a `reports.found.Report` as `module:NAME`, loaded when it is used."""
 
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """Charts of several curves on TensorBoard's page, by group and title: a pattern of tags."""
@@ -84,11 +86,6 @@ class Experiment(ABC):
     def describe(cls, config: Any) -> str:
         """What to say of a run on its page in TensorBoard, as Markdown."""
         return ""
-
-    @classmethod
-    def report_figures(cls) -> Sequence[Any]:
-        """What reports of this kind draw beside what all do; see `reports.figures`."""
-        return ()
 
 
 def experiment_of(config: RunConfig) -> type[Experiment]:

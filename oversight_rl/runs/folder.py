@@ -6,19 +6,18 @@ Nothing else writes there, checkpoints apart.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import math
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
@@ -34,6 +33,7 @@ from oversight_rl.runs.rows import Row, deployed_row, read_rows, write_rows
 from oversight_rl.settings import RunConfig, dump_yaml, flat, read_yaml
 
 CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
+LOCK = "lock.tmp"  # of a process at work there; no part of a run, like all that ends so
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
 METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.oversight_rl"
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
@@ -324,23 +324,21 @@ def locked(path: Path) -> Iterator[None]:
     """Keep other processes from a folder; a dead one holds nothing.
 
     Raises:
-        UserError: another process is at work in it.
+        UserError: another process is at work in it, or it cannot be written.
     """
+    check_plain(path / LOCK)
+    lock = FileLock(path / LOCK, timeout=PATIENCE)
     with writing(path):
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{path}: another process is at work in it") from None
     try:
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise UserError(f"{path}: another process is at work in it") from None
-                time.sleep(0.2)
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # whoever got hold of it meanwhile sees that, and makes another
+            (path / LOCK).unlink()
+        lock.release()
 
 
 def provenance() -> dict[str, Any]:

@@ -182,9 +182,8 @@ class Config(RunConfig):
         shown = self.world.model_copy(update={"flags_visible": True})
         if self.env != GRID and shown != WorldConfig():
             raise UserError(f"world: is {GRID}'s; settings of {self.env} are env_settings")
-        self._refuse_words()
 
-    def _refuse_words(self) -> None:
+    def refuse_words(self) -> None:
         """Refuse `off` and its like as arguments of an environment, to which all words are true.
 
         Raises:

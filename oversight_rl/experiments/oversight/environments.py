@@ -19,10 +19,9 @@ from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.labels import LabelError
 from oversight_rl.envs.plugins import why
 from oversight_rl.envs.settings import UserError
-from oversight_rl.experiments.oversight import pictures
 from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.rollouts import EnvEvaluator, make_env
+from oversight_rl.experiments.oversight.rollouts import EnvEvaluator, env_rollouts, make_env
 from oversight_rl.experiments.oversight.runs import OversightRuns, deployed_name
 from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
@@ -63,7 +62,7 @@ class EnvJudge:
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
         """See `runs.Judge`; none where the environment draws none."""
-        animation = pictures.env_rollouts(agent, self.config, policies)
+        animation = env_rollouts(agent, self.config, policies)
         return {} if animation is None else {"rollouts": animation}
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
 from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import SteeredPolicy, Steering
 from oversight_rl.envs import render
-from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL
 from oversight_rl.envs.world import State, World
-from oversight_rl.experiments.oversight.config import GRID, Config
-from oversight_rl.experiments.oversight.rollouts import make_env
 
 MOST_POLICIES = 4  # panels in a row; a page shows no more
 FRAMES = 48
+Frames: TypeAlias = list[tuple[render.Picture, str]]
 
 
 def placement(world: World, flagged: bool) -> State:
@@ -77,72 +76,24 @@ def rollouts(agent: Agent, world: World, steerings: Sequence[Steering], seed: in
     columns = [
         _rollout(agent, world, steering, seed, FRAMES) for steering in steerings[:MOST_POLICIES]
     ]
-    frames = []
-    for step in zip(*columns, strict=True):
-        frames.append(render.panels([p for p, _ in step], [c for _, c in step]))
-    return render.gif(frames)
+    return side_by_side(columns)
 
 
-def env_rollouts(
-    policy: MoEPolicy, config: Config, steerings: Sequence[Steering], seed: int = 0
-) -> bytes | None:
-    """Policies of a PPO run at work side by side, as `rollouts`, in the environment's own pictures.
-
-    Returns:
-        A GIF; None where the environment draws none.
-    """
-    columns = []
-    with torch.random.fork_rng(devices=[]):
-        for steering in steerings[:MOST_POLICIES]:
-            torch.manual_seed(seed)
-            frames = _env_rollout(policy.steered(steering), config, steering.name, seed)
-            if frames is None:
-                return None
-            columns.append(frames)
+def side_by_side(columns: Sequence[Frames]) -> bytes:
+    """A GIF of policies' frames, each with its caption."""
     joined = [
-        render.panels([p for p, _ in step], [c for _, c in step])
+        render.panels([picture for picture, _ in step], [caption for _, caption in step])
         for step in zip(*columns, strict=True)
     ]
     return render.gif(joined)
 
 
-def _env_rollout(
-    policy: MoEPolicy, config: Config, name: str, seed: int
-) -> list[tuple[render.Picture, str]] | None:
-    """Frames of one policy with their captions; None where there are no pictures."""
-    settings = config.model_copy(
-        update={"env_settings": config.env_settings | {"render_mode": "rgb_array"}}
-    )
-    try:
-        env = make_env(settings if config.env != GRID else config, config.oversight, 1)
-    except UserError:
-        return None  # it was made for training, but knows no render_mode
-    env.seed(seed)
-    observation = env.reset()
-    tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)
-    shown: list[tuple[render.Picture, str]] = []
-    while len(shown) < FRAMES:
-        (picture,) = env.get_images()
-        if picture is None:
-            return None
-        count = ", ".join(f"{behavior} {n}" for behavior, n in tally.items())
-        shown.append((picture, f"policy: {name}\nreached: {count}"))
-        action, _ = policy.predict(observation)
-        observation, _, dones, infos = env.step(action)
-        if dones[0]:  # the end itself is not shown: SB3's environments have been reset by now
-            tally[infos[0].get("behavior") or "timeout"] += 1
-    env.close()
-    return shown
-
-
-def _rollout(
-    agent: Agent, world: World, steering: Steering, seed: int, frames: int
-) -> list[tuple[render.Picture, str]]:
+def _rollout(agent: Agent, world: World, steering: Steering, seed: int, frames: int) -> Frames:
     """Frames of one policy with their captions; the last frame of an episode shows its end."""
     generator = torch.Generator(world.device).manual_seed(seed)
     policy = SteeredPolicy(agent, steering)
     tally = dict.fromkeys([*BEHAVIORS, "timeout"], 0)
-    shown: list[tuple[render.Picture, str]] = []
+    shown: Frames = []
 
     def show(state: State) -> None:
         count = ", ".join(f"{name} {n}" for name, n in tally.items())

@@ -7,13 +7,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors.torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import KEPT, SteeredPolicy, Steering, parse, standard
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight.config import Config
@@ -25,6 +24,9 @@ from oversight_rl.runs.experiment import experiment_of
 from oversight_rl.runs.folder import RunFolder, open_runs
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
+
+if TYPE_CHECKING:
+    from oversight_rl.agents.ppo.policy import MoEPolicy
 
 POLICY = "oversight_rl_policy"  # metadata key of an exported policy
 PREFIX = "agent."  # of the names of its tensors
@@ -76,16 +78,20 @@ class Saved:
         return judge.pictures(self.agent, policies)
 
 
-def kind_of(config: RunConfig) -> type[OversightRuns]:
-    """The kind of oversight experiment that a configuration is of.
+def ours(config: RunConfig) -> Config:
+    """A configuration of an oversight experiment.
 
     Raises:
-        UserError: it is of another experiment.
+        UserError: it is of another one.
     """
-    kind = experiment_of(config)
-    if not issubclass(kind, OversightRuns):
+    if not issubclass(experiment_of(config), OversightRuns):
         raise UserError(f"algo: runs of {config.algo} have no experts to steer")
-    return kind
+    return cast(Config, config)
+
+
+def kind_of(config: Config) -> type[OversightRuns]:
+    """The kind of oversight experiment that a configuration is of."""
+    return cast("type[OversightRuns]", experiment_of(config))
 
 
 def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
@@ -99,7 +105,7 @@ def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
     """
     (saved,) = read(Path(path))
     steering = saved.steering or parse(KEPT, *saved.kind.names(saved.agent))
-    return saved.kind.policy(saved.agent, steering)
+    return cast("SteeredPolicy | MoEPolicy", saved.kind.policy(saved.agent, steering))
 
 
 def read(path: Path) -> list[Saved]:
@@ -120,7 +126,7 @@ def read_run(folder: RunFolder) -> Saved:
     Raises:
         UserError: there is none, or it is damaged or of another run.
     """
-    config = folder.config()
+    config = ours(folder.config())
     agent, facts = fill(config, kind_of(config).prefix(config), folder.load)
     return Saved(agent, config, facts["env_steps"], facts["wall_seconds"])
 
@@ -188,14 +194,13 @@ def read_policy(path: Path) -> Saved:
         raise UserError(f"{path}: neither a run folder nor an exported policy")
     try:
         about = json.loads(metadata[POLICY])
-        config = as_config(about["config"], written=True)
+        config = ours(as_config(about["config"], written=True))
         fields = about["steering"]
         for name in ("weights", "ablated"):
             fields[name] = None if fields[name] is None else tuple(fields[name])
         steering = _STEERING.validate_python(fields)
         facts = int(about["env_steps"]), float(about["wall_seconds"])
         wanted = dict(about["checksums"])
-        kind_of(config)
     except (
         *(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
         UserError,  # of its settings or its steering

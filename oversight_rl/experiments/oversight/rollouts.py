@@ -1,4 +1,4 @@
-"""Evaluation in any environment: whole episodes of steered policies, by rollouts."""
+"""Any environment: whole episodes of steered policies, judged and drawn."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.plugins import why
 from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
-from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import no_policy, policy_row
+from oversight_rl.experiments.oversight.pictures import FRAMES, MOST_POLICIES, Frames, side_by_side
 from oversight_rl.runs.rows import Facts, Row
 
 ENVIRONMENTS = 512  # of an evaluation, at most
@@ -122,6 +123,52 @@ class EnvEvaluator:
         sign = 0.0 if ending == NO_LABEL else 1.0 if ending == 0 else -1.0
         value = self.config.learner.discount ** (steps - 1) * info.get("ground_truth_reward", sign)
         return [ending, "label" in info, steps, value]
+
+
+def env_rollouts(
+    policy: MoEPolicy, config: Config, steerings: Sequence[Steering], seed: int = 0
+) -> bytes | None:
+    """Policies of a PPO run at work side by side, in the environment's own pictures.
+
+    Returns:
+        A GIF; None where the environment draws none.
+    """
+    columns = []
+    with torch.random.fork_rng(devices=[]):
+        for steering in steerings[:MOST_POLICIES]:
+            torch.manual_seed(seed)
+            frames = _env_rollout(policy.steered(steering), config, steering.name, seed)
+            if frames is None:
+                return None
+            columns.append(frames)
+    return side_by_side(columns)
+
+
+def _env_rollout(policy: MoEPolicy, config: Config, name: str, seed: int) -> Frames | None:
+    """Frames of one policy with their captions; None where there are no pictures."""
+    settings = config.model_copy(
+        update={"env_settings": config.env_settings | {"render_mode": "rgb_array"}}
+    )
+    try:
+        env = make_env(settings if config.env != GRID else config, config.oversight, 1)
+    except UserError:
+        return None  # it was made for training, but knows no render_mode
+    env.seed(seed)
+    observation = env.reset()
+    tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)
+    shown: Frames = []
+    while len(shown) < FRAMES:
+        (picture,) = env.get_images()
+        if picture is None:
+            return None
+        count = ", ".join(f"{behavior} {n}" for behavior, n in tally.items())
+        shown.append((picture, f"policy: {name}\nreached: {count}"))
+        action, _ = policy.predict(observation)
+        observation, _, dones, infos = env.step(action)
+        if dones[0]:  # the end itself is not shown: SB3's environments have been reset by now
+            tally[infos[0].get("behavior") or "timeout"] += 1
+    env.close()
+    return shown
 
 
 def make_env(config: Config, level: float, count: int) -> Any:

@@ -52,6 +52,7 @@ class OversightRuns(Experiment):
     optimum: ClassVar[str | None] = "optimal_return"
     error: ClassVar[str | None] = "return_se"
     methods: ClassVar[Mapping[str, Any]] = METHODS
+    report: ClassVar[str] = "oversight_rl.experiments.oversight.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Ground truth": {
             "return of each policy and the optimum": "evaluation/return/.*",

@@ -1,0 +1,1 @@
+"""Reports: tables, statistics and figures from the run folders below a directory."""

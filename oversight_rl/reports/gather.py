@@ -1,0 +1,236 @@
+"""Gathering: what the run folders below a directory hold, and what is missing there."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from oversight_rl.envs.settings import UserError
+from oversight_rl.files import as_text, check_there, read_text
+from oversight_rl.kinds import KINDS
+from oversight_rl.reports.found import Found, listed
+from oversight_rl.runs.experiment import Experiment, experiment_of
+from oversight_rl.runs.folder import CONFIG, METRICS, TRAINING, RunFolder
+from oversight_rl.runs.rows import deployed_row
+from oversight_rl.settings import flat, read_yaml
+from oversight_rl.sweeps.plan import SWEEP, load_sweep, plan
+
+MOST_TABLE = 2**28  # bytes of a CSV file that is read
+TEXT, TRUTH = ("method", "policy", "evaluator"), ("greedy", "deployed")  # columns, others: numbers
+CURVES = {"update", "method", "policy", "greedy", "deploy_oversight", "env_steps"}
+ELSEWHERE = {"method", "oversight", "seeds", "device", "threads", "pictures", "evaluation"}
+"""Settings that do not tell runs of a method apart."""
+
+
+def gather(directory: Path) -> Found:
+    """Read every run folder below a directory.
+
+    Raises:
+        UserError: there is no finished run.
+    """
+    check_there(directory, "folder")
+    if not directory.is_dir():
+        raise UserError(f"{directory}: is not a folder")
+    missing: list[str] = []
+    unfinished: dict[str, list[str]] = {}
+    runs: list[_Run] = []
+    for path in _find(directory):
+        where = as_text(path.relative_to(directory))
+        try:
+            run = _read(path, where)
+        except (UserError, ValueError, OSError) as error:
+            missing.append(f"{where} cannot be read and is left out ({error}).")
+            continue
+        if run is None:
+            unfinished.setdefault(str(Path(where).parent), []).append(Path(where).name)
+        else:
+            runs.append(run)
+    missing += [
+        f"Not finished and left out: {listed(names)}{f' in {parent}' if parent != '.' else ''}."
+        for parent, names in unfinished.items()
+    ]
+    missing += _not_begun(directory)
+    if not runs:
+        more = f": {missing[0]}" if missing else ""
+        raise UserError(f"{directory}: no finished run below it{more}")
+    kind = runs[0].kind
+    runs = _named(_alike(runs, missing), missing)
+    versions = sorted({run.made_by for run in runs})
+    found = Found(kind, **_together(runs), missing=missing, versions=versions)
+    _look_for_gaps(found)
+    if len(versions) > 1:
+        missing.append(f"The runs were made by {len(versions)} different versions, see below.")
+    return found
+
+
+@dataclass
+class _Run:
+    where: str
+    kind: type[Experiment]
+    key: tuple[str, float, int]  # method, oversight level, seed
+    settings: dict[str, Any]
+    made_by: str
+    tables: dict[str, pd.DataFrame]
+    name: str = ""
+
+
+def _read(path: Path, where: str) -> _Run | None:
+    """A run folder, if the run is finished.
+
+    Raises:
+        UserError, ValueError, OSError: it is damaged.
+    """
+    folder = RunFolder.open(path)
+    config = folder.config()
+    provenance = read_yaml(path / CONFIG).get("provenance")
+    if not folder.finished:
+        return None
+    kind, rows = experiment_of(config), folder.result()
+    curves = _read_table(path / METRICS, CURVES | {kind.score}, kind)
+    if len(curves):  # version 0.1 did not say there which policy is deployed
+        named = curves["policy"] == deployed_row(rows).policy
+        curves = curves[curves.get("deployed", named)]
+    others = set(KINDS) - {config.algo}  # sections of the learners not in use
+    facts = flat(provenance) if isinstance(provenance, dict) else {}
+    return _Run(
+        where,
+        kind,
+        key=(config.method, config.oversight, config.seeds[0]),
+        settings=flat(config.model_dump(mode="json", exclude=ELSEWHERE | others)),
+        made_by=", ".join(f"{k} {v}" for k, v in facts.items()) or "unknown",
+        tables={
+            "results": pd.DataFrame([row.record for row in rows]),
+            "curves": curves,
+            "training": _read_table(path / TRAINING, {"update"}, kind),
+        },
+    )
+
+
+def _alike(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
+    """The runs that are judged as the first is: one report cannot compare others with them."""
+
+    def judged(run: _Run) -> tuple[Any, ...]:
+        return run.kind.score, run.kind.optimum, run.kind.report, list(run.kind.methods)
+
+    alike = [run for run in runs if judged(run) == judged(runs[0])]
+    if others := [run.where for run in runs if judged(run) != judged(runs[0])]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        missing.append(
+            f"Left out: {others[0]}{more}, of another kind of experiment than {runs[0].where}; "
+            "report on a folder that holds them alone."
+        )
+    return alike
+
+
+def _together(runs: Sequence[_Run]) -> dict[str, pd.DataFrame]:
+    """The tables of all runs, each as one."""
+    tables = {}
+    for part in ("results", "curves", "training"):
+        frames = [
+            run.tables[part].assign(name=run.name, level=run.key[1], run=run.where)
+            for run in runs
+            if len(run.tables[part])
+        ]
+        tables[part] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return tables
+
+
+def _find(directory: Path) -> list[Path]:
+    """Every run folder below a directory; links to folders are followed, none twice."""
+    found, met = [], set()
+    for folder, below, names in os.walk(directory, followlinks=True):
+        where = os.path.realpath(folder)
+        if where in met:
+            below.clear()
+            continue
+        met.add(where)
+        below.sort()
+        if CONFIG in names:
+            found.append(Path(folder))
+    return sorted(found)
+
+
+def _read_table(path: Path, needed: set[str], kind: type[Experiment]) -> pd.DataFrame:
+    """A CSV file, empty if there is none.
+
+    Raises:
+        ValueError: columns are missing, or hold what they cannot.
+        UserError: the file is too long, or no text.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return pd.DataFrame()
+    table = pd.read_csv(io.StringIO(read_text(path, MOST_TABLE)))
+    if not needed <= set(table):
+        raise ValueError(f"{path.name} has no column {', '.join(sorted(needed - set(table)))}")
+    if "method" in table and not table["method"].isin(list(kind.methods)).all():
+        raise ValueError(f"{path.name} names a method that is none")
+    for column in table:
+        dtype = table[column].dtype
+        fits = (
+            pd.api.types.is_bool_dtype(dtype)
+            if column in TRUTH
+            else pd.api.types.is_numeric_dtype(dtype) != (column in TEXT)
+        )
+        known = column not in needed or not table[column].isin([np.nan, np.inf, -np.inf]).any()
+        if not (fits and known):
+            raise ValueError(f"{path.name} is damaged in its column {column}")
+    return table
+
+
+def _not_begun(directory: Path) -> list[str]:
+    """Runs that a sweep in this folder plans and has not begun, in sentences."""
+    if not (directory / SWEEP).is_file():
+        return []
+    try:
+        runs = plan(load_sweep(directory / SWEEP), directory)
+    except UserError as error:
+        return [f"The sweep cannot be read ({error})."]
+    absent: dict[str, list[str]] = {}
+    for run in runs:
+        if not (run.path / CONFIG).is_file():
+            absent.setdefault(run.path.parent.name, []).append(run.path.name)
+    whole = [parent for parent, names in absent.items() if not (directory / parent).is_dir()]
+    parts = [
+        f"{listed(names)} in {parent}" for parent, names in absent.items() if parent not in whole
+    ]
+    lines = [f"Planned and not begun: {part}." for part in parts]
+    return lines + ([f"Planned and not begun: all of {listed(whole)}."] if whole else [])
+
+
+def _named(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
+    """Name runs by method and whatever else differs among runs of the method; drop repeats."""
+    for method in {run.key[0] for run in runs}:
+        own = [run for run in runs if run.key[0] == method]
+        settings = pd.DataFrame([run.settings for run in own]).astype(str)
+        varied = [str(column) for column in settings if settings[column].nunique() > 1]
+        for run in own:
+            extra = ", ".join(f"{k}={run.settings.get(k)}" for k in varied)
+            run.name = f"{method} ({extra})" if extra else method
+    kept: dict[tuple[Any, ...], _Run] = {}
+    for run in runs:
+        first = kept.setdefault((run.name, *run.key), run)
+        if first is not run:
+            missing.append(f"{run.where} repeats {first.where}; it is left out.")
+    return list(kept.values())
+
+
+def _look_for_gaps(found: Found) -> None:
+    cells = found.deployed.groupby(["name", "level"])["seed"].agg(set).to_dict()
+    every = set.union(*cells.values())
+    for name in found.names:
+        absent = [f"{level:.3g}" for level in found.levels if (name, level) not in cells]
+        if absent:
+            found.missing.append(f"{name} has no run at oversight {', '.join(absent)}.")
+        for level in found.levels:
+            seeds = cells.get((name, level), every)
+            if len(seeds) < len(every):
+                lacks = ", ".join(str(seed) for seed in sorted(every - seeds))
+                alone = "; one seed has no interval" if len(seeds) == 1 else ""
+                found.missing.append(f"{name} at {level:.3g} lacks seeds {lacks}{alone}.")
