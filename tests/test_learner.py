@@ -21,24 +21,20 @@ from oversight_rl.agents.methods import (
     tables,
 )
 from oversight_rl.agents.networks import Agent, cumulative, sample
-from oversight_rl.agents.reinforce import Rollout
 from oversight_rl.agents.reinforce import collect as collecting
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import calibration_error, statistics
-from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam
+from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam, ReinforceLearner
 from oversight_rl.agents.reinforce.losses import Loss, loss
 from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.reinforce.targets import label
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.agents.steering import standard
+from oversight_rl.envs.mdp import WorldMDP
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.world import Seen, Truth, World
-from oversight_rl.evaluation import Subject
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 from oversight_rl.kinds import load_config
-from oversight_rl.training import stack_key
 
 ROOT = Path(__file__).parent.parent
 SMALL = AgentConfig(hidden=(8, 8))
@@ -71,17 +67,31 @@ def grads_of(agent, value):
     return {n: None if p.grad is None else p.grad.clone() for n, p in agent.named_parameters()}
 
 
-def gradients(agent, rollout, method):
-    """Of the whole loss."""
-    config = ReinforceConfig(discount=0.9)
-    methods = tables([method], [Overseer(0.5)], agent.n_experts)
-    reward_model = make_reward_model() if "reward_model" in METHODS[method].lessons else None
-    targets = label(rollout, methods, config, 0.0, reward_model)
-    total = loss(agent, rollout, targets, reward_model).total(config, 0.0)
-    grads = grads_of(agent, total)
-    if reward_model is not None:
-        grads |= {f"reward model {k}": p.grad for k, p in reward_model.named_parameters()}
-    return grads
+def tiny(*methods, level=0.5, first_seed=0, agent=SMALL, max_steps=6, **settings):
+    """A learner of a run for each method."""
+    return ReinforceLearner(
+        ReinforceConfig(**{"updates": 6, "worlds": 16, "steps": 8} | settings),
+        agent,
+        WorldConfig(rows=3, cols=3, max_steps=max_steps),
+        methods,
+        [Overseer(level)] * len(methods),
+        [first_seed + run for run in range(len(methods))],
+    )
+
+
+def exact_returns(learner, level):
+    """Of the policies of the result table, in their order."""
+    policies = standard(learner.agent.n_experts)
+
+    def table(active):
+        output = learner.agent(active[None])
+        return torch.cat([policy.probabilities(output) for policy in policies])
+
+    mdp = WorldMDP(World(learner.world.config))
+    with torch.no_grad():
+        found = mdp.evaluate(mdp.policy_table(table), torch.tensor([level]), 0.97)
+    names = [policy.name for policy in policies]
+    return dict(zip(names, found.ground_truth_return[:, 0].tolist(), strict=True))
 
 
 def make_reward_model(runs=1, sees_flags=False):
@@ -296,18 +306,6 @@ def test_merging_equal_states_changes_nothing(monkeypatch, runs):
     run = torch.arange(runs)[:, None, None]
     assert torch.equal(merged.active[run, merged.slot], apart.active[run, apart.slot])
     agree(grads, others)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_oracles_look_at_the_truth(method):
-    agent = make_agent(experts=METHODS[method].policy.experts, gate=METHODS[method].policy.gate)
-    rollout = make_rollout(agent)
-    ending = rollout.truth.ending
-    swapped = torch.where(ending == NO_LABEL, ending, 1 - ending)
-    changed = replace(rollout, truth=Truth(swapped))
-    before, after = (gradients(agent, r, method) for r in (rollout, changed))
-    same = all(torch.equal(grad, after[name]) for name, grad in before.items())
-    assert same == (METHODS[method].table.labels in ("flags", "shuffled"))
 
 
 def test_methods_that_learn_from_the_truth_say_so():
@@ -607,12 +605,11 @@ def test_the_gate_learns_from_what_is_remembered(batch):
 
 
 def test_the_gate_is_replayed_in_training_unless_told_otherwise():
-    trainer = Trainer([tiny()])
-    trainer.update()
-    assert int(trainer.gate_memory.count) == int((trainer.latest[1].outcome >= LABELED).sum()) > 0
-    window = tiny(training=ReinforceConfig(updates=6, worlds=16, steps=8, gate_replay=0))
-    assert Trainer([window]).gate_memory is None
-    assert Trainer([tiny("naive")]).gate_memory is None
+    learner = tiny("routing")
+    learner.update()
+    assert int(learner.gate_memory.count) == int((learner.latest[1].outcome >= LABELED).sum()) > 0
+    assert tiny("routing", gate_replay=0).gate_memory is None
+    assert tiny("naive").gate_memory is None
 
 
 # ---- contrastive routing
@@ -662,21 +659,20 @@ def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
 
 def test_held_out_episodes_are_scored_by_their_labels():
     """All labeled: the mean is the exact return; none labeled: nobody knows."""
-    trainer = Trainer([tiny("naive_early_stop", 1.0)])
+    learner = tiny("naive_early_stop", level=1.0)
     for _ in range(3):
-        trainer.update()
-    evaluator = Evaluator(trainer.configs[0].world, trainer.config.discount)
-    row = evaluator.evaluate(trainer.agent, trainer.subjects(), standard(1), [[1.0]])[0][0]
-    found = float(trainer.held_out_returns()[0])
-    assert found == pytest.approx(row.ground_truth_return, abs=4 / HELD_OUT**0.5)
-    assert found == float(trainer.held_out_returns()[0])
-    trainer.update()
-    assert found != float(trainer.held_out_returns()[0])
-    assert np.isnan(float(Trainer([tiny("naive_early_stop", 0.0)]).held_out_returns()[0]))
+        learner.update()
+    found = float(learner.held_out_returns()[0])
+    exact = exact_returns(learner, 1.0)["single"]
+    assert found == pytest.approx(exact, abs=4 / HELD_OUT**0.5)
+    assert found == float(learner.held_out_returns()[0])
+    learner.update()
+    assert found != float(learner.held_out_returns()[0])
+    assert np.isnan(float(tiny("naive_early_stop", level=0.0).held_out_returns()[0]))
 
 
 def test_looking_at_held_out_episodes_changes_nothing_in_training():
-    naive, watched = Trainer([tiny("naive")]), Trainer([tiny("naive_early_stop")])
+    naive, watched = tiny("naive"), tiny("naive_early_stop")
     for _ in range(4):
         watched.select([])
         naive.update()
@@ -686,22 +682,21 @@ def test_looking_at_held_out_episodes_changes_nothing_in_training():
 
 
 def test_the_best_agent_is_deployed():
-    trainer = Trainer([tiny("naive_oracle_stop", seed=s) for s in (0, 1)])
+    learner = tiny("naive_oracle_stop", "naive_oracle_stop")
     kept = {}
     for update, scores in enumerate([[0.1, 0.5], [0.3, 0.4], [float("nan"), 0.6], [0.2, 0.55]]):
-        trainer.select(scores)
-        kept[update] = trainer.agent.head.weight.detach().clone()
-        trainer.update()
-    assert trainer.selected.update.tolist() == [1, 2]
-    unknown = Trainer([tiny("naive_early_stop", 0.0)])
+        learner.select(scores)
+        kept[update] = learner.agent.head.weight.detach().clone()
+        learner.update()
+    assert learner.selected.update.tolist() == [1, 2]
+    unknown = tiny("naive_early_stop", level=0.0)
     for _ in range(2):  # nothing is ever labeled: the newest is deployed
         unknown.update()
         unknown.select([])
     assert torch.equal(unknown.deployed.head.weight, unknown.agent.head.weight)
     for run, update in enumerate([1, 2]):
-        assert torch.equal(trainer.deployed.head.weight[run], kept[update][run])
-    assert Trainer([tiny("naive")]).deployed is not None
-    last = Trainer([tiny("naive")])
+        assert torch.equal(learner.deployed.head.weight[run], kept[update][run])
+    last = tiny("naive")
     assert last.deployed is last.agent
 
 
@@ -844,12 +839,11 @@ def test_schedules(schedule, values):
 
 
 def test_annealing_reaches_the_optimizer(monkeypatch):
-    config = tiny(training=ReinforceConfig(updates=3, worlds=4, steps=4, learning_rate=(0.1, 0.3)))
-    trainer = Trainer([config])
-    rates, step = [], trainer.optimizer.step
-    monkeypatch.setattr(trainer.optimizer, "step", lambda rate: (rates.append(rate), step(rate)))
+    learner = tiny("routing", updates=3, learning_rate=(0.1, 0.3))
+    rates, step = [], learner.optimizer.step
+    monkeypatch.setattr(learner.optimizer, "step", lambda rate: (rates.append(rate), step(rate)))
     for _ in range(3):
-        trainer.update()
+        learner.update()
     assert rates == pytest.approx([0.1, 0.2, 0.3])
 
 
@@ -873,53 +867,17 @@ def test_adam_is_torchs_to_the_bit():
 # ---- stacks
 
 
-def tiny(method="routing", oversight=0.5, seed=0, **changes):
-    defaults = {
-        "world": WorldConfig(rows=3, cols=3, max_steps=6),
-        "agent": SMALL,
-        "training": ReinforceConfig(updates=6, worlds=16, steps=8),
-    }
-    return Config(
-        method=method, oversight=oversight, seeds=(seed,), device="cpu", **(defaults | changes)
-    )
-
-
-STACKS = [
-    [tiny("routing", 0.1, 3), tiny("no_routing", 0.5, 4), tiny("routing", 0.9, 3)],
-    [tiny("naive", 0.1, 1), tiny("filtering", 0.5, 2), tiny("oracle_filtering", 0.2, 5)],
-    [tiny("reward_model", 0.9, 1), tiny("reward_model", 0.2, 2, label_recall=0.5)],
-    [tiny("contrastive_routing", 0.9, 1), tiny("contrastive_routing", 0.2, 2)],
-]
-
-
-@pytest.mark.parametrize("configs", STACKS)
-def test_a_run_in_a_stack_is_the_run_alone(configs):
-    together = Trainer(configs)
-    alone = [Trainer([config]) for config in configs]
-    assert torch.equal(together._draw(3), torch.cat([t._draw(3) for t in alone]))
-    for _ in range(5):
-        together.update()
-        for trainer in alone:
-            trainer.update()
-    for run, trainer in enumerate(alone):
-        assert torch.equal(together.latest[0].action[run], trainer.latest[0].action[0])
-        for name, tensor in trainer.tensors(0).items():
-            torch.testing.assert_close(
-                together.tensors(run)[name], tensor, rtol=1e-4, atol=1e-6, msg=name
-            )
-
-
 def test_runs_with_different_networks_do_not_stack():
-    assert stack_key(tiny("routing")) == stack_key(tiny("no_routing", 0.9, 7))
-    assert stack_key(tiny("naive")) != stack_key(tiny("ipw_hidden_flag"))
-    for other in (
-        tiny("naive"),
-        tiny("no_gate"),
-        tiny("contrastive_routing"),
-        tiny(agent=AgentConfig()),
-    ):
+    def key(**settings):
+        return Config(**settings).stack_key()
+
+    assert key() == key(method="no_routing", oversight=0.9, seeds=(7,), label_recall=0.5)
+    assert key(method="naive") != key(method="ipw_hidden_flag")
+    assert key() != key(agent={"hidden": (8,)})
+    for other in ("naive", "no_gate", "contrastive_routing"):
+        assert key() != key(method=other)
         with pytest.raises(ValueError, match="stack"):
-            Trainer([tiny("routing"), other])
+            tiny("routing", other)
 
 
 # ---- it learns
@@ -927,22 +885,19 @@ def test_runs_with_different_networks_do_not_stack():
 
 def train_small(method, updates):
     """Exact returns by policy after training in a 3x3 world at 90 % oversight."""
-    config = tiny(
+    learner = tiny(
         method,
-        oversight=0.9,
-        world=WorldConfig(rows=3, cols=3, max_steps=16),
+        level=0.9,
+        max_steps=16,
         agent=AgentConfig(hidden=(32, 32)),
-        training=ReinforceConfig(
-            updates=updates, worlds=128, steps=8, learning_rate=5e-3, labeled_weight=5.0
-        ),
+        updates=updates,
+        worlds=128,
+        learning_rate=5e-3,
+        labeled_weight=5.0,
     )
-    trainer = Trainer([config])
     for _ in range(updates):
-        trainer.update()
-    evaluator = Evaluator(config.world, 0.97)
-    policies = standard(trainer.agent.n_experts)
-    rows = evaluator.evaluate(trainer.agent, [Subject(method, 0, 0.9)], policies, [[0.9]])[0]
-    return {row.policy: row.ground_truth_return for row in rows}
+        learner.update()
+    return exact_returns(learner, 0.9)
 
 
 def test_an_oracle_learns_a_small_world():
