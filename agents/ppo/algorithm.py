@@ -199,8 +199,9 @@ class RoutedPPO(CollectingPPO):
             flags, task = declared.flags, declared.has_task
         self.behaviors = self.behaviors or BEHAVIORS
         experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
-        experts = experts if method.policy.experts == "many" else 1
-        if 1 < experts < len(self.behaviors):
+        if method.policy.experts == "one":
+            experts = 1
+        elif experts < len(self.behaviors):
             raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
         own = {"experts": experts, "behaviors": self.behaviors, "gate": method.policy.gate}
         own |= {"lessons": method.lessons, "task": bool(task)}
