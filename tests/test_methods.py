@@ -62,7 +62,7 @@ def ppo(method, updates=3):
     class Unseen(Random):
         flags_visible = False
 
-    env = DummyVecEnv([lambda: Unseen(oversight=0.7)] * 4)
+    env = DummyVecEnv([lambda: Unseen(oversight=1.0)] * 4)
     settings = PPOConfig(updates=updates, worlds=4, steps=32, batch_size=64, gate_replay=16)
     learner = PPOLearner(settings, AGENT, env, method, Overseer(0.3), seed=0)
     for _ in range(updates):
