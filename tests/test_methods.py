@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_ppo_targets import Random
 
