@@ -188,8 +188,7 @@ class RoutedPPO(CollectingPPO):
     def _setup_model(self) -> None:
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
-        if "audit" in vars(self):  # of a zip of 0.1
-            self.label_generator = vars(self).pop("audit")
+        if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
             self.policy_kwargs.pop("imputes", None)
         method = METHODS[self.method]
         flags, task = (self.policy_kwargs.get(name) for name in ("flags", "task"))
