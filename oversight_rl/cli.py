@@ -268,6 +268,7 @@ def import_reference(
         method: What it was trained with; guessed from its networks if not given.
         seed: To tell runs apart in tables.
     """
+    # with torch, which takes a second to load
     from oversight_rl.experiments.oversight import reference
 
     folder = reference.import_state_dict(state_dict, run_dir, oversight, method, seed)

@@ -35,9 +35,9 @@ RETURN = "ground-truth return"
 PAPER = {"routing": "gradient_routing", "filtering": "data_filtering", "naive": "naive"}
 """Columns of the paper's figure 6a, by method."""
 GROUPS: dict[str, Callable[[str], bool]] = {
-    "routing, its ablations and controls": lambda m: METHODS[m].experts == "many",
+    "routing, its ablations and controls": lambda m: METHODS[m].policy.experts == "many",
     "one policy, labels only": lambda m: (
-        (METHODS[m].experts, METHODS[m].assumes) == ("one", "labels")
+        (METHODS[m].policy.experts, METHODS[m].assumes) == ("one", "labels")
     ),
     "methods that need more than labels": lambda m: METHODS[m].assumes != "labels",
 }
