@@ -16,16 +16,19 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from oversight_rl import ppo_training
 from oversight_rl.agents import MoEPolicy, RoutedPPO, SteeredEvalCallback
-from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.ppo.algorithm import PPO_METHODS
-from oversight_rl.agents.ppo.config import DEFAULT_METHOD
+from oversight_rl.agents.learner import check_numbers
+from oversight_rl.agents.methods import METHODS, Overseer
+from oversight_rl.agents.ppo.algorithm import ppo_methods
+from oversight_rl.agents.ppo.config import DEFAULT_METHOD, PPOConfig
+from oversight_rl.agents.ppo.learner import PPOLearner
+from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import Steering, parse
 from oversight_rl.cli import train
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.environments import new_learner
 from oversight_rl.kinds import load_config
 
 GRID = "OversightGrid-v0"
@@ -184,10 +187,10 @@ def test_a_steered_policy_does_not_learn():
     model.learn(64)
 
 
-@pytest.mark.parametrize("method", PPO_METHODS)
+@pytest.mark.parametrize("method", ppo_methods())
 def test_every_method_steers_to_the_wanted_behavior(method):
     model = RoutedPPO("MoEPolicy", GRID, method=method, **SMALL)
-    several = METHODS[method].experts == "many"
+    several = METHODS[method].policy.experts == "many"
     for name in ("diamond", "deployed"):
         assert model.steer(name).steering.name == ("diamond" if several else "single")
     assert parse("deployed", 3, ("a", "b")).name == "a"
@@ -280,11 +283,10 @@ def test_every_integer_of_a_checkpoint_has_bounds_that_hold(env):
         {"algo": "ppo", "env": env, "oversight": 1.0, "agent": {"hidden": [8]},
          "ppo": {"worlds": 4, "steps": 64, "batch_size": 64}}
     )  # fmt: skip
-    model = ppo_training.make_model(config)
-    model.learn(4 * 64)
-    steps = model.num_timesteps
-    found = ppo_training.bounds(model, steps)
-    for name, tensor in ppo_training._tensors(model).items():
+    learner = new_learner(config)
+    learner.update()
+    found, state = learner.bounds(), learner.state()
+    for name, tensor in state.items():
         if tensor.is_floating_point() or name.startswith("world."):
             continue
         low, high = found[name]
@@ -292,11 +294,10 @@ def test_every_integer_of_a_checkpoint_has_bounds_that_hold(env):
         assert ((columns >= low) & (columns <= high)).all(), name
     for name, (low, high) in found.items():
         for forged in (np.min(high) + 1, np.max(low) - 1):
-            if np.isfinite(forged):
-                tensors = {n: x.detach() for n, x in ppo_training._tensors(model).items()}
-                tensors[name] = torch.full_like(tensors[name].double(), forged)
+            if np.isfinite(forged) and not name.startswith("world."):
+                wrong = torch.full_like(state[name].double(), forged)
                 with pytest.raises(UserError, match="holds what cannot be"):
-                    ppo_training.check(model, tensors, steps)
+                    check_numbers({name: wrong}, found)
 
 
 def test_the_command_line_knows_each_learners_default(tmp_path):
@@ -385,8 +386,8 @@ def test_an_expert_has_one_weight():
 
 def test_label_draws_go_on_after_loading():
     model = RoutedPPO("MoEPolicy", says(), n_steps=8, seed=0).learn(16)
-    ahead = copy.deepcopy(model.audit).random(4).tolist()
-    assert RoutedPPO.load(saved(model), env=says()).audit.random(4).tolist() == ahead
+    ahead = copy.deepcopy(model.label_generator).random(4).tolist()
+    assert RoutedPPO.load(saved(model), env=says()).label_generator.random(4).tolist() == ahead
 
 
 def test_judges_must_know_the_behaviors():
@@ -477,10 +478,13 @@ def test_memories_of_spaces_without_zero_are_possible():
         def step(self, action):
             return np.ones(2, np.int64), *super().step(action)[1:]
 
-    model = RoutedPPO("MoEPolicy", DummyVecEnv([High] * 2), n_steps=8, batch_size=16).learn(16)
-    tensors = {name: x.detach() for name, x in ppo_training._tensors(model).items()}
-    ppo_training.check(model, tensors, model.num_timesteps)
+    settings = PPOConfig(updates=2, worlds=2, steps=8, batch_size=16)
+    env, overseer = DummyVecEnv([High] * 2), Overseer(1.0)
+    learner = PPOLearner(settings, AgentConfig(hidden=(8,)), env, DEFAULT_METHOD, overseer, seed=0)
+    learner.update()
+    state = {name: x.clone() for name, x in learner.state().items()}
+    learner.load([state], 1)
     for forged in ([1.0, -1.0], [-4.0, 3.0], [float("nan"), 1.0], [1.0, 1e9]):
-        wrong = tensors | {"policy.task_square": torch.tensor(forged, dtype=torch.float64)}
-        with pytest.raises(UserError, match="task_square holds what cannot be"):
-            ppo_training.check(model, wrong, model.num_timesteps)
+        wrong = state | {"policy.task_square": torch.tensor(forged, dtype=torch.float64)}
+        with pytest.raises(UserError, match=r"holds what cannot be: policy\.task_square"):
+            learner.load([wrong], 1)
