@@ -220,3 +220,15 @@ class SteeredPolicy:
             probabilities.shape[:-1], generator=generator, device=probabilities.device
         )
         return sample(cumulative(probabilities), uniform)
+
+    def predict(
+        self, observation: Tensor | NDArray[np.float32], deterministic: bool = False
+    ) -> tuple[NDArray[np.int64], None]:
+        """Actions as SB3's policies give them, with a state that there is not.
+
+        Args:
+            observation: `[..., 4, rows, cols]`.
+            deterministic: whether to take the likeliest ones.
+        """
+        actions = self(observation).argmax(-1) if deterministic else self.act(observation)
+        return actions.cpu().numpy(), None

@@ -1,7 +1,7 @@
 """Experiments on scalable oversight: configs, training runs, steering, evaluation.
 
-For code of one's own: `from oversight_rl import RoutedPPO, OversightLabels`; these are imported
-when first asked for, since Stable-Baselines3 takes a while to load.
+For code of one's own: `from oversight_rl import RoutedPPO, OversightLabels, load_policy`; these are
+imported when first asked for, since Stable-Baselines3 takes a while to load.
 """
 
 from importlib import import_module
@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from oversight_rl.agents.ppo.callbacks import SteeredEvalCallback
     from oversight_rl.agents.ppo.policy import MoEPolicy
     from oversight_rl.envs.labels import OversightLabels
+    from oversight_rl.experiments.oversight.policies import load_policy
 
 _MODULES = {
     "MoEPolicy": "agents.ppo.policy",
     "OversightLabels": "envs.labels",
     "RoutedPPO": "agents.ppo.algorithm",
     "SteeredEvalCallback": "agents.ppo.callbacks",
+    "load_policy": "experiments.oversight.policies",
 }
-__all__ = ["MoEPolicy", "OversightLabels", "RoutedPPO", "SteeredEvalCallback"]
+__all__ = ["MoEPolicy", "OversightLabels", "RoutedPPO", "SteeredEvalCallback", "load_policy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import MoEPolicy, RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.ppo.algorithm import PPO_METHODS
+from oversight_rl.agents.ppo.algorithm import ppo_methods
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD
 from oversight_rl.agents.steering import Steering, parse
 from oversight_rl.cli import train
@@ -183,10 +183,10 @@ def test_a_steered_policy_does_not_learn():
     model.learn(64)
 
 
-@pytest.mark.parametrize("method", PPO_METHODS)
+@pytest.mark.parametrize("method", ppo_methods())
 def test_every_method_steers_to_the_wanted_behavior(method):
     model = RoutedPPO("MoEPolicy", GRID, method=method, **SMALL)
-    several = METHODS[method].experts == "many"
+    several = METHODS[method].policy.experts == "many"
     for name in ("diamond", "deployed"):
         assert model.steer(name).steering.name == ("diamond" if several else "single")
     assert parse("deployed", 3, ("a", "b")).name == "a"
@@ -356,8 +356,8 @@ def test_an_expert_has_one_weight():
 
 def test_label_draws_go_on_after_loading():
     model = RoutedPPO("MoEPolicy", says(), n_steps=8, seed=0).learn(16)
-    ahead = copy.deepcopy(model.audit).random(4).tolist()
-    assert RoutedPPO.load(saved(model), env=says()).audit.random(4).tolist() == ahead
+    ahead = copy.deepcopy(model.label_generator).random(4).tolist()
+    assert RoutedPPO.load(saved(model), env=says()).label_generator.random(4).tolist() == ahead
 
 
 def test_judges_must_know_the_behaviors():

@@ -26,8 +26,8 @@ from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channe
 from oversight_rl.agents.reinforce.figures import calibration_error, statistics
 from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam, ReinforceLearner
 from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.reinforce.targets import label
-from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.agents.steering import standard
 from oversight_rl.envs.mdp import WorldMDP
@@ -47,7 +47,7 @@ def make_agent(runs=1, experts="many", gate="learned", config=SMALL, seed=0):
 
 
 def read(rollout, methods):
-    return outcomes(rollout.seen, rollout.truth, rollout.audit, methods)
+    return outcomes(rollout.seen, rollout.truth, rollout.uniform, methods)
 
 
 def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0, rows=3):
@@ -127,7 +127,7 @@ REWARDS = {  # by method: outcome -> reward at the episode's end, written out an
 @pytest.mark.parametrize("method", REWARDS)
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
-    agent = make_agent(experts=METHODS[method].experts)
+    agent = make_agent(experts=METHODS[method].policy.experts)
     rollout = make_rollout(agent)
     config = ReinforceConfig(discount=0.9, bootstrap=bootstrap, labeled_weight=3.0)
     targets = label(rollout, tables([method], [Overseer(0.5)], agent.n_experts), config)
@@ -139,7 +139,7 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
     for n in range(20):
         for t in range(12):
             dropped = REWARDS[method].get(outcome[t, n], 0) is None
-            heavy = 3.0 if METHODS[method].weighs_labels else 1.0
+            heavy = 3.0 if METHODS[method].table.weighs_labels else 1.0
             weight = 0.0 if dropped else heavy if outcome[t, n] >= LABELED else 1.0
             assert float(targets.weight[0, t, n]) == weight
 
@@ -158,7 +158,7 @@ def test_a_known_answer():
         seen=Seen(flags, torch.zeros_like(flags), ending),
         truth=Truth(ending),
         value_after=torch.zeros(1, 1),
-        audit=torch.zeros(1, 4, 1),
+        uniform=torch.zeros(1, 4, 1),
     )
     config = ReinforceConfig(discount=0.5, bootstrap=False)
     targets = label(rollout, tables(["routing"], [Overseer(0.1)], 2), config)
@@ -310,21 +310,24 @@ def test_merging_equal_states_changes_nothing(monkeypatch, runs):
 
 def test_methods_that_learn_from_the_truth_say_so():
     for name, method in METHODS.items():
-        looks = method.labels in ("truth", "audit") or method.deploys == "best_true"
+        looks = name in ("naive_oracle_stop", "oracle", "oracle_filtering")
         assert looks == (method.assumes == "true labels"), name
-        assert method.hides_flags == (method.assumes == "hidden flags"), name
+        assert name.endswith("_hidden_flag") == (method.assumes == "hidden flags"), name
 
 
 def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
     agent = make_agent(experts="one")
     rollout = make_rollout(agent, level=0.0, worlds=4000)
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables(["oracle_filtering"], [Overseer(0.3)], 1)
+        rollout.seen,
+        rollout.truth,
+        rollout.uniform,
+        tables(["oracle_filtering"], [Overseer(0.3)], 1),
     )
     reached = outcome[rollout.seen.terminated]
     assert float((reached >= LABELED).float().mean()) == pytest.approx(0.3, abs=0.02)
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables(["oracle"], [Overseer(0.0)], 1)
+        rollout.seen, rollout.truth, rollout.uniform, tables(["oracle"], [Overseer(0.0)], 1)
     )
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
@@ -332,11 +335,11 @@ def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
 @pytest.mark.parametrize("method", ["naive", "oracle_filtering", "oracle", "random_module"])
 def test_labels_go_missing_and_wrong_at_their_rates(method):
     """Recall and error are apart from the oversight level, and hit every kind of label."""
-    agent = make_agent(experts=METHODS[method].experts)
+    agent = make_agent(experts=METHODS[method].policy.experts)
     rollout = make_rollout(agent, level=0.8, worlds=20_000)
     overseer = Overseer(0.8, recall=0.6, error=0.1)
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables([method], [overseer], agent.n_experts)
+        rollout.seen, rollout.truth, rollout.uniform, tables([method], [overseer], agent.n_experts)
     )
     for behavior in range(2):
         ended = rollout.seen.terminated & (rollout.truth.ending == behavior)
@@ -417,7 +420,10 @@ def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
     rollout, _ = collect(agent, world, state, noise)
     assert not world.observe(state)[..., 3, :, :].any()
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables(["ipw_hidden_flag"], [Overseer(1.0)], 1)
+        rollout.seen,
+        rollout.truth,
+        rollout.uniform,
+        tables(["ipw_hidden_flag"], [Overseer(1.0)], 1),
     )
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
@@ -471,10 +477,10 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
     outcome, left = plain.outcomes(rollout.seen, 12, 20)
     assert (outcome == UNLABELED).sum() > 20
     for t, n in zip(*np.nonzero(outcome == UNLABELED), strict=True):
-        chance = float(targets.imputed[0, t + left[t, n], n])
+        chance = float(targets.chance[0, t + left[t, n], n])
         routes = [chance, 1 - chance, 0.0]
         assert targets.routes[0, t, n].tolist() == pytest.approx(routes, abs=1e-5)
-        signed = float(targets.signed[0, t, n]) / 0.5 ** left[t, n]
+        signed = float(targets.deployed_returns[0, t, n]) / 0.5 ** left[t, n]
         assert signed == pytest.approx(2 * chance - 1, abs=1e-5)
         worth = float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
         assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
@@ -511,7 +517,7 @@ def test_imputed_routing_without_any_label_is_contrastive_routing():
         for name, model in (("imputed_routing", make_reward_model()), ("contrastive_routing", None))
     )
     assert (untaught.outcome == UNLABELED).sum() > 20
-    for part in ("returns", "weight", "routes", "signed"):
+    for part in ("returns", "weight", "routes", "deployed_returns"):
         assert torch.equal(getattr(untaught, part), getattr(contrastive, part)), part
 
 
@@ -587,7 +593,7 @@ def test_the_gate_learns_from_what_is_remembered(batch):
         total += int((outcome >= LABELED).sum())
     assert memory.count.item() == total
     found = loss(agent, rollout, targets, memory=memory).gate
-    active, named, _ = memory.draw(rollout.audit.flatten(1))
+    active, named, _ = memory.draw(rollout.uniform.flatten(1))
     gate = plain.forward(agent, plain.planes(active[0], SHAPE))[1][:, 0]
     is_diamond = (named[0] == 0).float()
     assert 0 < is_diamond.mean() < 1
@@ -730,8 +736,8 @@ def test_what_an_oracle_labels_does_not_hang_on_the_actions():
     other[..., -1] = torch.rand(1, 6, 50)
     (a, _), (b, _) = (collect(agent, world, state, n) for n in (noise, other))
     assert torch.equal(a.action, b.action)
-    assert torch.equal(a.audit, noise[..., -1])
-    assert torch.equal(b.audit, other[..., -1])
+    assert torch.equal(a.uniform, noise[..., -1])
+    assert torch.equal(b.uniform, other[..., -1])
 
 
 def test_statistics_of_a_window(batch):
@@ -766,7 +772,7 @@ def test_a_reward_model_is_checked_against_the_truth_on_unlabeled_endings():
     found = statistics(rollout, targets)
     for kind, among in (("unlabeled", [UNLABELED]), ("labeled", [LABELED, LABELED + 1])):
         among = rollout.seen.terminated & torch.isin(targets.outcome, torch.tensor(among))
-        right = (targets.imputed > 0.5) == (rollout.truth.ending == 0)
+        right = (targets.chance > 0.5) == (rollout.truth.ending == 0)
         share = right[among].float().mean()
         assert float(found[f"reward_model/accuracy_{kind}"]) == pytest.approx(float(share))
         assert 0 <= float(found[f"reward_model/calibration_error_{kind}"]) <= 1
@@ -797,7 +803,7 @@ def test_all_methods_differ():
     for name, method in METHODS.items():
         t = tables([name], [Overseer(0.1)], 2)
         numbers = [tuple(x.flatten().tolist()) for x in (t.reward, t.sample_weight, t.routes)]
-        key = (method.shape, method.labels, method.weighs_labels, *numbers)
+        key = (method.shape, method.table.labels, method.table.weighs_labels, *numbers)
         assert key not in rows, f"{name} is {rows.get(key)} under another name"
         rows[key] = name
 

@@ -8,14 +8,14 @@ import threading
 
 import pytest
 
-from oversight_rl import tracking
 from oversight_rl.envs.settings import UserError
+from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import check_free, locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from oversight_rl.tracking import locked
+from oversight_rl.runs.folder import locked
 
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -24,7 +24,7 @@ with locked(Path(sys.argv[1])):
 
 
 def test_a_killed_process_holds_nothing_and_what_it_leaves_is_in_nobodys_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -85,7 +85,7 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
     folder, other = tmp_path / "run", tmp_path / "other"
     folder.mkdir()
     other.write_text("mine")
-    (folder / tracking.LOCK).symlink_to(other)
+    (folder / folders.LOCK).symlink_to(other)
     with pytest.raises(UserError, match="not a plain file"), locked(folder):
         pass
     assert other.read_text() == "mine"

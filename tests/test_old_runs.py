@@ -10,11 +10,17 @@ import pytest
 from oversight_rl.agents import RoutedPPO
 from oversight_rl.cli import main, train
 from oversight_rl.envs.vector import make_vec
+from oversight_rl.experiments.oversight.policies import read
+from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
+from oversight_rl.kinds import load_config
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.rows import Facts
 
 ARCHIVE = Path(__file__).parent / "data" / "version_0_1.tar.xz"
 GRID = ("contrastive_routing", "imputed_routing", "ipw_hidden_flag", "naive", "naive_early_stop",
         "reward_model", "routing")  # fmt: skip
 PPO = ("imputed_routing", "naive", "reward_model", "routing")
+RUNS = [f"grid/{m}" for m in GRID] + [f"{k}/{m}" for k in ("ppo_grid", "ppo_minigrid") for m in PPO]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +38,48 @@ def figures(rows):
     return [[row[name] for name in names] for row in rows]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [f"grid/{m}" for m in GRID] + [f"{k}/{m}" for k in ("ppo_grid", "ppo_minigrid") for m in PPO],
-)
+def wanted(name):
+    """The policy that a run deploys."""
+    return "diamond" if "routing" in name else "single"
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_runs_are_evaluated_as_they_were(old, name, tmp_path):
     main(["evaluate", str(old / name), "--json", str(tmp_path / "rows.json")])
-    ours = figures(json.loads((tmp_path / "rows.json").read_text()))
-    before = figures(json.loads((old / name / "evaluated.json").read_text()))
-    for row, was in zip(ours, before, strict=True):
+    ours = json.loads((tmp_path / "rows.json").read_text())
+    before = json.loads((old / name / "evaluated.json").read_text())
+    assert [row["policy"] for row in ours if row["deployed"]] == [wanted(name)]
+    assert {row["evaluator"] for row in ours} == {"rollout" if "minigrid" in name else "exact"}
+    if name.startswith("ppo_grid"):  # which was sampled then
+        (saved,) = read(old / name)
+        facts, policies = Facts(saved.config.method, 0, 0.5), saved.steerings((), False, 1.0)
+        rows = EnvEvaluator(saved.config).evaluate(saved.agent, facts, policies, [0.5], "diamond")
+        for row, exact in zip(rows, ours, strict=True):
+            error = row.figures["return_se"]
+            assert (
+                abs(exact["ground_truth_return"] - row.figures["ground_truth_return"]) < 4 * error
+            )
+        ours = [row.record for row in rows]
+    for row, was in zip(figures(ours), figures(before), strict=True):
         assert row[0] == was[0]
         # PPO's are sampled: a rounding of probabilities may turn a few of the actions
         close = 1e-6 if name.startswith("grid") else 0.2
         assert row[1:] == pytest.approx(was[1:], abs=close)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_settings_and_results_are_read(old, name):
+    """Settings by the names that they had; rows that do not say what is deployed."""
+    config = load_config(old / name / "config.yaml")
+    assert (config.agent.hidden, config.learner.updates) == ((8,), 4)
+    assert config.reinforce.updates == (4 if name.startswith("grid") else 400)
+    records = json.loads((old / name / "result.json").read_text())
+    assert not any("deployed" in record for record in records)
+    rows = RunFolder.open(old / name).result()
+    assert {row.policy for row in rows if row.deployed} == {wanted(name)}
+    for row, record in zip(rows, records, strict=True):
+        known = {key: value for key, value in record.items() if value is not None}
+        assert row.record | known == pytest.approx(row.record, nan_ok=True)
 
 
 def test_exported_policies_are_read(old, tmp_path):

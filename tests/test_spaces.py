@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import (
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents import memory
-from oversight_rl.agents.ppo import algorithm, endings
+from oversight_rl.agents.ppo import algorithm
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN
 from oversight_rl.agents.ppo.observations import (
     as_rows,
@@ -44,6 +44,7 @@ from oversight_rl.agents.ppo.observations import (
 from oversight_rl.cli import train
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.vector import make_vec
+from oversight_rl.experiments.oversight.figures import endings
 
 PAGE = Path(__file__).parent.parent / "docs" / "environments.md"
 EMPTY, OURS = "MiniGrid-Empty-5x5-v0", "MiniGrid-DiamondGhost-5x5-v0"
@@ -434,7 +435,7 @@ def test_flags_of_a_dictionary_hide_the_entries_that_they_name():
     action = torch.zeros(1, dtype=torch.long)
 
     def told(**changed):
-        return policy.ending_log_probabilities(seen | changed, action)
+        return policy.behavior_log_probabilities(seen | changed, action)
 
     lit, other = seen["img"].clone(), seen["img"].clone()
     lit[0, 2, 0, 1], other[0, 1, 0, 2] = 255, 255  # channels first, as the policy sees them

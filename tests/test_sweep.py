@@ -13,13 +13,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from oversight_rl import tracking
 from oversight_rl.cli import main
 from oversight_rl.envs.settings import UserError
-from oversight_rl.runs.folder import METRICS, RunFolder
+from oversight_rl.runs import folder
+from oversight_rl.runs.folder import METRICS, RunFolder, locked
 from oversight_rl.runs.loop import fit
 from oversight_rl.sweeps.drive import sweep
-from oversight_rl.sweeps.plan import SweepConfig, fitting, load_sweep, plan, stacks
+from oversight_rl.sweeps.plan import SweepConfig, load_sweep, plan, stacks
 from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers
 
 TINY = {
@@ -27,14 +27,14 @@ TINY = {
     "pictures": False,
     "world": {"rows": 3, "cols": 3, "max_steps": 6},
     "agent": {"hidden": [8, 8]},
-    "training": {"updates": 8, "worlds": 16, "steps": 4},
+    "reinforce": {"updates": 8, "worlds": 16, "steps": 4},
     "evaluation": {"every": 4, "oversight": [0.5]},
 }
 
 
 def tiny(grid=None, updates=8, **more):
     grid = grid or {"method": ["routing", "naive"], "oversight": [0.1, 0.5], "seeds": [0, 1]}
-    settings = TINY | {"training": TINY["training"] | {"updates": updates}}
+    settings = TINY | {"reinforce": TINY["reinforce"] | {"updates": updates}}
     return SweepConfig(**{"settings": settings, "grid": grid, **more})
 
 
@@ -56,18 +56,18 @@ def quiet():
 
 def test_a_run_for_every_combination(tmp_path):
     config = tiny(
-        {"method": ["routing", "naive"], "oversight": [0.1, 0.5], "training.gate_coef": [1, 2.5]},
-        methods={"naive": {"training": {"labeled_weight": 3, "gate_coef": 9}}},
+        {"method": ["routing", "naive"], "oversight": [0.1, 0.5], "reinforce.gate_coef": [1, 2.5]},
+        methods={"naive": {"reinforce": {"labeled_weight": 3, "gate_coef": 9}}},
     )
     runs = {str(run.path.relative_to(tmp_path)): run.config for run in plan(config, tmp_path)}
     assert len(runs) == 8
-    one = runs["naive-0.5-training.gate_coef=2.5/seed_0"]
+    one = runs["naive-0.5-reinforce.gate_coef=2.5/seed_0"]
     assert (one.method, one.oversight, one.seeds) == ("naive", 0.5, (0,))
-    assert one.training.gate_coef == (2.5,)  # the grid has the last word
-    assert one.training.labeled_weight == (3.0,)
-    assert one.training.updates == 8
-    other = runs["routing-0.1-training.gate_coef=1/seed_0"]
-    assert other.training.labeled_weight == (20.0,)
+    assert one.reinforce.gate_coef == (2.5,)  # the grid has the last word
+    assert one.reinforce.labeled_weight == (3.0,)
+    assert one.reinforce.updates == 8
+    other = runs["routing-0.1-reinforce.gate_coef=1/seed_0"]
+    assert other.reinforce.labeled_weight == (20.0,)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_stacks_hold_runs_that_train_alike(tmp_path):
 def test_stacks_fit_memory():
     (small,) = (run.config for run in plan(tiny({"method": ["routing"]}), Path("x")))
     paper = small.model_copy(
-        update={"training": small.training.model_copy(update={"worlds": 512, "steps": 32})}
+        update={"reinforce": small.reinforce.model_copy(update={"worlds": 512, "steps": 32})}
     )
-    assert fitting(small, 2**30) > fitting(paper, 2**30) > fitting(paper, 2**28)
-    assert fitting(paper, 1.0) == 1  # one run is tried whatever it takes
+    assert small.most_runs(2**30) > paper.most_runs(2**30) > paper.most_runs(2**28)
+    assert paper.most_runs(1.0) == 1  # one run is tried whatever it takes
 
 
 def test_many_runs_cost_the_driver_little_memory(tmp_path):
@@ -170,7 +170,7 @@ def test_finished_runs_are_left_alone_and_values_can_be_added(done):
         tiny(updates=9),
         tiny({"method": ["routing"]}),
         tiny(reordered),
-        tiny(dict(more.grid), methods={"naive": {"training": {"labeled_weight": 3}}}),
+        tiny(dict(more.grid), methods={"naive": {"reinforce": {"labeled_weight": 3}}}),
     ):
         with pytest.raises(UserError, match="holds another sweep"):
             sweep(other, done, local_workers(1), quiet())
@@ -187,8 +187,8 @@ def test_two_drivers_do_not_work_in_one_folder(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     written(tiny(), out / "sweep.yaml")
-    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
-    with tracking.locked(out), pytest.raises(UserError, match="another process"):
+    monkeypatch.setattr(folder, "PATIENCE", 0.1)
+    with locked(out), pytest.raises(UserError, match="another process"):
         sweep(tiny(), out, local_workers(1), quiet())
 
 

@@ -39,7 +39,7 @@ COMPUTATION = "computation"
 MADE = (
     "environment's reward",
     "policy's output",
-    "loss of the classifier of endings",
+    "reward model's loss",
     "gradient's norm",
     COMPUTATION,  # something else raised
     "loss",
@@ -171,7 +171,7 @@ class PPOLearner:
         model, made = self.model, dict.fromkeys(MADE, 0.0)
         if self.updates % self.curves_every == 0:
             model.logger.dump(self.updates)  # forgets what was asked for
-        model.audit = _seed(self.seed, self.updates + 1)
+        model.label_generator = _seed(self.seed, self.updates + 1)
         self._statistics = {}
         try:
             model.collect_rollouts(self.env, self._callback, model.rollout_buffer, model.n_steps)
@@ -210,7 +210,8 @@ class PPOLearner:
 
     @property
     def _memories(self) -> dict[str, Memory]:
-        found = {"memory": self.model.memory, "endings": self.model.endings}
+        # by their names in checkpoints
+        found = {"memory": self.model.memory, "endings": self.model.reward_memory}
         return {name: memory for name, memory in found.items() if memory is not None}
 
     @property
