@@ -121,10 +121,8 @@ class PPORuns(OversightRuns):
                     raise NotFinite(bad[0])
             except UserError:
                 raise
-            except NotFinite as error:
-                raise UserError(f"env: {config.env}: no first update ({error})") from None
             except Exception as error:  # whatever a stranger's environment leads to
-                reason = str(error) if isinstance(error, LabelError) else why(error)
+                reason = str(error) if isinstance(error, LabelError | NotFinite) else why(error)
                 raise UserError(f"env: {config.env}: no first update ({reason})") from None
             finally:
                 learner.close()
