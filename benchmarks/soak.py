@@ -21,28 +21,30 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import cli
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE
+from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight import reference
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.experiments.oversight.grid import GridRuns
+from oversight_rl.experiments.oversight.policies import read_policy, read_run, write_policy
 from oversight_rl.kinds import load_config
 from oversight_rl.reports import page
-from oversight_rl.runs import checkpoint
+from oversight_rl.runs import checkpoint, loop
 from oversight_rl.runs.folder import EVENTS, RunFolder, find_runs
 from oversight_rl.sweeps.plan import load_sweep, plan
+from oversight_rl.terminal import STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]
-SMALL += ["--evaluation.every", "3", "--training.updates", "13", "--evaluation.oversight", "0.1"]
+SMALL += ["--evaluation.every", "3", "--reinforce.updates", "13", "--evaluation.oversight", "0.1"]
 SMALL_PPO = ["--config", str(ROOT / "configs/minigrid.yaml"), "--device", "cpu", "--no-pictures"]
 SMALL_PPO += ["--agent.hidden", "8", "8", "--ppo.worlds", "8", "--ppo.steps", "8"]
 SMALL_PPO += ["--ppo.batch-size", "32", "--ppo.updates", "13", "--evaluation.every", "3"]
@@ -104,7 +106,7 @@ def whole_run(args: Sequence[str], path: Path) -> tuple[float, int]:
     with tempfile.TemporaryFile() as told:
         begun = time.perf_counter()
         watch = kill_at_file_event(path, 0, told.fileno())
-        code = ended(in_child(lambda: cli.train([*args, "--run-dir", str(path)]), watch))
+        code = ended(in_child(lambda: train([*args, "--run-dir", str(path)]), watch))
         assert code == 0, f"the uninterrupted run ended with {code}"
         return time.perf_counter() - begun, int(os.pread(told.fileno(), 20, 0))
 
@@ -203,7 +205,7 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
                 args = begin_or_resume(variants[which], path)
                 by_file = draw.random() < 0.5
                 at = draw.randint(1, steps) if by_file else 0
-                child = in_child(lambda a=args: cli.train(a), kill_at_file_event(path, at))
+                child = in_child(lambda a=args: train(a), kill_at_file_event(path, at))
                 if not by_file:
                     time.sleep(draw.uniform(0, seconds))
                     os.kill(child, signal.SIGKILL)
@@ -215,7 +217,7 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
                 len(find_runs(path)) < len(find_runs(whole))
             ):
                 args = begin_or_resume(variants[which], path)
-                code = ended(in_child(lambda a=args: cli.train(a)))
+                code = ended(in_child(lambda a=args: train(a)))
                 assert code == 0, f"run {runs} (seed {seed}) could not be gone on with: {code}"
             wrong = differences(path, whole)
             assert not wrong, f"run {runs} (seed {seed}) did not end as if nothing was: {wrong}"
@@ -270,23 +272,23 @@ def damaged(draw: random.Random, content: bytes) -> bytes:
 
 def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
     """By kind of file: good files to damage, and what reads them."""
-    tiny = ["--world.rows", "2", "--world.cols", "2", "--agent.hidden", "4", "--training.worlds"]
-    tiny += ["4", "--training.updates", "2", "--training.gate-replay", "0"]
+    tiny = ["--world.rows", "2", "--world.cols", "2", "--agent.hidden", "4", "--reinforce.worlds"]
+    tiny += ["4", "--reinforce.updates", "2", "--reinforce.gate-replay", "0"]
     run = folder / "run"
-    child = in_child(lambda: cli.train([*SMALL, *tiny, "--run-dir", str(run)]))
+    child = in_child(lambda: train([*SMALL, *tiny, "--run-dir", str(run)]))
     assert ended(child) == 0
-    config = RunFolder.open(run).config()
-    trainer = Trainer([config])
-    newest = run / f"checkpoints/update_{config.training.updates:08d}.json"
+    config = cast(Config, RunFolder.open(run).config())
+    learner = GridRuns([config]).learner
+    newest = run / f"checkpoints/update_{learner.total:08d}.json"
 
     def resume() -> None:
-        tensors, _ = checkpoint.load(newest.parent, 2, trainer.tensors(0))
-        trainer.restore([tensors], 2, 0.0)
+        tensors, _ = checkpoint.load(newest.parent, 2, learner.state(0))
+        learner.load([tensors], 2)
 
     policy = folder / "policy/policy.safetensors"
     policy.parent.mkdir()
-    saved = RunFolder.open(run).load()
-    checkpoint.write_policy(policy, MIXTURE, saved)
+    saved = read_run(RunFolder.open(run))
+    write_policy(policy, MIXTURE, saved)
     state = folder / "state/state.pt"
     state.parent.mkdir()
     torch.save(published(saved.agent), state)
@@ -308,9 +310,9 @@ def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
     return {
         "settings": ([settings], lambda: load_config(settings)),
         "sweep": ([sweep], lambda: plan(load_sweep(sweep), folder)),
-        "checkpoint, evaluated": (pair, lambda: RunFolder.open(run).load()),
+        "checkpoint, evaluated": (pair, lambda: read_run(RunFolder.open(run))),
         "checkpoint, resumed": (pair, resume),
-        "exported policy": ([policy], lambda: checkpoint.read_policy(policy)),
+        "exported policy": ([policy], lambda: read_policy(policy)),
         "state dict": ([state], bring_in),
         "report": (logs, lambda: page.write(run)),
     }
@@ -360,12 +362,12 @@ def fuzz_kind(kind: str, files: int, seed: int, folder: Path) -> tuple[Counter[s
 
 def fuzz_forged(files: int, seed: int, folder: Path, method: str) -> Counter[str]:
     """Go on from checkpoints whose numbers were changed and whose checksums were set right."""
-    learner = {"updates": 2, "worlds": 16, "steps": 4, "gate_replay": 8}
-    settings = {"agent": {"hidden": 4}, "world": {"rows": 2, "cols": 2}, "training": learner}
+    own = {"updates": 2, "worlds": 16, "steps": 4, "gate_replay": 8}
+    settings = {"agent": {"hidden": 4}, "world": {"rows": 2, "cols": 2}, "reinforce": own}
     settings |= {"method": method, "oversight": 1.0, "device": "cpu"}
-    trainer = Trainer([Config.model_validate(settings)])
-    trainer.update()
-    good = {name: tensor.clone() for name, tensor in trainer.tensors(0).items()}
+    learner = GridRuns([Config.model_validate(settings)]).learner
+    learner.update()
+    good = {name: tensor.clone() for name, tensor in learner.state(0).items()}
     draw, counts = random.Random(seed), Counter[str]()
     facts = {"env_steps": 0, "wall_seconds": 0.0}
     for _ in range(files):
@@ -384,8 +386,8 @@ def fuzz_forged(files: int, seed: int, folder: Path, method: str) -> Counter[str
         shutil.rmtree(target, ignore_errors=True)
         checkpoint.save(target, 1, forged, facts)
         try:
-            trainer.restore([checkpoint.load(target, 1, good)[0]], 1, 0.0)
-            trainer.update()
+            learner.load([checkpoint.load(target, 1, good)[0]], 1)
+            learner.update()
             counts["gone on with"] += 1
         except UserError:
             counts["refused"] += 1
@@ -461,16 +463,16 @@ def long(minutes: float = 60.0, pictures: bool = False) -> None:
         pictures: Whether pictures are drawn, and at every evaluation at that.
     """
     torch.set_num_threads(1)
-    small = ["--agent.hidden", "16", "--training.worlds", "32", "--training.steps", "8"]
-    small += ["--training.updates", str(2**31), "--evaluation.every", "50", "--device", "cpu"]
+    small = ["--agent.hidden", "16", "--reinforce.worlds", "32", "--reinforce.steps", "8"]
+    small += ["--reinforce.updates", str(2**31), "--evaluation.every", "50", "--device", "cpu"]
     small += [] if pictures else ["--no-pictures"]
-    training.PICTURES = 2**31  # evaluations with pictures
+    loop.PICTURES = 2**31  # evaluations with pictures
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        child = in_child(lambda: cli.train([*small, "--run-dir", str(run)]))
+        child = in_child(lambda: train([*small, "--run-dir", str(run)]))
         looks = observe(child, 60 * minutes, max(1.0, minutes / 4))
         os.kill(child, signal.SIGTERM)
-        assert ended(child) == cli.STOPPED, "it did not stop when asked"
+        assert ended(child) == STOPPED, "it did not stop when asked"
         update = max(checkpoint.updates(run / "checkpoints"))
         print(f"one run, {update:,} updates, {update // 50:,} evaluations: {told(looks)}")
         for file in sorted(run.rglob("*")):
@@ -487,7 +489,7 @@ def many(runs: int = 1000, workers: int = 1) -> None:
     """
     torch.set_num_threads(1)
     settings = {
-        "training": {"updates": 1, "worlds": 4, "steps": 2, "gate_replay": 0},
+        "reinforce": {"updates": 1, "worlds": 4, "steps": 2, "gate_replay": 0},
         "agent": {"hidden": 4},
         "world": {"rows": 2, "cols": 2},
         "evaluation": {"oversight": [0.1]},
@@ -499,7 +501,7 @@ def many(runs: int = 1000, workers: int = 1) -> None:
         content = {"settings": settings, "grid": {"seeds": list(range(runs))}, "stack": 20}
         config.write_text(json.dumps(content))
         args = ["sweep", str(config), "--out", str(out), "--workers", str(workers)]
-        child = in_child(lambda: cli.main(args))
+        child = in_child(lambda: main(args))
         looks = observe(child, 24 * 3600, 1.0)
         done = len(list(out.rglob("result.json")))
         assert done == runs, f"{done} of {runs} runs are finished; see them with SOAK_DEBUG=1"
