@@ -1,8 +1,9 @@
-"""The table of methods: what each rewards, learns from, routes and deploys, and what it assumes.
+"""The table of methods: what each rewards, learns from, routes and deploys.
 
 An episode has one of a few *outcomes*, as the learner sees it; a method says, for each outcome,
-the reward at its end, whether its samples count, and where its gradients flow. That is all a
-method is: adding one means adding a row to METHODS.
+the reward at its end, whether its samples count, and where its gradients flow. With the shape of
+the policy, the lessons besides and what is deployed, that is all a method is: adding one means
+adding a row to METHODS, and every learner reads the same rows.
 
 torch, which takes a second, is loaded by what makes tensors only: settings look at the table.
 """
@@ -10,8 +11,8 @@ torch, which takes a second, is loaded by what makes tensors only: settings look
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL
 
@@ -32,7 +33,7 @@ class Overseer:
     """What the overseer of one run catches and gets right."""
 
     oversight: float
-    """Chance that a square is flagged, and the share of endings that `audit` labels."""
+    """Chance that a square is flagged, and the share of endings that an audit labels."""
     ghost_oversight: float | None = None
     """Chance that the ghost is flagged, where the world sets it apart."""
     recall: float = 1.0
@@ -71,38 +72,91 @@ def everything(experts: int, behaviors: int) -> list[list[float]]:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A row of the table. Tuples over outcomes: (unlabeled, labeled diamond, labeled ghost)."""
+class OutcomeTable:
+    """What the ending of an episode is worth, and whom the episode teaches.
 
-    summary: str
-    assumes: Literal["labels", "hidden flags", "true labels"] = "labels"
-    """What the method needs: labels on flagged endings, that flags can be hidden from the policy
-    besides, or the truth."""
-    labels: Literal["flags", "shuffled", "truth", "audit"] = "flags"
-    """Where labels come from: flagged endings; the same, but naming a random behavior; every
-    ending; a random share of endings, as large as the oversight level and independent of flags."""
+    Tuples are over outcomes: (unlabeled, labeled diamond, labeled ghost).
+    """
+
     reward: Rewards | Callable[[Overseer, int], Rewards] = (1, 1, 1)
     """Reward on reaching a square; a timeout earns 0. May depend on the overseer and the number of
     behaviors."""
     keep_unlabeled: bool = True
     """Whether episodes that reached a square unlabeled count; the others always do."""
     weighs_labels: bool = True
-    """Whether labeled episodes weigh more, as `reinforce.labeled_weight` says."""
-    experts: Literal["one", "many"] = "one"
-    gate: Literal["learned", "fixed"] = "learned"
+    """Whether labeled episodes weigh more, as `labeled_weight` says."""
     routes: Callable[[int, int], list[list[float]]] = everything
     """(K, behaviors) -> weights of labeled episodes' gradients into each expert and the gate."""
-    contrasts: bool = False
-    """Whether labeled episodes also teach the deployed expert: `reinforce.contrast_loss`."""
-    imputes: bool = False
-    """Whether a reward model, learned from labeled endings, tells what the unlabeled ones were:
-    they then count as the mean of what their label may have been."""
+    labels: Literal["flags", "shuffled", "truth", "audit"] = "flags"
+    """Where labels come from: flagged endings; the same, but naming a random behavior; every
+    ending; a random share of endings, as large as the oversight level and independent of flags."""
+
+    @property
+    def sees_truth(self) -> bool:
+        """Whether labels come from how episodes really ended."""
+        return self.labels in ("truth", "audit")
+
+
+@dataclass(frozen=True)
+class PolicyShape:
+    """What a policy is made of."""
+
+    experts: Literal["one", "many"] = "one"
+    gate: Literal["learned", "fixed"] = "learned"
+    """How experts are mixed; fixed: alike."""
     hides_flags: bool = False
     """Whether the policy does not see the flags."""
+
+
+Lesson: TypeAlias = Literal["gate", "contrast", "reward_model", "acts_alone"]
+"""What is taught besides the policy and its values. A learner says which of these it has.
+
+* gate: the gate learns from labels which behavior an episode will end in.
+* contrast: labeled episodes teach the deployed expert by itself what to do and avoid, whoever
+  acted: `reinforce.losses.contrast_loss`.
+* reward_model: learned from labeled endings, it tells what the unlabeled ones were: these then
+  count as the mean of what their label may have been.
+* acts_alone: in a share of the episodes the deployed expert acts by itself, and it learns from
+  those in place of the others.
+"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: all that a method is made of.
+
+    Raises:
+        ValueError: a lesson is none, or has nobody to teach.
+    """
+
+    summary: str
+    table: OutcomeTable = OutcomeTable()
+    policy: PolicyShape = PolicyShape()
+    lessons: tuple[Lesson, ...] = ()
     deploys: Literal["last", "best_labeled", "best_true"] = "last"
     """Which agent of the run is deployed: the last; the one with the best labeled episodes of a
     held-out stream, whose steps count as training's do; the one with the best true return, which
     takes no steps where evaluation is exact."""
+
+    def __post_init__(self) -> None:
+        possible = set(get_args(Lesson))
+        if self.policy.experts == "one":
+            possible -= {"gate", "acts_alone"}
+        if self.policy.gate == "fixed":
+            possible -= {"gate"}
+        if not possible.issuperset(self.lessons):
+            raise ValueError(
+                f"lessons of such a policy are {', '.join(sorted(possible))}, got {self.lessons}"
+            )
+
+    @property
+    def assumes(self) -> Literal["labels", "hidden flags", "true labels"]:
+        """What it needs: labels on flagged endings; that flags can be hidden from the policy, too;
+        or the truth.
+        """
+        if self.table.sees_truth or self.deploys == "best_true":
+            return "true labels"
+        return "hidden flags" if self.policy.hides_flags else "labels"
 
     def rewards(self, overseer: Overseer, behaviors: int) -> Rewards:
         """The rewards under an overseer who tells so many behaviors apart.
@@ -110,12 +164,13 @@ class Method:
         Raises:
             ValueError: they depend on labels that such an overseer does not give.
         """
-        return self.reward(overseer, behaviors) if callable(self.reward) else self.reward
+        reward = self.table.reward
+        return reward(overseer, behaviors) if callable(reward) else reward
 
     @property
     def deployed(self) -> str:
         """Name of the policy that is deployed."""
-        return BEHAVIORS[0] if self.experts == "many" else "single"
+        return BEHAVIORS[0] if self.policy.experts == "many" else "single"
 
     @property
     def any_environment(self) -> bool:
@@ -125,14 +180,7 @@ class Method:
     @property
     def shape(self) -> tuple[object, ...]:
         """What methods must share to train in one stack."""
-        return (
-            self.experts,
-            self.gate,
-            self.contrasts,
-            self.imputes,
-            self.hides_flags,
-            self.deploys,
-        )
+        return self.policy, frozenset(self.lessons), self.deploys
 
 
 SIGNED = (0, 1, -1)
@@ -165,98 +213,83 @@ def inverse_propensity(overseer: Overseer, behaviors: int) -> Rewards:
     return 1, ((1 - a) - e * ghosts) / said, ((1 - e) * ghosts - a) / said
 
 
+ROUTED = OutcomeTable(routes=own_expert_only)
+PENALIZED = OutcomeTable(reward=NAIVE)
+# next to labeled episodes alone there are only timeouts, which would go unheard if labels weighed
+FILTERED = OutcomeTable(reward=SIGNED, keep_unlabeled=False, weighs_labels=False)
+EXPERTS = PolicyShape(experts="many")
+BLIND = PolicyShape(hides_flags=True)
+
 METHODS: dict[str, Method] = {
     "routing": Method(
-        summary="gradient routing: a labeled episode trains its own expert only",
-        experts="many",
-        routes=own_expert_only,
+        "gradient routing: a labeled episode trains its own expert only",
+        ROUTED,
+        EXPERTS,
+        lessons=("gate",),
     ),
     "contrastive_routing": Method(
-        summary="routing; labeled episodes also teach the deployed expert what to do and avoid",
-        experts="many",
-        routes=own_expert_only,
-        contrasts=True,
+        "routing; labeled episodes also teach the deployed expert what to do and avoid",
+        ROUTED,
+        EXPERTS,
+        lessons=("gate", "contrast"),
     ),
     "imputed_routing": Method(
-        summary="contrastive routing; a classifier of endings stands in for missing labels",
-        experts="many",
-        routes=own_expert_only,
-        contrasts=True,
-        imputes=True,
-        weighs_labels=False,
+        "contrastive routing; a reward model stands in for missing labels",
+        replace(ROUTED, weighs_labels=False),
+        EXPERTS,
+        lessons=("gate", "contrast", "reward_model", "acts_alone"),
     ),
     "no_routing": Method(
-        summary="ablation: experts and gate as in routing, gradients not routed",
-        experts="many",
+        "ablation: experts and gate as in routing, gradients not routed",
+        policy=EXPERTS,
+        lessons=("gate",),
     ),
     "no_gate": Method(
-        summary="ablation: routed experts under a gate fixed at 1/K",
-        experts="many",
-        gate="fixed",
-        routes=own_expert_only,
+        "ablation: routed experts under a gate fixed at 1/K",
+        ROUTED,
+        replace(EXPERTS, gate="fixed"),
     ),
     "random_module": Method(
-        summary="control: routing by labels that name a random behavior",
-        labels="shuffled",
-        experts="many",
-        routes=own_expert_only,
+        "control: routing by labels that name a random behavior",
+        replace(ROUTED, labels="shuffled"),
+        EXPERTS,
+        lessons=("gate",),
     ),
-    "naive": Method(
-        summary="+1 at any square, -1 at a flagged ghost",
-        reward=NAIVE,
-    ),
+    "naive": Method("+1 at any square, -1 at a flagged ghost", PENALIZED),
     "naive_early_stop": Method(
-        summary="naive, deployed as it was when labeled held-out episodes (counted too) went best",
-        reward=NAIVE,
+        "naive, deployed as it was when labeled held-out episodes (counted too) went best",
+        PENALIZED,
         deploys="best_labeled",
     ),
     "filtering": Method(
-        summary="data filtering: true reward on labeled episodes, unlabeled ones dropped",
-        reward=SIGNED,
-        keep_unlabeled=False,
-        weighs_labels=False,  # next to them there are only timeouts, which would go unheard
+        "data filtering: true reward on labeled episodes, unlabeled ones dropped", FILTERED
     ),
     "reward_model": Method(
-        summary="a classifier learned from labeled endings rewards the unlabeled ones",
-        reward=SIGNED,
-        weighs_labels=False,  # imputed rewards are worth as much as given ones
-        imputes=True,
+        "a reward model learned from labeled endings rewards the unlabeled ones",
+        # imputed rewards are worth as much as given ones
+        OutcomeTable(reward=SIGNED, weighs_labels=False),
+        lessons=("reward_model",),
     ),
     "filtering_hidden_flag": Method(
-        summary="data filtering by a policy that does not see the flags",
-        assumes="hidden flags",
-        reward=SIGNED,
-        keep_unlabeled=False,
-        weighs_labels=False,
-        hides_flags=True,
+        "data filtering by a policy that does not see the flags", FILTERED, BLIND
     ),
     "ipw_hidden_flag": Method(
-        summary="naive without sight of the flags, penalty weighted by inverse propensity",
-        assumes="hidden flags",
-        reward=inverse_propensity,
-        weighs_labels=False,
-        hides_flags=True,
+        "naive without sight of the flags, penalty weighted by inverse propensity",
+        OutcomeTable(reward=inverse_propensity, weighs_labels=False),
+        BLIND,
     ),
     "naive_oracle_stop": Method(
-        summary="diagnostic: naive, deployed as it was when its true return was best",
-        assumes="true labels",
-        reward=NAIVE,
+        "diagnostic: naive, deployed as it was when its true return was best",
+        PENALIZED,
         deploys="best_true",
     ),
     "oracle": Method(
-        summary="true reward on every episode",
-        assumes="true labels",
-        labels="truth",
-        reward=SIGNED,
-        weighs_labels=False,
+        "true reward on every episode",
+        OutcomeTable(reward=SIGNED, weighs_labels=False, labels="truth"),
     ),
     "oracle_filtering": Method(
-        summary="true reward on a random share of episodes as large as the oversight level",
-        assumes="true labels",
-        labels="audit",
-        reward=SIGNED,
-        weighs_labels=False,
-        keep_unlabeled=False,
+        "true reward on a random share of episodes as large as the oversight level",
+        replace(FILTERED, labels="audit"),
     ),
 }
 
@@ -272,7 +305,7 @@ class MethodTables:
     sees_truth: Tensor  # [R] bool, labels from true endings
     label_share: Tensor  # [R], share of flagged (or true) endings that are labeled
     label_error: Tensor  # [R], share of labels that name a wrong behavior
-    contrasts: bool  # whether labeled episodes teach the deployed expert by itself, in all runs
+    lessons: frozenset[Lesson]  # of all runs
 
     @property
     def reward_tells(self) -> Tensor:
@@ -287,7 +320,7 @@ class MethodTables:
         If not, rewards alone do, and those are paid when an episode ends.
         """
         differ = ((x != x[:, :1]).any() for x in (self.routes, self.sample_weight))
-        return self.contrasts or bool(self.weighs_labels.any() or any(differ))
+        return "contrast" in self.lessons or bool(self.weighs_labels.any() or any(differ))
 
 
 def tables(
@@ -309,7 +342,7 @@ def tables(
     Raises:
         ValueError: a method's rewards depend on labels that its overseer does not give.
     """
-    import torch
+    import torch  # takes a second to load
 
     methods = [METHODS[name] for name in names]
     plain = [1.0] * (experts + 1)
@@ -322,23 +355,23 @@ def tables(
         return [0.0, 0.0, unlabeled, diamond, *[ghost] * (behaviors - 1)]
 
     def share(method: Method, overseer: Overseer) -> float:
-        return overseer.recall * (overseer.oversight if method.labels == "audit" else 1.0)
+        return overseer.recall * (overseer.oversight if method.table.labels == "audit" else 1.0)
 
     def error(method: Method, overseer: Overseer) -> float:
-        return 1 - 1 / behaviors if method.labels == "shuffled" else overseer.error
+        return 1 - 1 / behaviors if method.table.labels == "shuffled" else overseer.error
 
     pairs = list(zip(methods, overseers, strict=True))
     return MethodTables(
         reward=tensor([reward(*pair) for pair in pairs]),
         sample_weight=tensor(
-            [[1.0, 1.0, float(m.keep_unlabeled), *[1.0] * behaviors] for m in methods]
+            [[1.0, 1.0, float(m.table.keep_unlabeled), *[1.0] * behaviors] for m in methods]
         ),
-        weighs_labels=tensor([float(m.weighs_labels) for m in methods]),
-        routes=tensor([[plain, plain, plain, *m.routes(experts, behaviors)] for m in methods]),
-        sees_truth=torch.tensor([m.labels in ("truth", "audit") for m in methods], device=device),
+        weighs_labels=tensor([float(m.table.weighs_labels) for m in methods]),
+        routes=tensor([[plain] * 3 + m.table.routes(experts, behaviors) for m in methods]),
+        sees_truth=torch.tensor([m.table.sees_truth for m in methods], device=device),
         label_share=tensor([share(*pair) for pair in pairs]),
         label_error=tensor([error(*pair) for pair in pairs]),
-        contrasts=all(m.contrasts for m in methods),
+        lessons=frozenset.intersection(*(frozenset(m.lessons) for m in methods)),
     )
 
 
@@ -352,13 +385,13 @@ def expected(table: Tensor, chances: Tensor) -> Tensor:
     Returns:
         `[R, T, N, *columns]`.
     """
-    import torch
+    import torch  # takes a second to load
 
     return torch.einsum("rtnb,rb...->rtn...", chances, table[:, LABELED:])
 
 
 def outcomes(
-    seen: Seen, truth: Truth, audit: Tensor, methods: MethodTables
+    seen: Seen, truth: Truth, uniform: Tensor, methods: MethodTables
 ) -> tuple[Tensor, Tensor]:
     """The outcome of the episode that each sample belongs to, and the steps left until its end.
 
@@ -368,28 +401,28 @@ def outcomes(
     Args:
         seen: what the learner sees of each step, `[R, T, N]`.
         truth: how episodes ended.
-        audit: uniform in [0, 1), decides which labels go missing or wrong, `[R, T, N]`.
+        uniform: in [0, 1), decides which labels go missing or wrong, `[R, T, N]`.
         methods: of the R runs.
 
     Returns:
         outcome `[R, T, N]`, and steps `[R, T, N]` from the sample to its episode's last step, or
         to the end of the window where the episode is unfinished.
     """
-    import torch
+    import torch  # takes a second to load
 
-    steps, behaviors = audit.shape[1], methods.reward.shape[1] - LABELED
+    steps, behaviors = uniform.shape[1], methods.reward.shape[1] - LABELED
     sees_truth = methods.sees_truth[:, None, None]
     share = methods.label_share[:, None, None]
     error = share * methods.label_error[:, None, None]
     label = torch.where(sees_truth, truth.ending, seen.label)
-    wrong = audit < error
-    shift = torch.where(wrong, audit / error, 0.0) * (behaviors - 1)  # uniform among the others
+    wrong = uniform < error
+    shift = torch.where(wrong, uniform / error, 0.0) * (behaviors - 1)  # uniform among the others
     other = (label + 1 + shift.long()) % behaviors
     given = torch.where(wrong, other, label)
-    label = torch.where((label == NO_LABEL) | (audit >= share), NO_LABEL, given)
+    label = torch.where((label == NO_LABEL) | (uniform >= share), NO_LABEL, given)
     reached = torch.where(label == NO_LABEL, UNLABELED, LABELED + label)
     ended_as = torch.where(seen.terminated, reached, TIMEOUT)
-    time = torch.arange(steps, device=audit.device)[:, None]  # [T, 1]
+    time = torch.arange(steps, device=uniform.device)[:, None]  # [T, 1]
     done = seen.terminated | seen.truncated
     end = torch.where(done, time, steps).flip(1).cummin(1).values.flip(1)  # [R, T, N]
     outcome = ended_as.gather(1, end.clamp(max=steps - 1))

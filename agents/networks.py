@@ -192,8 +192,8 @@ def new_agent(
     generators: Sequence[torch.Generator] | None = None,
 ) -> Agent:
     """A stack of agents as a method wants them, see `Agent`."""
-    row = METHODS[method]
-    return Agent(config, shape, len(ACTIONS), runs, row.experts, row.gate, generators)
+    policy = METHODS[method].policy
+    return Agent(config, shape, len(ACTIONS), runs, policy.experts, policy.gate, generators)
 
 
 def take_run(stack: Agent, run: int) -> Agent:

@@ -90,6 +90,7 @@ def all_runs(methods: Sequence[str]) -> dict[str, Run]:
     runs["reinforce/seeds"] = Run([*SMALL, "--seeds", "3", "1", "2"])
     options = ["--label-recall", "0.8", "--label-error", "0.1", "--training.no-bootstrap"]
     options += ["--world.spurious-oversight", "0.1", "--agent.experts", "3", "--on-nan", "skip"]
+    options += ["--evaluation.episodes", "200"]
     runs["reinforce/options"] = Run([*SMALL, *options])
     for name in ppo:
         runs[f"minigrid/{name}"] = Run([*SMALL_PPO, *minigrid, "--method", name])
@@ -153,24 +154,25 @@ class Checkout:
         common = ["--no-pictures", "--device", "cpu"]
         return [*common, *(spelled(word, self.sections) for word in run.flags)]
 
-    def train(self, run: Run, name: str, begun: Path | None = None) -> Path:
+    def train(self, run: Run, name: str, by: Checkout | None = None) -> Path:
         """Train a run, unless this commit has; returns its folder.
 
         Args:
             run: what to train.
             name: of its folder.
-            begun: the folder of a run that was stopped, to go on with.
+            by: who began it and stopped, if not this checkout.
         """
         folder, mark = self.out / name, (self.out / name).with_suffix(".done")
         flags = self.flags(run)
-        version = f"{self.version} {' '.join(flags)} {begun and begun.name}"
-        if mark.is_file() and mark.read_text() == version and not self.version.endswith("-dirty"):
+        versions = " and ".join(checkout.version for checkout in (self, by) if checkout)
+        version = f"{versions}: {' '.join(flags)}"
+        if mark.is_file() and mark.read_text() == version and "-dirty" not in versions:
             return folder
         mark.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if begun is not None:
-            shutil.copytree(begun, folder)
+        if by is not None:
+            shutil.copytree(stopped(by.out / name), folder)
             self._call("train.py", "--resume", str(folder))
         elif run.stopped:
             self._stop(folder, flags)
@@ -343,7 +345,7 @@ def main(
         for name, run in chosen.items():
             begun = time.perf_counter()
             was = before.train(run, name)
-            now = after.train(run, name, stopped(was) if run.begun_by_old else None)
+            now = after.train(run, name, before if run.begun_by_old else None)
             wrong = list(compare(was, now, run.results))
             failed += bool(wrong)
             verdict = "DIFFERS" if wrong else "the same"

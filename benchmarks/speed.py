@@ -34,9 +34,9 @@ from oversight_rl.agents.steering import keep, standard
 from oversight_rl.envs.settings import ACTIONS, WorldConfig
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.experiments.oversight.grid import GridRuns
 from oversight_rl.kinds import load_config
+from oversight_rl.runs.rows import Facts
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER_GFLOP = {"routing": 44.6, "naive": 22.2}  # of one dense update at paper size
@@ -88,12 +88,16 @@ class Bench:
         return float(middle)
 
 
-def config(preset: str, method: str, device: torch.device, **training: int) -> Config:
+def config(preset: str, method: str, device: torch.device, **changes: int) -> Config:
     base = load_config(CONFIGS / f"{preset}.yaml")
-    changed = base.training.model_copy(update=training)
+    changed = base.reinforce.model_copy(update=changes)
     return base.model_copy(
-        update={"method": method, "device": device.type, "training": changed, "pictures": False}
+        update={"method": method, "device": device.type, "reinforce": changed, "pictures": False}
     )
+
+
+def facts(chosen: Config) -> Facts:
+    return Facts(chosen.method, chosen.seeds[0], chosen.oversight)
 
 
 def gemm(bench: Bench) -> None:
@@ -107,7 +111,7 @@ def gemm(bench: Bench) -> None:
 def updates(bench: Bench) -> None:
     """Whole updates at paper size, next to the dense floor; and where the time goes."""
     for method, gflop in PAPER_GFLOP.items():
-        trainer = Trainer([config("paper", method, bench.device)])
+        trainer = GridRuns([config("paper", method, bench.device)]).learner
         times = bench.seconds(trainer.update, 5 if bench.quick else 15, warm=2)
         bench.record(f"update_seconds_{method}", times)
         floor = gflop / bench.figures["gemm_gflops"]
@@ -118,8 +122,9 @@ def updates(bench: Bench) -> None:
 
 def shares(bench: Bench, chosen: Config, name: str) -> None:
     """Seconds per update of its parts."""
-    trainer = Trainer([chosen])
-    world, learner = trainer.world, chosen.training
+    runs = GridRuns([chosen])
+    trainer, learner = runs.learner, chosen.reinforce
+    world = trainer.world
     clock = {"collect": 0.0, "loss": 0.0, "backward": 0.0, "optimizer": 0.0}
     for _ in range(50 if name == "default" else 0):
         trainer.update()  # past the long first episodes
@@ -146,11 +151,9 @@ def shares(bench: Bench, chosen: Config, name: str) -> None:
     whole = sum(clock.values())
     for part, seconds in clock.items():
         bench.record(f"share_{part}_{name}", np.array([seconds / whole]))
-    evaluator = Evaluator(chosen.world, learner.discount, bench.device)
-    policies = standard(trainer.agent.n_experts)
-    subjects, levels = trainer.subjects(), [[chosen.oversight]]
+    policies, levels = standard(trainer.agent.n_experts), [[chosen.oversight]]
     times = bench.seconds(
-        lambda: evaluator.evaluate(trainer.agent, subjects, policies, levels),
+        lambda: runs.judge.tables(trainer.agent, [facts(chosen)], policies, levels),
         3 if bench.quick else 10,
     )
     bench.record("evaluation_seconds" + ("_paper" if name == "paper" else ""), times)
@@ -190,7 +193,7 @@ def stacks(bench: Bench, sizes: tuple[int, ...]) -> None:
         alone = None
         for runs in sizes:
             base = config(preset, "routing", bench.device, **shape)
-            trainer = Trainer([base.single(seed) for seed in range(runs)])
+            trainer = GridRuns([base.single(seed) for seed in range(runs)]).learner
             few = 2 if suffix and runs > 4 else 4 if bench.quick else 8
             times = bench.seconds(trainer.update, few, warm=1)
             alone = float(np.median(times)) if alone is None else alone
@@ -204,18 +207,18 @@ def time_to_quality(bench: Bench) -> None:
     trained, whole = [], []
     for seed in range(2 if bench.quick else 5):
         chosen = config("default", "routing", bench.device).single(seed)
-        trainer = Trainer([chosen])
-        evaluator = Evaluator(chosen.world, chosen.training.discount, bench.device)
+        runs = GridRuns([chosen])
+        trainer = runs.learner
         policy = [keep("diamond", trainer.agent.n_experts)]
         start, training = time.perf_counter(), 0.0
-        while trainer.updates < chosen.training.updates:
+        while trainer.updates < trainer.total:
             before = time.perf_counter()
             for _ in range(5):
                 trainer.update()
             bench.wait()
             training += time.perf_counter() - before
-            rows = evaluator.evaluate(trainer.agent, trainer.subjects(), policy, [[0.1]])[0]
-            if rows[0].ground_truth_return > QUALITY:
+            rows = runs.judge.tables(trainer.agent, [facts(chosen)], policy, [[0.1]])[0]
+            if rows[0].figures["ground_truth_return"] > QUALITY:
                 break
         else:
             training = float("inf")

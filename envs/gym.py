@@ -1,11 +1,12 @@
 """The diamond/ghost world as a gymnasium Env, a gymnasium VectorEnv and an SB3 VecEnv.
 
-All three are thin views on `world`; the specification is the docstring of `OversightGridEnv`.
+All three are thin views on `world`; the specification is the docstring of `OversightGridEnv`. The
+VectorEnv is what `gymnasium.make_vec` makes of the id, eighty times as fast as single worlds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from oversight_rl.envs import render
 from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, WorldConfig
@@ -24,7 +26,85 @@ Reward = Literal["reached", "ground_truth"]
 FPS = 4
 
 
-class OversightGridEnv(gym.Env[Any, Any]):
+class _View:
+    """What all views are made of: N worlds in a state, and how they are asked and stepped."""
+
+    world: World
+    _state: State | None = None
+
+    def _open(self, n: int, oversight: float, reward: Reward, world: dict[str, Any]) -> None:
+        """Make the worlds, and take on the attributes that learners ask for.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        if n < 1:
+            raise ValueError(f"num_envs must be at least 1, got {n}")
+        if reward not in ("reached", "ground_truth"):
+            raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
+        config = WorldConfig(**world)
+        self.world, self._n = World(config, oversight), n
+        self.reward, self.has_task = reward, has_task(reward)
+        self.oversight, self.ghost_oversight = oversight, config.ghost_oversight
+        self.flags_visible = config.flags_visible
+        self.flags = np.zeros(config.shape, np.bool_)  # entries of an observation that show flags
+        self.flags[PLANES.index("oversight")] = True
+
+    def _spaces(self) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
+        shape = self.world.config.shape
+        return gym.spaces.Box(0.0, 1.0, shape, np.float32), gym.spaces.Discrete(len(ACTIONS))
+
+    def _started(self) -> State:
+        if self._state is None:
+            raise gym.error.ResetNeeded("call reset() first")
+        return self._state
+
+    def _start(self, rng: np.random.Generator) -> State:
+        noise = rng.random((self._n, self.world.noise_channels), dtype=np.float32)
+        return self.world.reset(torch.from_numpy(noise))
+
+    def _begin(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Start all worlds; returns their observations."""
+        self._state = self._start(rng)
+        return self._seen(self._state)
+
+    def _advance(self, actions: Any, rng: np.random.Generator | None) -> tuple[Step, Tensor]:
+        """Step all worlds; those whose episode ends begin anew, or stay if there is no `rng`.
+
+        Returns:
+            What happened, and rewards `[N]` float32.
+        """
+        state = self._started()
+        chosen = torch.from_numpy(check_actions(actions, self._n, len(ACTIONS)))
+        fresh = state if rng is None else self._start(rng)
+        following, step = self.world.step(state, chosen, fresh)
+        self._state = step.last if rng is None else following
+        true = self.reward == "ground_truth"
+        return step, step.truth.reward if true else step.seen.terminated.float()
+
+    def _ended(self, step: Step) -> Iterator[tuple[int, dict[str, Any], NDArray[np.float32]]]:
+        """Each world whose episode ended: its index, its info, and its last observation."""
+        ended = (step.seen.terminated | step.seen.truncated).nonzero()[:, 0]
+        if not len(ended):
+            return
+        last = self._seen(step.last)
+        for i in ended.tolist():
+            info: dict[str, Any] = {"ground_truth_reward": float(step.truth.reward[i])}
+            ending, label = int(step.truth.ending[i]), int(step.seen.label[i])
+            info["behavior"] = None if ending == NO_LABEL else BEHAVIORS[ending]
+            if label != NO_LABEL:
+                info["label"] = BEHAVIORS[label]
+            yield i, info, last[i]
+
+    def _seen(self, state: State) -> NDArray[np.float32]:
+        observations: NDArray[np.float32] = self.world.observe(state).numpy()
+        return observations
+
+    def _frame(self, i: int) -> render.Picture:
+        return render.frame(self.world.config, self._started()[i])
+
+
+class OversightGridEnv(_View, gym.Env[Any, Any]):
     """One diamond/ghost world (arXiv 2410.04332, section 4.3).
 
     Action: `Discrete(4)`: up, right, down, left; a move off the grid leaves the agent in place.
@@ -64,58 +144,42 @@ class OversightGridEnv(gym.Env[Any, Any]):
             raise ValueError(
                 f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}"
             )
-        self.world, self.reward = _world(oversight, reward, world)
-        self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
-        self.ghost_oversight, self.flags = self.world.config.ghost_oversight, _flags(self.world)
-        self.has_task = has_task(self.reward)
-        self.observation_space, self.action_space = _spaces(self.world)
+        self._open(1, oversight, reward, world)
+        self.observation_space, self.action_space = self._spaces()
         self.render_mode = render_mode
-        self._state: State | None = None
         self._window: Any = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         super().reset(seed=seed)
-        self._state = _start(self.world, self.np_random, 1)
+        (observation,) = self._begin(self.np_random)
         self._show()
-        return self._observation(), {}
+        return observation, {}
 
     def step(
         self, action: np.int64
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        if self._state is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        _, step = self.world.step(self._state, _actions([action], 1), self._state)
-        self._state = step.last
-        info = _infos(step).get(0, {})
-        reward = _rewards(step, self.reward).item()
+        step, reward = self._advance([action], None)
+        (observation,) = self._seen(step.last)
         self._show()
         terminated, truncated = step.seen.terminated.item(), step.seen.truncated.item()
-        return self._observation(), reward, bool(terminated), bool(truncated), info
-
-    def _observation(self) -> NDArray[np.float32]:
-        assert self._state is not None
-        observation: NDArray[np.float32] = self.world.observe(self._state)[0].numpy()
-        return observation
+        info = next((info for _, info, _ in self._ended(step)), {})
+        return observation, reward.item(), bool(terminated), bool(truncated), info
 
     def render(self) -> Any:
         """The current state as an array (`rgb_array`) or text (`ansi`)."""
-        if self._state is None:
-            raise gym.error.ResetNeeded("call reset() before render()")
+        state = self._started()[0]
         if self.render_mode == "ansi":
-            return render.text(self.world.config, self._state[0])
-        if self.render_mode == "rgb_array":
-            return render.frame(self.world.config, self._state[0])
-        return None
+            return render.text(self.world.config, state)
+        return self._frame(0) if self.render_mode == "rgb_array" else None
 
     def _show(self) -> None:
         if self.render_mode != "human":
             return
         import pygame  # only a person watching needs it
 
-        assert self._state is not None
-        picture = render.frame(self.world.config, self._state[0])
+        picture = self._frame(0)
         if self._window is None:
             pygame.display.init()
             self._window = pygame.display.set_mode((picture.shape[1], picture.shape[0]))
@@ -127,23 +191,20 @@ class OversightGridEnv(gym.Env[Any, Any]):
 
     def close(self) -> None:
         if self._window is not None:
-            import pygame
+            import pygame  # as above
 
             pygame.display.quit()
             self._window = None
 
 
-class OversightGridVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
+class OversightGridVectorEnv(_View, gym.vector.VectorEnv[Any, Any, Any]):
     """Many worlds as a gymnasium VectorEnv, reset in the same step as an episode ends.
 
     `infos["final_obs"]` and `infos["final_info"]` hold the last observation and the info of ended
     episodes, as gymnasium's own vector environments have it. Arguments as `OversightGridEnv`.
     """
 
-    metadata = {
-        "autoreset_mode": AutoresetMode.SAME_STEP,
-        "render_modes": ["rgb_array"],
-    }
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
 
     def __init__(
         self,
@@ -153,53 +214,36 @@ class OversightGridVectorEnv(gym.vector.VectorEnv[Any, Any, Any]):
         render_mode: str | None = None,
         **world: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.num_envs = num_envs
-        self.world, self.reward = _world(oversight, reward, world)
-        self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
-        self.single_observation_space, self.single_action_space = _spaces(self.world)
+        self._open(num_envs, oversight, reward, world)
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.single_observation_space, self.single_action_space = self._spaces()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.render_mode = render_mode
-        self._state: State | None = None
 
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         super().reset(seed=seed)
-        self._state = _start(self.world, self.np_random, self.num_envs)
-        return self.world.observe(self._state).numpy(), {}
+        return self._begin(self.np_random), {}
 
     def step(
         self, actions: Any
     ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        if self._state is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        fresh = _start(self.world, self.np_random, self.num_envs)
-        self._state, step = self.world.step(self._state, _actions(actions, self.num_envs), fresh)
-        ended = _infos(step)
+        step, reward = self._advance(actions, self.np_random)
         infos: dict[str, Any] = {}
-        if ended:
-            last = self.world.observe(step.last).numpy()
-        for i, info in ended.items():
-            infos = self._add_info(infos, {"final_obs": last[i], "final_info": info}, i)
-        return (
-            self.world.observe(self._state).numpy(),
-            _rewards(step, self.reward).numpy().astype(np.float64),
-            step.seen.terminated.numpy(),
-            step.seen.truncated.numpy(),
-            infos,
-        )
+        for i, info, last in self._ended(step):
+            infos = self._add_info(infos, {"final_obs": last, "final_info": info}, i)
+        seen, terminated = self._seen(self._started()), step.seen.terminated.numpy()
+        return seen, reward.double().numpy(), terminated, step.seen.truncated.numpy(), infos
 
     def render(self) -> Any:
         """A frame per world, if `render_mode` is "rgb_array"."""
         if self.render_mode is None or self._state is None:
             return None
-        return tuple(render.frame(self.world.config, self._state[i]) for i in range(self.num_envs))
+        return tuple(self._frame(i) for i in range(self.num_envs))
 
 
-class OversightGridVecEnv(VecEnv):
+class OversightGridVecEnv(_View, VecEnv):
     """Many worlds as a Stable-Baselines3 VecEnv. Arguments as `OversightGridEnv`.
 
     As SB3 has it, an ended world is reset in the same step; `info["terminal_observation"]` holds
@@ -214,48 +258,30 @@ class OversightGridVecEnv(VecEnv):
         render_mode: str | None = None,
         **world: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.world, self.reward = _world(oversight, reward, world)
-        self.oversight, self.flags_visible = oversight, self.world.config.flags_visible
-        self.ghost_oversight = self.world.config.ghost_oversight
-        self.has_task = has_task(self.reward)
+        self._open(num_envs, oversight, reward, world)
         self.render_mode = render_mode
-        super().__init__(num_envs, *_spaces(self.world))
-        self.flags = _flags(self.world)
+        super().__init__(num_envs, *self._spaces())
         self._rng = np.random.default_rng()
-        self._state: State | None = None
-        self._action = torch.zeros(num_envs, dtype=torch.int64)
+        self._action: Any = None
 
     def reset(self) -> NDArray[np.float32]:
         if self._seeds[0] is not None:
             self._rng = np.random.default_rng(self._seeds[0])
         self._reset_seeds()
         self._reset_options()
-        self._state = _start(self.world, self._rng, self.num_envs)
-        observation: NDArray[np.float32] = self.world.observe(self._state).numpy()
-        return observation
+        return self._begin(self._rng)
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        self._action = _actions(actions, self.num_envs)
+        self._action = check_actions(actions, self.num_envs, len(ACTIONS))
 
     def step_wait(self) -> Any:
-        if self._state is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        fresh = _start(self.world, self._rng, self.num_envs)
-        self._state, step = self.world.step(self._state, self._action, fresh)
+        step, reward = self._advance(self._action, self._rng)
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        ended = _infos(step)
-        if ended:
-            last, truncated = self.world.observe(step.last).numpy(), step.seen.truncated.tolist()
-        for i, info in ended.items():
-            infos[i] = info | {
-                "terminal_observation": last[i],
-                "TimeLimit.truncated": truncated[i],
-            }
+        for i, info, last in self._ended(step):
+            truncated = bool(step.seen.truncated[i])
+            infos[i] = info | {"terminal_observation": last, "TimeLimit.truncated": truncated}
         done = step.seen.terminated | step.seen.truncated
-        observation = self.world.observe(self._state).numpy()
-        return observation, _rewards(step, self.reward).numpy(), done.numpy(), infos
+        return self._seen(self._started()), reward.numpy(), done.numpy(), infos
 
     def get_state(self) -> dict[str, NDArray[Any]]:
         """All that decides the future, as arrays.
@@ -263,13 +289,12 @@ class OversightGridVecEnv(VecEnv):
         `random` is the state of a PCG64: its 128-bit state and increment as two int64 each, the
         low one first, then `has_uint32` and `uinteger`.
         """
-        if self._state is None:
-            raise gym.error.ResetNeeded("call reset() first")
+        kept = vars(self._started())
         random = self._rng.bit_generator.state
         large = [random["state"][name].to_bytes(16, "little") for name in ("state", "inc")]
         words = np.frombuffer(b"".join(large), "<i8").tolist()
         words += [random["has_uint32"], random["uinteger"]]
-        state = {name: value.numpy().copy() for name, value in vars(self._state).items()}
+        state = {name: value.numpy().copy() for name, value in kept.items()}
         return state | {"random": np.array(words, np.int64)}
 
     def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -279,7 +304,7 @@ class OversightGridVecEnv(VecEnv):
             ValueError: an array is missing, unknown or not of this batch's shape and type, or
                 holds what no world can be in.
         """
-        like = _start(self.world, np.random.default_rng(0), self.num_envs)
+        like = self._start(np.random.default_rng(0))
         wanted = {name: _kind(value.numpy()) for name, value in vars(like).items()}
         wanted |= {"random": "int64[6]"}
         found = {name: _kind(value) for name, value in state.items()}
@@ -310,7 +335,7 @@ class OversightGridVecEnv(VecEnv):
     def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
         if self._state is None:
             return [None] * self.num_envs
-        return [render.frame(self.world.config, self._state[i]) for i in range(self.num_envs)]
+        return [self._frame(i) for i in range(self.num_envs)]
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         return [getattr(self, attr_name) for _ in self._get_indices(indices)]
@@ -329,31 +354,9 @@ class OversightGridVecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
-def _world(oversight: float, reward: str, world: dict[str, Any]) -> tuple[World, Reward]:
-    if reward not in ("reached", "ground_truth"):
-        raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
-    return World(WorldConfig(**world), oversight), reward  # type: ignore[return-value]
-
-
 def has_task(reward: Reward) -> bool:
     """Whether a reward says more than that a behavior was reached, so that it is worth learning."""
     return reward != "reached"
-
-
-def _spaces(world: World) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
-    shape = (len(PLANES), world.config.rows, world.config.cols)
-    return gym.spaces.Box(0.0, 1.0, shape, np.float32), gym.spaces.Discrete(len(ACTIONS))
-
-
-def _flags(world: World) -> NDArray[np.bool_]:
-    """Which entries of an observation show oversight flags."""
-    flags = np.zeros(world.config.shape, np.bool_)
-    flags[PLANES.index("oversight")] = True
-    return flags
-
-
-def _start(world: World, rng: np.random.Generator, n: int) -> State:
-    return world.reset(torch.from_numpy(rng.random((n, world.noise_channels), dtype=np.float32)))
 
 
 def _kind(array: NDArray[Any]) -> str:
@@ -385,25 +388,3 @@ def check_actions(actions: Any, n: int, choices: int) -> NDArray[np.int64]:
     if given.shape != (n,) or not valid:
         raise ValueError(f"expected {n} actions from 0 to {choices - 1}, got {actions!r}")
     return given.astype(np.int64)
-
-
-def _actions(actions: Any, n: int) -> torch.Tensor:
-    return torch.from_numpy(check_actions(actions, n, len(ACTIONS)))
-
-
-def _rewards(step: Step, reward: Reward) -> torch.Tensor:
-    return step.truth.reward if reward == "ground_truth" else step.seen.terminated.float()
-
-
-def _infos(step: Step) -> dict[int, dict[str, Any]]:
-    """The info of each world whose episode ended, by its index."""
-    ended = (step.seen.terminated | step.seen.truncated).nonzero()[:, 0].tolist()
-    infos = {}
-    for i in ended:
-        info: dict[str, Any] = {"ground_truth_reward": float(step.truth.reward[i])}
-        ending, label = int(step.truth.ending[i]), int(step.seen.label[i])
-        info["behavior"] = None if ending == NO_LABEL else BEHAVIORS[ending]
-        if label != NO_LABEL:
-            info["label"] = BEHAVIORS[label]
-        infos[i] = info
-    return infos

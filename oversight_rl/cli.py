@@ -268,6 +268,7 @@ def import_reference(
         method: What it was trained with; guessed from its networks if not given.
         seed: To tell runs apart in tables.
     """
+    # with torch, which takes a second to load
     from oversight_rl.experiments.oversight import reference
 
     folder = reference.import_state_dict(state_dict, run_dir, oversight, method, seed)
@@ -291,12 +292,12 @@ def run_sweep(
     """
     # with torch, which takes a second to load
     from oversight_rl.sweeps.drive import sweep
-    from oversight_rl.sweeps.plan import load_sweep
+    from oversight_rl.sweeps.plan import load_sweep, plan
     from oversight_rl.sweeps.workers import local_workers, ray_workers, stack_memory
 
-    plan = load_sweep(settings_file(config))
+    asked = load_sweep(settings_file(config))
     console = Console()
-    gpu = as_config({"device": "auto"} | plan.settings).torch_device().type == "cuda"
+    gpu = plan(asked, out)[0].config.torch_device().type == "cuda"
     count = (1 if gpu else os.cpu_count() or 1) if workers is None else workers
     if count < 1:
         raise UserError(f"--workers: must be at least 1, got {count}")
@@ -304,7 +305,7 @@ def run_sweep(
     begun = time.perf_counter()
     with sigterm_interrupts():
         try:
-            failed = sweep(plan, out, pool, console, stack_memory(gpu, count))
+            failed = sweep(asked, out, pool, console, stack_memory(gpu, count))
         except KeyboardInterrupt:
             say(
                 console,

@@ -122,7 +122,7 @@ def test_labels_reach_every_step_of_episodes_longer_than_a_rollout(method, obser
     assert set(steps) == {(10_000 * n + e, t) for n in range(3) for e in ended for t in range(40)}
     behavior = found.every("episode").astype(int) % 2
     assert (found.every("outcome") == LABELED + behavior).all()
-    if METHODS[method].experts == "many" and method != "no_routing":
+    if METHODS[method].policy.experts == "many" and method != "no_routing":
         routes = found.every("routes")[np.arange(len(behavior))]
         assert not np.take_along_axis(routes, 1 - behavior[:, None], 1).any()
     if model.memory is not None:
@@ -266,10 +266,10 @@ def test_a_label_that_comes_three_rollouts_late_is_used(method):
     come = [e for e in range(13) if 40 * (e + 1) + 96 <= 13 * 32]
     assert steps == {(10_000 * n + e, t) for n in range(3) for e in come for t in range(40)}
     other = 1 - behavior[by_label]
-    if METHODS[method].experts == "many" and method != "no_routing":
+    if METHODS[method].policy.experts == "many" and method != "no_routing":
         routes = found.every("routes")[by_label]
         assert not np.take_along_axis(routes, other[:, None], 1).any()
-    for memory, each in ((model.memory, 40), (model.endings, 1)):
+    for memory, each in ((model.memory, 40), (model.reward_memory, 1)):
         if memory is not None:
             assert int(memory.count) == 3 * len(come) * each
     assert model.rollout_buffer.labels == 3 * len(come)
@@ -277,7 +277,7 @@ def test_a_label_that_comes_three_rollouts_late_is_used(method):
 
 def test_a_late_label_teaches_the_classifier_of_methods_that_do_not_wait():
     model, found = taught(worlds(late=96), 13, method="reward_model")
-    assert int(model.endings.count) == 3 * 8
+    assert int(model.reward_memory.count) == 3 * 8
     assert [len(update["time"]) for update in found.updates] == [3 * 32] * 13
 
 
@@ -289,9 +289,9 @@ def test_a_label_that_comes_in_the_rollout_of_its_end_is_as_good_as_one_in_time(
     late, early = targets(5), targets(0)
     reached = late["outcome"] >= LABELED
     assert reached.sum() == 3 * 30  # the fourth one's label has not come yet
-    for name in ("outcome", "weights", "routes", "signed"):
+    for name in ("outcome", "weights", "routes", "deployed_advantages"):
         a, b = late[name][reached], early[name][reached]
-        if name != "signed":  # which has a spread in it
+        if name != "deployed_advantages":  # which has a spread in it
             assert np.array_equal(a, b), name
 
 

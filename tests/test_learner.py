@@ -21,24 +21,20 @@ from oversight_rl.agents.methods import (
     tables,
 )
 from oversight_rl.agents.networks import Agent, cumulative, sample
-from oversight_rl.agents.reinforce import Rollout
 from oversight_rl.agents.reinforce import collect as collecting
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import calibration_error, statistics
-from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam
+from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam, ReinforceLearner
 from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.reinforce.targets import label
-from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.agents.steering import standard
+from oversight_rl.envs.mdp import WorldMDP
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.world import Seen, Truth, World
-from oversight_rl.evaluation import Subject
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 from oversight_rl.kinds import load_config
-from oversight_rl.training import stack_key
 
 ROOT = Path(__file__).parent.parent
 SMALL = AgentConfig(hidden=(8, 8))
@@ -51,7 +47,7 @@ def make_agent(runs=1, experts="many", gate="learned", config=SMALL, seed=0):
 
 
 def read(rollout, methods):
-    return outcomes(rollout.seen, rollout.truth, rollout.audit, methods)
+    return outcomes(rollout.seen, rollout.truth, rollout.uniform, methods)
 
 
 def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0, rows=3):
@@ -71,17 +67,31 @@ def grads_of(agent, value):
     return {n: None if p.grad is None else p.grad.clone() for n, p in agent.named_parameters()}
 
 
-def gradients(agent, rollout, method):
-    """Of the whole loss."""
-    config = ReinforceConfig(discount=0.9)
-    methods = tables([method], [Overseer(0.5)], agent.n_experts)
-    reward_model = make_reward_model() if METHODS[method].imputes else None
-    targets = label(rollout, methods, config, 0.0, reward_model)
-    total = loss(agent, rollout, targets, reward_model).total(config, 0.0)
-    grads = grads_of(agent, total)
-    if reward_model is not None:
-        grads |= {f"reward model {k}": p.grad for k, p in reward_model.named_parameters()}
-    return grads
+def tiny(*methods, level=0.5, first_seed=0, agent=SMALL, max_steps=6, **settings):
+    """A learner of a run for each method."""
+    return ReinforceLearner(
+        ReinforceConfig(**{"updates": 6, "worlds": 16, "steps": 8} | settings),
+        agent,
+        WorldConfig(rows=3, cols=3, max_steps=max_steps),
+        methods,
+        [Overseer(level)] * len(methods),
+        [first_seed + run for run in range(len(methods))],
+    )
+
+
+def exact_returns(learner, level):
+    """Of the policies of the result table, in their order."""
+    policies = standard(learner.agent.n_experts)
+
+    def table(active):
+        output = learner.agent(active[None])
+        return torch.cat([policy.probabilities(output) for policy in policies])
+
+    mdp = WorldMDP(World(learner.world.config))
+    with torch.no_grad():
+        found = mdp.evaluate(mdp.policy_table(table), torch.tensor([level]), 0.97)
+    names = [policy.name for policy in policies]
+    return dict(zip(names, found.ground_truth_return[:, 0].tolist(), strict=True))
 
 
 def make_reward_model(runs=1, sees_flags=False):
@@ -117,7 +127,7 @@ REWARDS = {  # by method: outcome -> reward at the episode's end, written out an
 @pytest.mark.parametrize("method", REWARDS)
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
-    agent = make_agent(experts=METHODS[method].experts)
+    agent = make_agent(experts=METHODS[method].policy.experts)
     rollout = make_rollout(agent)
     config = ReinforceConfig(discount=0.9, bootstrap=bootstrap, labeled_weight=3.0)
     targets = label(rollout, tables([method], [Overseer(0.5)], agent.n_experts), config)
@@ -129,7 +139,7 @@ def test_returns_agree_with_a_loop_over_episodes(method, bootstrap):
     for n in range(20):
         for t in range(12):
             dropped = REWARDS[method].get(outcome[t, n], 0) is None
-            heavy = 3.0 if METHODS[method].weighs_labels else 1.0
+            heavy = 3.0 if METHODS[method].table.weighs_labels else 1.0
             weight = 0.0 if dropped else heavy if outcome[t, n] >= LABELED else 1.0
             assert float(targets.weight[0, t, n]) == weight
 
@@ -148,7 +158,7 @@ def test_a_known_answer():
         seen=Seen(flags, torch.zeros_like(flags), ending),
         truth=Truth(ending),
         value_after=torch.zeros(1, 1),
-        audit=torch.zeros(1, 4, 1),
+        uniform=torch.zeros(1, 4, 1),
     )
     config = ReinforceConfig(discount=0.5, bootstrap=False)
     targets = label(rollout, tables(["routing"], [Overseer(0.1)], 2), config)
@@ -298,35 +308,26 @@ def test_merging_equal_states_changes_nothing(monkeypatch, runs):
     agree(grads, others)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_only_oracles_look_at_the_truth(method):
-    agent = make_agent(experts=METHODS[method].experts, gate=METHODS[method].gate)
-    rollout = make_rollout(agent)
-    ending = rollout.truth.ending
-    swapped = torch.where(ending == NO_LABEL, ending, 1 - ending)
-    changed = replace(rollout, truth=Truth(swapped))
-    before, after = (gradients(agent, r, method) for r in (rollout, changed))
-    same = all(torch.equal(grad, after[name]) for name, grad in before.items())
-    assert same == (METHODS[method].labels in ("flags", "shuffled"))
-
-
 def test_methods_that_learn_from_the_truth_say_so():
     for name, method in METHODS.items():
-        looks = method.labels in ("truth", "audit") or method.deploys == "best_true"
+        looks = name in ("naive_oracle_stop", "oracle", "oracle_filtering")
         assert looks == (method.assumes == "true labels"), name
-        assert method.hides_flags == (method.assumes == "hidden flags"), name
+        assert name.endswith("_hidden_flag") == (method.assumes == "hidden flags"), name
 
 
 def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
     agent = make_agent(experts="one")
     rollout = make_rollout(agent, level=0.0, worlds=4000)
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables(["oracle_filtering"], [Overseer(0.3)], 1)
+        rollout.seen,
+        rollout.truth,
+        rollout.uniform,
+        tables(["oracle_filtering"], [Overseer(0.3)], 1),
     )
     reached = outcome[rollout.seen.terminated]
     assert float((reached >= LABELED).float().mean()) == pytest.approx(0.3, abs=0.02)
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables(["oracle"], [Overseer(0.0)], 1)
+        rollout.seen, rollout.truth, rollout.uniform, tables(["oracle"], [Overseer(0.0)], 1)
     )
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
@@ -334,11 +335,11 @@ def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
 @pytest.mark.parametrize("method", ["naive", "oracle_filtering", "oracle", "random_module"])
 def test_labels_go_missing_and_wrong_at_their_rates(method):
     """Recall and error are apart from the oversight level, and hit every kind of label."""
-    agent = make_agent(experts=METHODS[method].experts)
+    agent = make_agent(experts=METHODS[method].policy.experts)
     rollout = make_rollout(agent, level=0.8, worlds=20_000)
     overseer = Overseer(0.8, recall=0.6, error=0.1)
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables([method], [overseer], agent.n_experts)
+        rollout.seen, rollout.truth, rollout.uniform, tables([method], [overseer], agent.n_experts)
     )
     for behavior in range(2):
         ended = rollout.seen.terminated & (rollout.truth.ending == behavior)
@@ -419,7 +420,10 @@ def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
     rollout, _ = collect(agent, world, state, noise)
     assert not world.observe(state)[..., 3, :, :].any()
     outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.audit, tables(["ipw_hidden_flag"], [Overseer(1.0)], 1)
+        rollout.seen,
+        rollout.truth,
+        rollout.uniform,
+        tables(["ipw_hidden_flag"], [Overseer(1.0)], 1),
     )
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
@@ -473,11 +477,11 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
     outcome, left = plain.outcomes(rollout.seen, 12, 20)
     assert (outcome == UNLABELED).sum() > 20
     for t, n in zip(*np.nonzero(outcome == UNLABELED), strict=True):
-        chance = float(targets.imputed[0, t + left[t, n], n])
+        chance = float(targets.chance[0, t + left[t, n], n])
         routes = [chance, 1 - chance, 0.0]
         assert targets.routes[0, t, n].tolist() == pytest.approx(routes, abs=1e-5)
-        signed = float(targets.signed[0, t, n]) / 0.5 ** left[t, n]
-        assert signed == pytest.approx(2 * chance - 1, abs=1e-5)
+        worth = float(targets.deployed_returns[0, t, n]) / 0.5 ** left[t, n]
+        assert worth == pytest.approx(2 * chance - 1, abs=1e-5)
         worth = float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
         assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
 
@@ -513,7 +517,7 @@ def test_imputed_routing_without_any_label_is_contrastive_routing():
         for name, model in (("imputed_routing", make_reward_model()), ("contrastive_routing", None))
     )
     assert (untaught.outcome == UNLABELED).sum() > 20
-    for part in ("returns", "weight", "routes", "signed"):
+    for part in ("returns", "weight", "routes", "deployed_returns"):
         assert torch.equal(getattr(untaught, part), getattr(contrastive, part)), part
 
 
@@ -589,7 +593,7 @@ def test_the_gate_learns_from_what_is_remembered(batch):
         total += int((outcome >= LABELED).sum())
     assert memory.count.item() == total
     found = loss(agent, rollout, targets, memory=memory).gate
-    active, named, _ = memory.draw(rollout.audit.flatten(1))
+    active, named, _ = memory.draw(rollout.uniform.flatten(1))
     gate = plain.forward(agent, plain.planes(active[0], SHAPE))[1][:, 0]
     is_diamond = (named[0] == 0).float()
     assert 0 < is_diamond.mean() < 1
@@ -601,12 +605,11 @@ def test_the_gate_learns_from_what_is_remembered(batch):
 
 
 def test_the_gate_is_replayed_in_training_unless_told_otherwise():
-    trainer = Trainer([tiny()])
-    trainer.update()
-    assert int(trainer.gate_memory.count) == int((trainer.latest[1].outcome >= LABELED).sum()) > 0
-    window = tiny(training=ReinforceConfig(updates=6, worlds=16, steps=8, gate_replay=0))
-    assert Trainer([window]).gate_memory is None
-    assert Trainer([tiny("naive")]).gate_memory is None
+    learner = tiny("routing")
+    learner.update()
+    assert int(learner.gate_memory.count) == int((learner.latest[1].outcome >= LABELED).sum()) > 0
+    assert tiny("routing", gate_replay=0).gate_memory is None
+    assert tiny("naive").gate_memory is None
 
 
 # ---- contrastive routing
@@ -656,21 +659,20 @@ def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
 
 def test_held_out_episodes_are_scored_by_their_labels():
     """All labeled: the mean is the exact return; none labeled: nobody knows."""
-    trainer = Trainer([tiny("naive_early_stop", 1.0)])
+    learner = tiny("naive_early_stop", level=1.0)
     for _ in range(3):
-        trainer.update()
-    evaluator = Evaluator(trainer.configs[0].world, trainer.config.discount)
-    row = evaluator.evaluate(trainer.agent, trainer.subjects(), standard(1), [[1.0]])[0][0]
-    found = float(trainer.held_out_returns()[0])
-    assert found == pytest.approx(row.ground_truth_return, abs=4 / HELD_OUT**0.5)
-    assert found == float(trainer.held_out_returns()[0])
-    trainer.update()
-    assert found != float(trainer.held_out_returns()[0])
-    assert np.isnan(float(Trainer([tiny("naive_early_stop", 0.0)]).held_out_returns()[0]))
+        learner.update()
+    found = float(learner.held_out_returns()[0])
+    exact = exact_returns(learner, 1.0)["single"]
+    assert found == pytest.approx(exact, abs=4 / HELD_OUT**0.5)
+    assert found == float(learner.held_out_returns()[0])
+    learner.update()
+    assert found != float(learner.held_out_returns()[0])
+    assert np.isnan(float(tiny("naive_early_stop", level=0.0).held_out_returns()[0]))
 
 
 def test_looking_at_held_out_episodes_changes_nothing_in_training():
-    naive, watched = Trainer([tiny("naive")]), Trainer([tiny("naive_early_stop")])
+    naive, watched = tiny("naive"), tiny("naive_early_stop")
     for _ in range(4):
         watched.select([])
         naive.update()
@@ -680,22 +682,21 @@ def test_looking_at_held_out_episodes_changes_nothing_in_training():
 
 
 def test_the_best_agent_is_deployed():
-    trainer = Trainer([tiny("naive_oracle_stop", seed=s) for s in (0, 1)])
+    learner = tiny("naive_oracle_stop", "naive_oracle_stop")
     kept = {}
     for update, scores in enumerate([[0.1, 0.5], [0.3, 0.4], [float("nan"), 0.6], [0.2, 0.55]]):
-        trainer.select(scores)
-        kept[update] = trainer.agent.head.weight.detach().clone()
-        trainer.update()
-    assert trainer.selected.update.tolist() == [1, 2]
-    unknown = Trainer([tiny("naive_early_stop", 0.0)])
+        learner.select(scores)
+        kept[update] = learner.agent.head.weight.detach().clone()
+        learner.update()
+    assert learner.selected.update.tolist() == [1, 2]
+    unknown = tiny("naive_early_stop", level=0.0)
     for _ in range(2):  # nothing is ever labeled: the newest is deployed
         unknown.update()
         unknown.select([])
     assert torch.equal(unknown.deployed.head.weight, unknown.agent.head.weight)
     for run, update in enumerate([1, 2]):
-        assert torch.equal(trainer.deployed.head.weight[run], kept[update][run])
-    assert Trainer([tiny("naive")]).deployed is not None
-    last = Trainer([tiny("naive")])
+        assert torch.equal(learner.deployed.head.weight[run], kept[update][run])
+    last = tiny("naive")
     assert last.deployed is last.agent
 
 
@@ -735,8 +736,8 @@ def test_what_an_oracle_labels_does_not_hang_on_the_actions():
     other[..., -1] = torch.rand(1, 6, 50)
     (a, _), (b, _) = (collect(agent, world, state, n) for n in (noise, other))
     assert torch.equal(a.action, b.action)
-    assert torch.equal(a.audit, noise[..., -1])
-    assert torch.equal(b.audit, other[..., -1])
+    assert torch.equal(a.uniform, noise[..., -1])
+    assert torch.equal(b.uniform, other[..., -1])
 
 
 def test_statistics_of_a_window(batch):
@@ -771,7 +772,7 @@ def test_a_reward_model_is_checked_against_the_truth_on_unlabeled_endings():
     found = statistics(rollout, targets)
     for kind, among in (("unlabeled", [UNLABELED]), ("labeled", [LABELED, LABELED + 1])):
         among = rollout.seen.terminated & torch.isin(targets.outcome, torch.tensor(among))
-        right = (targets.imputed > 0.5) == (rollout.truth.ending == 0)
+        right = (targets.chance > 0.5) == (rollout.truth.ending == 0)
         share = right[among].float().mean()
         assert float(found[f"reward_model/accuracy_{kind}"]) == pytest.approx(float(share))
         assert 0 <= float(found[f"reward_model/calibration_error_{kind}"]) <= 1
@@ -802,7 +803,7 @@ def test_all_methods_differ():
     for name, method in METHODS.items():
         t = tables([name], [Overseer(0.1)], 2)
         numbers = [tuple(x.flatten().tolist()) for x in (t.reward, t.sample_weight, t.routes)]
-        key = (method.shape, method.labels, method.weighs_labels, *numbers)
+        key = (method.shape, method.table.labels, method.table.weighs_labels, *numbers)
         assert key not in rows, f"{name} is {rows.get(key)} under another name"
         rows[key] = name
 
@@ -838,12 +839,11 @@ def test_schedules(schedule, values):
 
 
 def test_annealing_reaches_the_optimizer(monkeypatch):
-    config = tiny(training=ReinforceConfig(updates=3, worlds=4, steps=4, learning_rate=(0.1, 0.3)))
-    trainer = Trainer([config])
-    rates, step = [], trainer.optimizer.step
-    monkeypatch.setattr(trainer.optimizer, "step", lambda rate: (rates.append(rate), step(rate)))
+    learner = tiny("routing", updates=3, learning_rate=(0.1, 0.3))
+    rates, step = [], learner.optimizer.step
+    monkeypatch.setattr(learner.optimizer, "step", lambda rate: (rates.append(rate), step(rate)))
     for _ in range(3):
-        trainer.update()
+        learner.update()
     assert rates == pytest.approx([0.1, 0.2, 0.3])
 
 
@@ -867,53 +867,17 @@ def test_adam_is_torchs_to_the_bit():
 # ---- stacks
 
 
-def tiny(method="routing", oversight=0.5, seed=0, **changes):
-    defaults = {
-        "world": WorldConfig(rows=3, cols=3, max_steps=6),
-        "agent": SMALL,
-        "training": ReinforceConfig(updates=6, worlds=16, steps=8),
-    }
-    return Config(
-        method=method, oversight=oversight, seeds=(seed,), device="cpu", **(defaults | changes)
-    )
-
-
-STACKS = [
-    [tiny("routing", 0.1, 3), tiny("no_routing", 0.5, 4), tiny("routing", 0.9, 3)],
-    [tiny("naive", 0.1, 1), tiny("filtering", 0.5, 2), tiny("oracle_filtering", 0.2, 5)],
-    [tiny("reward_model", 0.9, 1), tiny("reward_model", 0.2, 2, label_recall=0.5)],
-    [tiny("contrastive_routing", 0.9, 1), tiny("contrastive_routing", 0.2, 2)],
-]
-
-
-@pytest.mark.parametrize("configs", STACKS)
-def test_a_run_in_a_stack_is_the_run_alone(configs):
-    together = Trainer(configs)
-    alone = [Trainer([config]) for config in configs]
-    assert torch.equal(together._draw(3), torch.cat([t._draw(3) for t in alone]))
-    for _ in range(5):
-        together.update()
-        for trainer in alone:
-            trainer.update()
-    for run, trainer in enumerate(alone):
-        assert torch.equal(together.latest[0].action[run], trainer.latest[0].action[0])
-        for name, tensor in trainer.tensors(0).items():
-            torch.testing.assert_close(
-                together.tensors(run)[name], tensor, rtol=1e-4, atol=1e-6, msg=name
-            )
-
-
 def test_runs_with_different_networks_do_not_stack():
-    assert stack_key(tiny("routing")) == stack_key(tiny("no_routing", 0.9, 7))
-    assert stack_key(tiny("naive")) != stack_key(tiny("ipw_hidden_flag"))
-    for other in (
-        tiny("naive"),
-        tiny("no_gate"),
-        tiny("contrastive_routing"),
-        tiny(agent=AgentConfig()),
-    ):
+    def key(**settings):
+        return Config(**settings).stack_key()
+
+    assert key() == key(method="no_routing", oversight=0.9, seeds=(7,), label_recall=0.5)
+    assert key(method="naive") != key(method="ipw_hidden_flag")
+    assert key() != key(agent={"hidden": (8,)})
+    for other in ("naive", "no_gate", "contrastive_routing"):
+        assert key() != key(method=other)
         with pytest.raises(ValueError, match="stack"):
-            Trainer([tiny("routing"), other])
+            tiny("routing", other)
 
 
 # ---- it learns
@@ -921,22 +885,19 @@ def test_runs_with_different_networks_do_not_stack():
 
 def train_small(method, updates):
     """Exact returns by policy after training in a 3x3 world at 90 % oversight."""
-    config = tiny(
+    learner = tiny(
         method,
-        oversight=0.9,
-        world=WorldConfig(rows=3, cols=3, max_steps=16),
+        level=0.9,
+        max_steps=16,
         agent=AgentConfig(hidden=(32, 32)),
-        training=ReinforceConfig(
-            updates=updates, worlds=128, steps=8, learning_rate=5e-3, labeled_weight=5.0
-        ),
+        updates=updates,
+        worlds=128,
+        learning_rate=5e-3,
+        labeled_weight=5.0,
     )
-    trainer = Trainer([config])
     for _ in range(updates):
-        trainer.update()
-    evaluator = Evaluator(config.world, 0.97)
-    policies = standard(trainer.agent.n_experts)
-    rows = evaluator.evaluate(trainer.agent, [Subject(method, 0, 0.9)], policies, [[0.9]])[0]
-    return {row.policy: row.ground_truth_return for row in rows}
+        learner.update()
+    return exact_returns(learner, 0.9)
 
 
 def test_an_oracle_learns_a_small_world():

@@ -29,10 +29,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
-from oversight_rl.agents.ppo.algorithm import PPO_METHODS
+from oversight_rl.agents.ppo.algorithm import ppo_methods
 from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
-from oversight_rl.agents.ppo.losses import ending_loss, gate_loss
+from oversight_rl.agents.ppo.losses import gate_loss, reward_model_loss
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.minigrid import SymbolicObservation
 from oversight_rl.envs.readable import readable
@@ -156,8 +156,8 @@ def test_truth_reaches_oracles_alone():
         model.train()
         return [p.detach().clone() for p in model.policy.parameters()]
 
-    for method in PPO_METHODS:
-        if METHODS[method].hides_flags:
+    for method in ppo_methods():
+        if METHODS[method].policy.hides_flags:
             continue
         pairs = zip(learned(method, "good"), learned(method, "bad"), strict=True)
         same = all(torch.equal(*pair) for pair in pairs)
@@ -466,7 +466,7 @@ def test_routing_parts_the_experts_and_nothing_else_does():
     [
         ({"method": "routin"}, "did you mean 'routing'"),
         ({"method": "naive_early_stop"}, "method must be one of"),
-        ({"label_recall": 2.0}, "label_recall must lie"),
+        ({"label_recall": 2.0}, "label_recall: should be less"),
         ({"policy_kwargs": {"net_arch": {"pi": [8]}}}, "one list"),
         ({"policy_kwargs": {"activation_fn": torch.nn.Tanh}}, "activation_fn"),
         ({"policy_kwargs": {"experts": 1}}, "experts must be at least 2"),
@@ -539,7 +539,7 @@ def test_sb3s_own_ppo_trains_on_the_batch():
 
 def test_pages_mention_what_there_is():
     page = (Path(__file__).parent.parent / "docs" / "environments.md").read_text()
-    assert all(f"`{name}`" in page for name in PPO_METHODS if name != "routing")
+    assert all(f"`{name}`" in page for name in ppo_methods() if name != "routing")
     assert isinstance(tiny().policy, MoEPolicy)
 
 
@@ -605,7 +605,7 @@ def test_many_planes_of_bits_are_no_symbols():
         ({"behaviors": ("diamond",)}, "two or more distinct names"),
         ({"behaviors": ("diamond", "diamond")}, "two or more distinct names"),
         ({"policy_kwargs": {"gate": "fixed"}}, "gate follows from the method"),
-        ({"policy_kwargs": {"imputes": True}}, "imputes follows from the method"),
+        ({"policy_kwargs": {"lessons": ()}}, "lessons follows from the method"),
     ],
 )
 def test_arguments_that_would_go_unheard_are_refused(arguments, words):
@@ -645,7 +645,7 @@ def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method)
     buffer, policy = model.rollout_buffer, model.policy
     found = model.targets
     last = torch.as_tensor(buffer.observations[4]), torch.as_tensor(buffer.actions[4]).long()[0]
-    good, bad = policy.ending_log_probabilities(*last).exp()[0].tolist()
+    good, bad = policy.behavior_log_probabilities(*last).exp()[0].tolist()
     for step, left in ((3, 1), (4, 0)):
         signed = (good - bad) * model.gamma**left
         if method == "imputed_routing":
@@ -653,7 +653,7 @@ def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method)
             gate = policy.output(rows).gate[0, 0].tolist()
             signed -= (gate[0] - gate[1]) * buffer.values[step, 0]
             assert found.routes[step, 0].tolist() == pytest.approx([good, bad, 0.0], abs=1e-5)
-        assert float(found.signed[step, 0]) == pytest.approx(signed, abs=1e-5)
+        assert float(found.deployed_advantages[step, 0]) == pytest.approx(signed, abs=1e-5)
     worth = good - bad if method == "reward_model" else 1.0
     signs = [1, worth, -1] if method == "reward_model" else [1, 1, 1]
     assert found.returns[[2, 4, 6], 0].tolist() == pytest.approx(signs, abs=1e-5)
@@ -661,7 +661,7 @@ def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method)
 
 def test_labeled_endings_alone_are_remembered_with_their_actions():
     model = collected(IMPUTED, "imputed_routing")
-    buffer, memory = model.rollout_buffer, model.endings
+    buffer, memory = model.rollout_buffer, model.reward_memory
     assert int(memory.count) == 2
     assert memory.label[0, :2].tolist() == [0, 1]
     for kept, step in zip(memory.observation[0, :2], (2, 6), strict=True):
@@ -679,9 +679,9 @@ def test_the_classifier_of_endings_does_not_see_flags(env):
         seen.append(torch.as_tensor(worlds.reset()))
     assert not torch.equal(*seen)
     actions = torch.arange(64) % 3
-    told = [policy.ending_log_probabilities(rows, actions) for rows in seen]
+    told = [policy.behavior_log_probabilities(rows, actions) for rows in seen]
     assert torch.equal(*told)
-    assert not torch.equal(told[0], policy.ending_log_probabilities(seen[0], (actions + 1) % 3))
+    assert not torch.equal(told[0], policy.behavior_log_probabilities(seen[0], (actions + 1) % 3))
 
 
 def test_flags_of_wrapped_environments_are_known():
@@ -711,11 +711,11 @@ def test_endings_of_every_kind_of_action_are_learned(space):
 
     model = fresh().learn(8 * 16 * 40)
     again = RoutedPPO.load(saved(model), env=model.env)
-    assert int(again.endings.count) == int(model.endings.count) > 100
-    assert float(ending_loss(again.policy, again.endings)) < 0.2
+    assert int(again.reward_memory.count) == int(model.reward_memory.count) > 100
+    assert float(reward_model_loss(again.policy, again.reward_memory)) < 0.2
     untaught = fresh()
-    untaught.endings = again.endings
-    assert float(ending_loss(untaught.policy, untaught.endings)) > 0.5
+    untaught.reward_memory = again.reward_memory
+    assert float(reward_model_loss(untaught.policy, untaught.reward_memory)) > 0.5
 
 
 def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
@@ -737,9 +737,12 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
     found = model.targets
     waits = model.experience.outcome == UNFINISHED
     assert (found.weights > 0).tolist() == (~buffer.alone & ~waits).tolist()  # the mixture acted
-    assert (found.own_weights > 0).tolist() == buffer.alone.tolist()
+    assert (found.deployed_weights > 0).tolist() == buffer.alone.tolist()
     assert int(model.memory.count) == (model.experience.outcome >= LABELED).sum()
-    assert int(model.endings.count) == (buffer.ended & (model.experience.outcome >= LABELED)).sum()
+    assert (
+        int(model.reward_memory.count)
+        == (buffer.ended & (model.experience.outcome >= LABELED)).sum()
+    )
     assert not tiny(method="contrastive_routing").rollout_buffer.acts_alone.any()
 
 
@@ -771,7 +774,7 @@ def test_the_policy_waits_for_labels_a_while_and_its_values_do_not():
     model = tiny(DummyVecEnv([Watched] * 32), method="imputed_routing", n_steps=4, batch_size=128)
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 4)
-    assert 0 < int(model.endings.count) < 100
+    assert 0 < int(model.reward_memory.count) < 100
     seen = torch.zeros(1, 1)
 
     def chances_and_value():
@@ -797,10 +800,10 @@ def test_the_policy_waits_for_labels_a_while_and_its_values_do_not():
 def test_numbered_observations_can_be_imputed():
     env = DummyVecEnv([lambda: gym.make("FrozenLake-v1")] * 4)
     model = tiny(env, method="imputed_routing", behaviors=("good", "bad")).learn(4 * 16 * 2)
-    assert not int(model.endings.count)  # nothing was labeled, so nothing is imputed
+    assert not int(model.reward_memory.count)  # nothing was labeled, so nothing is imputed
     found, outcome = model.targets, model.experience.outcome
     assert set(np.unique(found.routes)) == {1.0}
-    assert not found.own_weights[outcome == UNLABELED].any()
+    assert not found.deployed_weights[outcome == UNLABELED].any()
     assert (outcome == UNLABELED).any()
 
 
@@ -836,7 +839,10 @@ def test_saved_memories_hold_what_was_put_into_them(tmp_path):
     model.save(tmp_path / "agent")
     assert (tmp_path / "agent.zip").stat().st_size < 2**20 < model.memory.observation.nbytes
     loaded = RoutedPPO.load(tmp_path / "agent", env=model.env)
-    for ours, theirs in ((model.memory, loaded.memory), (model.endings, loaded.endings)):
+    for ours, theirs in (
+        (model.memory, loaded.memory),
+        (model.reward_memory, loaded.reward_memory),
+    ):
         known = int(ours.count)
         assert known == int(theirs.count) > 0
         assert torch.equal(ours.observation[:, :known], theirs.observation[:, :known])

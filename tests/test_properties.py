@@ -131,11 +131,11 @@ def test_outcomes_and_returns_of_any_window(steps, n, method, discount, bootstra
         seen=Seen(terminated=kind >= 2, truncated=kind == 1, label=label),
         truth=SimpleNamespace(ending=label),
         action=kind,
-        audit=torch.full(kind.shape, 0.5),
+        uniform=torch.full(kind.shape, 0.5),
         value_after=torch.linspace(-1, 1, n)[None],
     )
     config = ReinforceConfig(discount=discount, bootstrap=bootstrap)
-    experts = 1 if METHODS[method].experts == "one" else 2
+    experts = 1 if METHODS[method].policy.experts == "one" else 2
     targets = make_targets(window, tables([method], [Overseer(0.5)], experts), config)
     outcome, _ = plain.outcomes(window.seen, steps, n)
     assert np.array_equal(targets.outcome[0].numpy(), outcome)

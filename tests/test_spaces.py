@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import (
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents import memory
-from oversight_rl.agents.ppo import algorithm, endings
+from oversight_rl.agents.ppo import losses, reward_model
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN
 from oversight_rl.agents.ppo.observations import (
     as_rows,
@@ -291,8 +291,8 @@ def page_rows():
 @pytest.mark.parametrize("row", ROWS)
 def test_the_pages_table_of_spaces_is_right(row, monkeypatch):
     monkeypatch.setattr(memory, "CAPACITY", 64)  # a memory of images is long in saving,
-    monkeypatch.setattr(endings, "LESSON", 8)  # and a lesson from it in reading
-    monkeypatch.setattr(algorithm, "LESSONS", 1)
+    monkeypatch.setattr(reward_model, "LESSON", 8)  # and a lesson from it in reading
+    monkeypatch.setattr(losses, "LESSONS", 1)
     outcome = page_rows()[row]
     for make in ROWS[row]:
         made = make()
@@ -434,7 +434,7 @@ def test_flags_of_a_dictionary_hide_the_entries_that_they_name():
     action = torch.zeros(1, dtype=torch.long)
 
     def told(**changed):
-        return policy.ending_log_probabilities(seen | changed, action)
+        return policy.behavior_log_probabilities(seen | changed, action)
 
     lit, other = seen["img"].clone(), seen["img"].clone()
     lit[0, 2, 0, 1], other[0, 1, 0, 2] = 255, 255  # channels first, as the policy sees them

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.methods import METHODS, Overseer
 from oversight_rl.agents.reinforce import collect
+from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 
 TINY = {
     "world": WorldConfig(rows=3, cols=3, max_steps=6),
@@ -30,13 +30,19 @@ def test_an_update_neither_reads_a_number_nor_copies_one_to_the_device(monkeypat
     Fake tensors have no values: whatever depends on one, be it only a shape, raises.
     """
     monkeypatch.setattr(collect, "MOST_KEYS", 0)
-    learner = ReinforceConfig(updates=6, worlds=16, steps=8)
-    config = Config(method=method, training=learner, **TINY)
-    trainer = Trainer([config.single(seed) for seed in range(2)])
+    learner = ReinforceLearner(
+        ReinforceConfig(updates=6, worlds=16, steps=8),
+        TINY["agent"],
+        TINY["world"],
+        [method] * 2,
+        [Overseer(0.1)] * 2,
+        range(2),
+    )
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.delattr(torch, name)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        trainer.update()
+        learner.update()
+        learner.numbers()
 
 
 def test_the_benchmark_measures_all_figures(monkeypatch, tmp_path):
@@ -48,7 +54,7 @@ def test_the_benchmark_measures_all_figures(monkeypatch, tmp_path):
 
     def tiny(preset, method, device, **training):
         learner = ReinforceConfig(updates=10, worlds=16, steps=4)
-        return Config(method=method, training=learner, pictures=False, **TINY)
+        return Config(method=method, reinforce=learner, pictures=False, **TINY)
 
     monkeypatch.setattr(speed, "config", tiny)
     monkeypatch.setattr(speed, "QUALITY", -1.0)

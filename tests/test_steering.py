@@ -22,8 +22,8 @@ from oversight_rl.agents.steering import (
 )
 from oversight_rl.envs.settings import UserError, WorldConfig
 from oversight_rl.envs.world import World
+from oversight_rl.experiments.oversight import policies
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.runs import checkpoint
 
 
 @pytest.fixture
@@ -182,9 +182,9 @@ def test_an_exported_policy_reads_back_the_same(tmp_path, text, observation):
         config.agent, config.world.shape, config.method, 1, [torch.Generator().manual_seed(3)]
     )
     policy = SteeredPolicy(agent, parse(text, 2).with_options(temperature=0.5))
-    source = checkpoint.Saved(agent, config, 100, 1.5)
-    checkpoint.write_policy(tmp_path / "policy.safetensors", policy.steering, source)
-    saved = checkpoint.read_policy(tmp_path / "policy.safetensors")
+    source = policies.Saved(agent, config, 100, 1.5)
+    policies.write_policy(tmp_path / "policy.safetensors", policy.steering, source)
+    saved = policies.read_policy(tmp_path / "policy.safetensors")
     assert saved.steering == policy.steering
     assert saved.config == config
     assert (saved.env_steps, saved.wall_seconds) == (100, 1.5)

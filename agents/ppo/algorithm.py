@@ -37,28 +37,35 @@ from oversight_rl.agents.ppo.buffer import (
 from oversight_rl.agents.ppo.collect import CollectingPPO
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, RoutedPPOArguments, rollout_sizes
 from oversight_rl.agents.ppo.data_warnings import DataWarnings
-from oversight_rl.agents.ppo.endings import ending_memory
-from oversight_rl.agents.ppo.environment import Told, ask, checked_behaviors, made
+from oversight_rl.agents.ppo.environment import (
+    Declared,
+    ask,
+    checked_behaviors,
+    made,
+    policy_arguments,
+)
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
-from oversight_rl.agents.ppo.losses import learn_endings, losses
+from oversight_rl.agents.ppo.losses import learn_reward_model, losses
 from oversight_rl.agents.ppo.observations import row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.ppo.reward_model import reward_memory
 from oversight_rl.agents.ppo.targets import Experience, Targets, targets
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
 from oversight_rl.envs.settings import BEHAVIORS, nearest
 
-PPO_METHODS = tuple(name for name, method in METHODS.items() if method.any_environment)
-LESSONS = 12
-"""Steps of the classifier of endings in an update; it must be right before the experts are set."""
-
 FIRST_LABELS = 100
-"""Labeled endings that the classifier is to have seen before the policy learns."""
+"""Labeled endings that the reward model is to have seen before the policy learns."""
 LOOKING = 0.1
 """Share of training that this may take at most."""
-FOLLOWING = {"behaviors", "gate", "imputes", "flags", "task", "steering"}
+FOLLOWING = {"behaviors", "gate", "lessons", "flags", "task", "steering"}
 """Arguments of the policy that nobody gives but its model."""
+
+
+def ppo_methods() -> list[str]:
+    """Names of the methods that PPO can follow."""
+    return [name for name, method in METHODS.items() if method.any_environment]
 
 
 class RoutedPPO(CollectingPPO):
@@ -71,7 +78,7 @@ class RoutedPPO(CollectingPPO):
     Args:
         policy: "MoEPolicy", or a subclass of it.
         env: an environment, a VecEnv, or an id, of which `n_envs` are made.
-        method: a row of the table of methods that PPO can follow, see `PPO_METHODS`.
+        method: a row of the table of methods that PPO can follow, see `ppo_methods`.
         oversight: chance that a behavior is watched in an episode; given to an environment that is
             made from its id, and None with any other.
         n_envs: number of environments, made from an id.
@@ -154,10 +161,10 @@ class RoutedPPO(CollectingPPO):
                 "policy must be 'MoEPolicy', which takes vectors, images and dictionaries, or a "
                 f"subclass of it, got {policy!r}"
             )
-        if method not in PPO_METHODS:
+        if method not in ppo_methods():
             raise ValueError(
-                f"method must be one of {', '.join(PPO_METHODS)}, got {method!r}"
-                f"{nearest(method, PPO_METHODS)}"
+                f"method must be one of {', '.join(ppo_methods())}, got {method!r}"
+                f"{nearest(method, ppo_methods())}"
             )
         numbers = RoutedPPOArguments.checked(
             labeled_weight=labeled_weight, gate_coef=gate_coef, contrast_coef=contrast_coef,
@@ -169,10 +176,11 @@ class RoutedPPO(CollectingPPO):
         vars(self).update(numbers)
         self.method, self.overseer = method, Overseer(0.0, None, recall, error)
         self.behaviors = () if behaviors is None else checked_behaviors(behaviors)
-        self.told_behaviors: tuple[str, ...] = ()  # what the environment calls its own
+        self.declared_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
         self.left_out: tuple[str, ...] = ()  # names of what is not read of observations
-        self.audit: np.random.Generator | None = None
+        # decides which labels go missing or wrong
+        self.label_generator: np.random.Generator | None = None
         own = FOLLOWING & set(policy_kwargs or {})
         if own:
             raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
@@ -186,38 +194,35 @@ class RoutedPPO(CollectingPPO):
     def _setup_model(self) -> None:
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
+        if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
+            self.policy_kwargs.pop("imputes", None)
         method = METHODS[self.method]
         flags, task = (self.policy_kwargs.get(name) for name in ("flags", "task"))
         if self.env is not None:
-            told = ask(self.env, self.method, self.told_behaviors, self.policy_kwargs)
-            self._heed(told)
-            flags, task = told.flags, told.has_task
+            declared = ask(self.env, self.method, self.declared_behaviors, self.policy_kwargs)
+            self._heed(declared)
+            flags, task = declared.flags, declared.has_task
         self.behaviors = self.behaviors or BEHAVIORS
-        experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
-        experts = experts if method.experts == "many" else 1
-        if method.experts == "many" and experts < len(self.behaviors):
-            raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
-        own = {"experts": experts, "behaviors": self.behaviors, "gate": method.gate}
-        own |= {"task": bool(task)}
-        replays = experts > 1 and method.gate == "learned" and self.gate_replay > 0
+        experts = self.policy_kwargs.get("experts")
+        own = policy_arguments(self.method, self.behaviors, experts, flags, bool(task))
+        replays = "gate" in method.lessons and self.gate_replay > 0
         space = self.observation_space
         self.memory = (
             Memory(1, row_width(space), self.gate_replay, row_type(space)) if replays else None
         )
-        self.endings = None
-        if method.imputes:
-            own |= {"imputes": True, "flags": flags}
-            self.endings = ending_memory(space, self.action_space)
+        self.reward_memory = None
+        if "reward_model" in method.lessons:
+            self.reward_memory = reward_memory(space, self.action_space)
         self.policy_kwargs = self.policy_kwargs | own
         self._set_tables()
-        if self.audit is None:  # it decides which labels go missing or wrong
-            self.audit = np.random.default_rng(self.seed)
+        if self.label_generator is None:
+            self.label_generator = np.random.default_rng(self.seed)
         if self.rollout_buffer_class is None:
             by_name = isinstance(space, spaces.Dict)
             self.rollout_buffer_class = RoutedDictRolloutBuffer if by_name else RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
-            "solo_share": self.solo_share if method.contrasts and method.imputes else 0.0,
+            "solo_share": self.solo_share if "acts_alone" in method.lessons else 0.0,
             "label_reach": self.label_reach,
         }
         self._resets = None
@@ -237,25 +242,25 @@ class RoutedPPO(CollectingPPO):
             ValueError: it does not fit what the model was made for.
         """
         env = self._wrap_env(env, self.verbose)
-        told = ask(env, self.method, self.told_behaviors, self.policy_kwargs)
+        declared = ask(env, self.method, self.declared_behaviors, self.policy_kwargs)
         super().set_env(env, force_reset)
         held = cast(RoutedRolloutBuffer, self.rollout_buffer).held
         held.interrupt()
         held.ended.clear()  # its names are others
-        self._heed(told)
+        self._heed(declared)
         self._warnings.of_texts(self.left_out)
         self._set_tables()
 
-    def _heed(self, told: Told) -> None:
-        """Take over what an environment said."""
-        self.told_behaviors = told.behaviors or self.told_behaviors
-        self.behaviors = self.behaviors or self.told_behaviors
-        self.left_out = told.left_out
-        self._knows_level = told.oversight is not None
+    def _heed(self, declared: Declared) -> None:
+        """Take over what an environment declares."""
+        self.declared_behaviors = declared.behaviors or self.declared_behaviors
+        self.behaviors = self.behaviors or self.declared_behaviors
+        self.left_out = declared.left_out
+        self._knows_level = declared.oversight is not None
         self.overseer = replace(
             self.overseer,
-            oversight=float(told.oversight or 0.0),
-            ghost_oversight=told.ghost_oversight,
+            oversight=float(declared.oversight or 0.0),
+            ghost_oversight=declared.ghost_oversight,
         )
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
@@ -273,23 +278,24 @@ class RoutedPPO(CollectingPPO):
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
         policy, waits = cast(MoEPolicy, self.policy), self.tables.asks_labels
         rollout = Rollout(policy, buffer, self._last_obs)
-        own, task = rollout.values()
+        deployed, task = rollout.values()
         reward = np.zeros_like(task)
         if policy.task and self.task_weight > 0:
             reward = in_task_scale(policy, buffer, self.gamma)
         if bool(self.tables.sees_truth.any()):  # and nobody's labels
             buffer.forget_late()
-        window, missed = buffer.look_back(own, task, reward)
-        if window.late.any() and not waits and self.endings is None:
+        window, missed = buffer.look_back(deployed, task, reward)
+        if window.late.any() and not waits and self.reward_memory is None:
             self._warnings.of_useless(self.method)
         self._warnings.of_lost(missed, buffer.held.reach)
-        ends = outcome, _ = outcomes_of(window, self.tables, cast(np.random.Generator, self.audit))
+        generator = cast(np.random.Generator, self.label_generator)
+        ends = outcome, _ = outcomes_of(window, self.tables, generator)
         due = window.due(outcome, buffer.held.reach, waits)
         if self.memory is not None:
             window.remember(self.memory, outcome)
-        if self.endings is not None:
-            window.remember_endings(self.endings, outcome)
-        taught = self.endings is not None and bool(self.endings.count)
+        if self.reward_memory is not None:
+            window.remember_endings(self.reward_memory, outcome)
+        taught = self.reward_memory is not None and bool(self.reward_memory.count)
         x = rollout.experience(window, ends, due, taught, self.clip_range_vf is not None)
         found = targets(
             x,
@@ -321,10 +327,9 @@ class RoutedPPO(CollectingPPO):
         if self.tables.asks_labels and self._n_updates >= SETTLED * self.n_epochs:
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
-        if self.endings is not None:
-            lessons = range(LESSONS if int(self.endings.count) else 0)
+        if self.reward_memory is not None:
             policy = cast(MoEPolicy, self.policy)
-            figures["reward_model_loss"] = [learn_endings(policy, self.endings) for _ in lessons]
+            figures["reward_model_loss"] = learn_reward_model(policy, self.reward_memory)
         for _ in range(self.n_epochs):
             if not self._pass_over(buffer, clip, figures):
                 break
@@ -363,14 +368,14 @@ class RoutedPPO(CollectingPPO):
 
     @property
     def still_looks(self) -> bool:
-        """Whether the experts wait for the classifier of endings; values and the gate do not.
+        """Whether the experts wait for the reward model; values and the gate do not.
 
         A policy that learns before anyone knows what was unsafe settles on something quick, and
         leaves it no more. So labels come first, for a tenth of training at most.
         """
         return (
-            self.endings is not None
-            and int(self.endings.count) < FIRST_LABELS
+            self.reward_memory is not None
+            and int(self.reward_memory.count) < FIRST_LABELS
             and self._current_progress_remaining > 1 - LOOKING
         )
 
@@ -381,7 +386,6 @@ class RoutedPPO(CollectingPPO):
             policy,
             batch,
             self.memory,
-            contrasts=METHODS[self.method].contrasts,
             clip=clip,
             clip_value=within and within(self._current_progress_remaining),
         )
@@ -426,10 +430,15 @@ class RoutedPPO(CollectingPPO):
         """
         return cast(MoEPolicy, self.policy).steer(text)
 
+    @property
+    def endings(self) -> Memory | None:
+        """What the reward model remembers, by its name in zips."""
+        return self.reward_memory
+
     def _excluded_save_params(self) -> list[str]:
         # made anew from the rest on loading
         ours = ["rollout_buffer_kwargs", "tables", "experience", "targets", "_warnings"]
-        return [*super()._excluded_save_params(), *ours]
+        return [*super()._excluded_save_params(), *ours, "reward_memory"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()

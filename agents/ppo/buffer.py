@@ -31,10 +31,10 @@ class RoutedSamples(NamedTuple, Generic[A]):
     advantages: A
     returns: A
     weights: A
-    own_weights: A
+    deployed_weights: A
     routes: A
-    signed: A
-    own_returns: A
+    deployed_advantages: A
+    deployed_returns: A
     task_returns: A
     alone: A  # [B] bool, where the deployed expert acted by itself
     share: A  # how much a step counts, less than 1 where an older policy took it
@@ -76,7 +76,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         **kwargs: Any,
     ) -> None:
         self.behaviors, self.solo_share = tuple(behaviors), solo_share
-        self.episodes = self.labels = self.told = 0  # told: labeled ones with their behavior
+        self.episodes = self.labels = self.explained = 0  # labels with the episode's behavior
         super().__init__(*args, **kwargs)
         self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
         nothing = np.zeros_like(self.values)
@@ -135,7 +135,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
             else:
                 self.episodes += 1
             self.labels += label is not None
-            self.told += label is not None and behavior is not None
+            self.explained += label is not None and behavior is not None
         for env, info in enumerate(infos):
             if "late_labels" in info:
                 for name, label in _pairs(info["late_labels"]):
@@ -166,7 +166,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
 
     def _count_late(self, truth: np.int64) -> None:
         self.episodes, self.labels = self.episodes + 1, self.labels + 1
-        self.told += int(truth != NO_LABEL)
+        self.explained += int(truth != NO_LABEL)
 
     def pass_on(self, dones: NDArray[np.bool_]) -> None:
         """Let the next episode have its turn, where one is done."""
@@ -181,19 +181,19 @@ class RoutedRolloutBuffer(RolloutBuffer):
             raise LabelError(f"{error}; RoutedPPO takes others as behaviors=(...)") from None
 
     def look_back(
-        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+        self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> tuple[Window, list[LateLabel]]:
         """The window of a rollout that is whole.
 
         Args:
-            own_value: what the networks say of the rollout's steps, `[T, N]`.
+            deployed_value: what the networks say of the rollout's steps, `[T, N]`.
             task_value: likewise.
             task_reward: of the rollout's steps, in the task's scale of now.
 
         Returns:
             The window, and labels of episodes that are not kept.
         """
-        now = self._steps(own_value, task_value, task_reward)
+        now = self._steps(deployed_value, task_value, task_reward)
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
         window, missed = self.held.window(now, goes_on, self.late)
         for truth in window.steps.truth[window.late & window.steps.ended]:
@@ -201,7 +201,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         return window, missed
 
     def _steps(
-        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+        self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> Steps:
         return Steps(
             self.observations,
@@ -209,7 +209,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.log_probs,
             self.alone,
             self.values,
-            own_value,
+            deployed_value,
             task_value,
             task_reward,
             np.zeros_like(self.done),

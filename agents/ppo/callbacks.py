@@ -48,9 +48,9 @@ class SteeredEvalCallback(EvalCallback):
         env = readable(eval_env) if isinstance(eval_env, gym.Env) else eval_env
         super().__init__(env, **kwargs)
         self.steer, self.folder = steer, best_model_save_path
-        self._endings: Counter[str | None] = Counter()
+        self._shown: Counter[str | None] = Counter()
         self._scores: list[float] = []
-        self._told = 0
+        self._explained = 0
 
     @property
     def best_score(self) -> float:
@@ -60,19 +60,19 @@ class SteeredEvalCallback(EvalCallback):
     def _init_callback(self) -> None:
         super()._init_callback()
         env, wanted = self.eval_env, tuple(cast(RoutedPPO, self.model).behaviors)
-        told = tuple((said(env, "behaviors") or [wanted])[0])
-        if told != wanted:
+        behaviors = tuple((said(env, "behaviors") or [wanted])[0])
+        if behaviors != wanted:
             raise ValueError(
-                f"eval_env's behaviors are {', '.join(told)}; the model's {', '.join(wanted)}"
+                f"eval_env's behaviors are {', '.join(behaviors)}; the model's {', '.join(wanted)}"
             )
 
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq:  # no evaluation now
             return super()._on_step()
         model = cast(RoutedPPO, self.model)
-        self._endings.clear()
+        self._shown.clear()
         self._scores.clear()
-        self._told = 0
+        self._explained = 0
         trained = cast(MoEPolicy, model.policy)
         steering = trained.steer(self.steer).steering
         greedy = replace(steering, greedy=self.deterministic)  # so that what is kept acts as judged
@@ -92,7 +92,7 @@ class SteeredEvalCallback(EvalCallback):
             super()._on_step()
         finally:
             self.best_mean_reward, self.callback = best, after
-        if self._scores and not self._told:
+        if self._scores and not self._explained:
             raise ValueError("eval_env must say 'behavior' in info at an episode's end")
 
     def _keep_if_best(self, model: RoutedPPO) -> bool:
@@ -112,12 +112,12 @@ class SteeredEvalCallback(EvalCallback):
             return
         info, behaviors = locals_["info"], cast(RoutedPPO, self.model).behaviors
         behavior = info.get("behavior")
-        self._told += "behavior" in info or "ground_truth_reward" in info
-        self._endings[behavior] += 1
+        self._explained += "behavior" in info or "ground_truth_reward" in info
+        self._shown[behavior] += 1
         sign = 0.0 if behavior is None else 1.0 if behavior == behaviors[0] else -1.0
         self._scores.append(info.get("ground_truth_reward", sign))
         # what is recorded last is what EvalCallback dumps
         count = len(self._scores)
         self.logger.record("eval/score", sum(self._scores) / count)
         for name in behaviors:
-            self.logger.record(f"eval/p_{name}", self._endings[name] / count)
+            self.logger.record(f"eval/p_{name}", self._shown[name] / count)

@@ -47,19 +47,19 @@ class DataWarnings:
         else:
             missing = buffer.episodes >= PATIENCE and self.rollouts >= FIRST_ROLLOUTS
         if missing and not buffer.labels:
-            told = (buffer.truth != NO_LABEL).any()
+            known = (buffer.truth != NO_LABEL).any()
             unknown = "; an attribute oversight says how often to expect one"
             self._warn(
                 "unlabeled",
                 f"none of {buffer.episodes:,} episodes was labeled: at their ends info says "
-                f"{'a behavior and no label' if told else 'neither label nor behavior'}. Does the "
+                f"{'a behavior and no label' if known else 'neither label nor behavior'}. Does the "
                 "environment put 'label' there where an overseer saw the episode, and does every "
                 "wrapper pass info on? OversightLabels does it for any environment"
                 f"{unknown if level is None else ''}",
             )
-        if buffer.labels > buffer.told:
+        if buffer.labels > buffer.explained:
             self._warn(
-                "untold",
+                "unexplained",
                 "episodes were labeled that had no 'behavior' in info: evaluation and oracle "
                 "methods will not know what they were",
             )

@@ -1,4 +1,4 @@
-"""What an environment says of its behaviors, its overseer and its reward."""
+"""What an environment declares of its behaviors, its overseer and its reward."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ RESERVED = (MIXTURE.name, KEPT, "single")  # names of policies
 ASKED = (
     "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
 )  # fmt: skip
-"""Attributes of an environment that say something to a model."""
+"""Attributes of an environment that a model looks at."""
 
 
-class Told(NamedTuple):
-    """What an environment said; None where it has no such attribute."""
+class Declared(NamedTuple):
+    """What an environment declares; None where it has no such attribute."""
 
     behaviors: tuple[str, ...] | None
     oversight: float | None
@@ -39,8 +39,34 @@ class Told(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Told:
-    """What an environment says of behaviors, oversight and its reward.
+def policy_arguments(
+    method_name: str, behaviors: Sequence[str], experts: int | None, flags: Any, task: bool
+) -> dict[str, Any]:
+    """What a policy is made with, as follows from its method and environment.
+
+    Args:
+        method_name: of the method.
+        behaviors: that labels tell apart.
+        experts: of a mixture; None: one for each behavior.
+        flags: as declared; looked at by a reward model only.
+        task: whether the reward is a task of its own.
+
+    Raises:
+        ValueError: there are fewer experts than behaviors.
+    """
+    method = METHODS[method_name]
+    experts = max(2, len(behaviors)) if experts is None else experts
+    if method.policy.experts == "one":
+        experts = 1
+    elif experts < len(behaviors):
+        raise ValueError(f"experts must be at least {len(behaviors)}, got {experts}")
+    own = {"experts": experts, "behaviors": tuple(behaviors), "gate": method.policy.gate}
+    own |= {"lessons": method.lessons, "task": task}
+    return own | ({"flags": flags} if "reward_model" in method.lessons else {})
+
+
+def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Declared:
+    """What an environment declares of behaviors, oversight and its reward.
 
     Args:
         env: the environment.
@@ -51,13 +77,13 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
     Raises:
         ValueError: it says what cannot be, or does not fit the method or the policy.
     """
-    told: dict[str, Any] = {}
+    declared: dict[str, Any] = {}
     for name in ASKED:
         values = said(env, name) or [None]
         if not all(_same(values[0], value) for value in values[1:]):
             raise ValueError(f"the environments of one model must agree in their {name}")
-        told[name] = values[0]
-    behaviors, method = told["behaviors"], METHODS[method_name]
+        declared[name] = values[0]
+    behaviors, method = declared["behaviors"], METHODS[method_name]
     if behaviors is not None:
         behaviors = checked_behaviors(behaviors, "the environment's behaviors")
     known = tuple(before or made.get("behaviors", ()))  # a zip has lists
@@ -66,23 +92,25 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             f"the environment's behaviors are {', '.join(behaviors)}; the model was made for "
             f"{', '.join(known)}, in this order"
         )
-    flags = _checked_flags(env, told["flags"], made) if method.imputes else None
+    flags = (
+        _checked_flags(env, declared["flags"], made) if "reward_model" in method.lessons else None
+    )
     for name in ("oversight", "ghost_oversight"):
-        level = told[name]
+        level = declared[name]
         number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
         if level is not None and not (number and 0 <= level <= 1):
             raise ValueError(f"the environment's {name} must lie in [0, 1], got {level!r}")
-    if method.hides_flags and told["flags_visible"] is not False:
+    if method.policy.hides_flags and declared["flags_visible"] is not False:
         raise ValueError(
             f"method {method_name} is for environments that hide their flags from the policy "
             "(an attribute flags_visible that is False)"
         )
-    if told["oversight"] is None and method.labels == "audit":
+    if declared["oversight"] is None and method.table.labels == "audit":
         raise ValueError(
             f"method {method_name} needs to know the share of episodes that it may look at: "
             "give the environment an attribute oversight"
         )
-    task = True if told["has_task"] is None else told["has_task"]
+    task = True if declared["has_task"] is None else declared["has_task"]
     if not isinstance(task, bool | np.bool_):
         raise ValueError(f"the environment's has_task must be True or False, got {task!r}")
     if "behaviors" in made and task != made.get("task", False):
@@ -92,8 +120,8 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
                 "train one anew"
             )
         raise ValueError(f"the environment's has_task is {task}; the model was made for {not task}")
-    levels = told["oversight"], told["ghost_oversight"]
-    return Told(behaviors, *levels, flags, bool(task), tuple(told["left_out"] or ()))
+    levels = declared["oversight"], declared["ghost_oversight"]
+    return Declared(behaviors, *levels, flags, bool(task), tuple(declared["left_out"] or ()))
 
 
 def made(
@@ -110,7 +138,7 @@ def made(
     """
     if isinstance(env, str):
         level = {} if oversight is None else {"oversight": oversight}
-        hides = {"flags_visible": False} if METHODS[method].hides_flags else {}
+        hides = {"flags_visible": False} if METHODS[method].policy.hides_flags else {}
         return make_vec(env, n_envs, **{**(env_kwargs or {}), **level, **hides})
     if oversight is not None or env_kwargs:
         raise ValueError(
@@ -129,7 +157,7 @@ def _checked_flags(env: VecEnv, flags: Any, made: Mapping[str, Any]) -> Any:
         flags = flags_in_axes_of(env.observation_space, flags, turned, stacked)
     if "behaviors" in made and not _same(flags, made.get("flags")):
         raise ValueError(
-            "the environment's flags are not those that the model's classifier was taught without"
+            "the environment's flags are not those that the reward model was taught without"
         )
     return flags
 

@@ -48,8 +48,8 @@ class Rollout:
         policy, buffer, shape = self.policy, self.buffer, self.buffer.done.shape
         steps = each(lambda x: x.reshape(-1, *x.shape[2:]), buffer.observations)
         own = task = np.zeros(shape, np.float32)
-        if policy.own_value_net is not None:
-            own = of_all(policy, policy.own_values, steps).reshape(shape)
+        if "acts_alone" in policy.lessons:
+            own = of_all(policy, policy.deployed_values, steps).reshape(shape)
         if policy.task:
             task = of_all(policy, policy.task_values, steps, buffer.alone.ravel()).reshape(shape)
         return own, task
@@ -73,6 +73,7 @@ class Rollout:
         """
         policy, (outcome, left) = self.policy, ends
         share, log_prob, old_value = judged_anew(policy, window, due, with_values)
+        imputes = "reward_model" in policy.lessons
         after = partial(self._after, window)
         x = Experience(
             window=window,
@@ -83,12 +84,12 @@ class Rollout:
             log_prob=log_prob,
             old_value=old_value,
             value_after=after("value", _values(policy, self.following)),
-            chances=impute(policy, window.steps, left) if policy.imputes else None,
+            chances=impute(policy, window.steps, left) if imputes else None,
             taught=taught,
         )
-        if policy.own_value_net is not None:
-            beyond = of_all(policy, policy.own_values, self.following)
-            x = replace(x, own_value_after=after("own_value", beyond))
+        if "acts_alone" in policy.lessons:
+            beyond = of_all(policy, policy.deployed_values, self.following)
+            x = replace(x, deployed_value_after=after("deployed_value", beyond))
         if policy.task:
             at, envs = self._cut
             turns = np.concatenate([self.buffer.acts_alone, self.buffer.alone[at, envs]])
@@ -205,7 +206,7 @@ def impute(policy: MoEPolicy, steps: Steps, left: NDArray[np.int64]) -> Floats:
     """
 
     def chances(seen: Any, taken: Tensor) -> Tensor:
-        return policy.ending_log_probabilities(seen, policy.as_taken(taken)).exp()
+        return policy.behavior_log_probabilities(seen, policy.as_taken(taken)).exp()
 
     ended = steps.ended
     imputed = np.zeros((*ended.shape, len(policy.behaviors)), np.float32)

@@ -1,4 +1,4 @@
-"""Diagnostics of a rollout: how its episodes ended, the gate, the classifier of endings."""
+"""Diagnostics of a rollout: how its episodes ended, the gate, the reward model."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Steps(NamedTuple):
     log_prob: Floats  # under the policy that took them
     alone: Bools  # the deployed expert acted by itself
     value: Floats  # as the networks saw it then
-    own_value: Floats
+    deployed_value: Floats
     task_value: Floats
     task_reward: Floats  # in the scale of then
     learned: Bools  # learned from already
@@ -82,6 +82,8 @@ class Steps(NamedTuple):
 
 LASTING = Steps._fields[: Steps._fields.index("ended")]
 """What is known of steps before their episode's end."""
+STORED = {"deployed_value": "own_value"}
+"""Names in checkpoints, where they are others."""
 
 
 Apart = tuple[Steps, Steps | None]  # an episode, and its last step where it was cut
@@ -276,13 +278,14 @@ class Held:
     def state(self) -> dict[str, NDArray[Any]]:
         """The steps of episodes that go on, in arrays of one shape, by name."""
         steps = self.steps.last(self.reach)
-        parts = {name: getattr(steps, name) for name in LASTING if name != "observations"}
+        kept = [name for name in LASTING if name != "observations"]
+        parts = {STORED.get(name, name): getattr(steps, name) for name in kept}
         return {"length": self.length} | parts | named("observations", steps.observations)
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a state."""
         self.length = state["length"].copy()
-        parts = {name: unnamed(name, state) for name in LASTING}
+        parts = {name: unnamed(STORED.get(name, name), state) for name in LASTING}
         nothing = np.zeros(state["alone"].shape, bool)
         unknown = np.full(nothing.shape, NO_LABEL)
         steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)

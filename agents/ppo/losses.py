@@ -13,13 +13,15 @@ from oversight_rl.agents.ppo.observations import from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
+LESSONS = 12
+"""Steps of the reward model in an update; it must be right before the experts are set."""
+
 
 def losses(
     policy: MoEPolicy,
     batch: RoutedSamples[Tensor],
     memory: Memory | None,
     *,
-    contrasts: bool,
     clip: float,
     clip_value: float | None,
 ) -> dict[str, Tensor]:
@@ -32,7 +34,6 @@ def losses(
         policy: as it is now.
         batch: B samples.
         memory: of labeled observations, for the gate.
-        contrasts: whether labeled episodes teach the deployed expert by itself.
         clip: how far the ratio of new to old policy counts.
         clip_value: how far values may move; None: as far as they like.
     """
@@ -58,8 +59,10 @@ def losses(
         "gate_loss": gate_loss(policy, memory),
     }
     own = log_prob
-    if contrasts:
-        own = _own_losses(policy, batch, output, actions, clip, parts)
+    if policy.lessons & {"contrast", "acts_alone"}:
+        own, more = _deployed_losses(policy, batch, output, actions, clip)
+        for name, part in more:
+            parts[name] = parts[name] + part if name in parts else part
     if policy.task:  # the reward is seen in every episode, whatever the method drops
         task = policy.task_values(batch.observations, batch.alone)
         parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
@@ -71,34 +74,41 @@ def losses(
     return parts
 
 
-def _own_losses(
-    policy: MoEPolicy,
-    batch: RoutedSamples[Tensor],
-    output: Output,
-    actions: Tensor,
-    clip: float,
-    parts: dict[str, Tensor],
-) -> Tensor:
-    """Add what the deployed expert learns by itself; its log-probabilities of the actions. [B]
+def figure_names(policy: MoEPolicy, has_reward_model: bool) -> list[str]:
+    """What `RoutedPPO.train` logs of an update in which it learns, in order."""
+    names = ["learning_rate", *["reward_model_loss"] * has_reward_model]
+    names += ["policy_gradient_loss", "value_loss", "entropy_loss", "gate_loss"]
+    names += ["contrast_loss"] * bool(policy.lessons & {"contrast", "acts_alone"})
+    names += ["task_value_loss"] * policy.task + ["approx_kl", "clip_fraction", "loss"]
+    return [*names, "explained_variance", *["std"] * hasattr(policy, "log_std")]
 
-    Off-policy from what the mixture did, and by PPO from what it did alone.
+
+def _deployed_losses(
+    policy: MoEPolicy, batch: RoutedSamples[Tensor], output: Output, actions: Tensor, clip: float
+) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """What the deployed expert learns by itself.
+
+    Returns:
+        Its log-probabilities of the actions, `[B]`, and parts of the loss.
     """
-    weight, share = batch.own_weights, batch.share
-    alone_weight = weight * batch.alone
+    share, weight, alone = batch.share, batch.deployed_weights, batch.alone
     distribution = policy.distribution(output.alone(DEPLOYED)[0])
-    own, spread = distribution.log_prob(actions), distribution.entropy()
-    signed = share * batch.signed
-    taken = own, batch.old_log_prob, signed, weight * ~batch.alone
-    ratio = torch.where(batch.alone, own - batch.old_log_prob, 0.0).exp()
-    gain = _surrogate(signed, ratio, clip)
-    off_policy = contrast_loss(*(x[None] for x in taken))[0]
-    parts["contrast_loss"] = off_policy - _mean(gain, alone_weight)
-    spread = share * (-own if spread is None else spread)
-    parts["entropy_loss"] = parts["entropy_loss"] - _mean(spread, alone_weight)
-    if policy.own_value_net is not None:
-        error = (batch.own_returns - policy.own_values(batch.observations)) ** 2
-        parts["value_loss"] = parts["value_loss"] + _mean(share * error, alone_weight)
-    return own
+    own, advantages = distribution.log_prob(actions), share * batch.deployed_advantages
+    parts = []
+    if "contrast" in policy.lessons:  # off-policy from what the mixture did
+        taken = own, batch.old_log_prob, advantages, weight * ~alone
+        parts.append(("contrast_loss", contrast_loss(*(x[None] for x in taken))[0]))
+    if "acts_alone" in policy.lessons:  # PPO from what it did
+        ratio = torch.where(alone, own - batch.old_log_prob, 0.0).exp()
+        spread = distribution.entropy()
+        spread = -own if spread is None else spread
+        error = batch.deployed_returns - policy.deployed_values(batch.observations)
+        parts += [
+            ("contrast_loss", -_mean(_surrogate(advantages, ratio, clip), weight * alone)),
+            ("entropy_loss", -_mean(share * spread, weight * alone)),
+            ("value_loss", _mean(share * error**2, weight * alone)),
+        ]
+    return own, parts
 
 
 def gate_loss(policy: MoEPolicy, memory: Memory | None) -> Tensor:
@@ -111,30 +121,33 @@ def gate_loss(policy: MoEPolicy, memory: Memory | None) -> Tensor:
     return cross_entropy(log_gate, label.to(policy.device), known.to(policy.device))[0]
 
 
-def ending_loss(policy: MoEPolicy, endings: Memory) -> Tensor:
-    """Cross entropy of the classifier of endings on remembered ones."""
-    rows, label, known = endings.draw(torch.rand(1, endings.draws))
+def reward_model_loss(policy: MoEPolicy, memory: Memory) -> Tensor:
+    """Cross entropy of the reward model on remembered endings."""
+    rows, label, known = memory.draw(torch.rand(1, memory.draws))
     width = row_width(policy.observation_space)
     seen, actions = rows[0].to(policy.device).tensor_split([width], dim=-1)
     observations = from_rows(seen, policy.observation_space)
-    chances = policy.ending_log_probabilities(observations, policy.as_taken(actions))
+    chances = policy.behavior_log_probabilities(observations, policy.as_taken(actions))
     label, known = label.to(policy.device), known.to(policy.device)
     return cross_entropy(chances[None], label, known)[0]
 
 
-def learn_endings(policy: MoEPolicy, endings: Memory) -> Tensor:
-    """One step of the classifier of endings, apart from the policy's; returns its loss.
+def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
+    """Steps of the reward model, apart from the policy's, once there are labels; their losses.
 
     Raises:
-        NotFinite: the loss is not.
+        NotFinite: a loss is not.
     """
-    policy.optimizer.zero_grad()
-    loss = ending_loss(policy, endings)
-    if not loss.isfinite():
-        raise NotFinite("loss of the classifier of endings", float(loss.detach()))
-    loss.backward()
-    policy.optimizer.step()
-    return loss.detach()
+    losses = []
+    for _ in range(LESSONS if int(memory.count) else 0):
+        policy.optimizer.zero_grad()
+        loss = reward_model_loss(policy, memory)
+        if not loss.isfinite():
+            raise NotFinite("reward model's loss", float(loss.detach()))
+        loss.backward()
+        policy.optimizer.step()
+        losses.append(loss.detach())
+    return losses
 
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:

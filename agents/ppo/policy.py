@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
 from oversight_rl.agents.learner import NotFinite
+from oversight_rl.agents.methods import Lesson
 from oversight_rl.agents.networks import DEPLOYED, Agent, Output
-from oversight_rl.agents.ppo.endings import EndingClassifier
 from oversight_rl.agents.ppo.extractors import default_extractor
 from oversight_rl.agents.ppo.observations import each
+from oversight_rl.agents.ppo.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import MIXTURE, Steering, parse
 from oversight_rl.envs.readable import seen
@@ -44,9 +45,10 @@ class MoEPolicy(ActorCriticPolicy):
         experts: number of experts; 1 for a single policy without a gate.
         behaviors: that the first experts are meant for, by name.
         gate: "learned", or "fixed" at 1/K.
-        imputes: whether there is a classifier of endings, see `oversight_rl.agents.ppo.endings`.
+        lessons: of the method, see `oversight_rl.agents.methods.Lesson`; a reward model and the
+            deployed expert acting alone have networks of their own.
         flags: which entries of an observation show oversight flags, as a boolean array of its
-            shape, or one for each name of a dictionary; the classifier does not look at them.
+            shape, or one for each name of a dictionary; the reward model does not look at them.
         task: whether the environment's reward is a task of its own, which has a value net, too.
         steering: what the experts are made into.
         kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
@@ -71,7 +73,7 @@ class MoEPolicy(ActorCriticPolicy):
         experts: int = 2,
         behaviors: Sequence[str] = BEHAVIORS,
         gate: str = "learned",
-        imputes: bool = False,
+        lessons: Sequence[Lesson] = (),
         flags: Any = None,
         task: bool = False,
         steering: Steering = MIXTURE,
@@ -91,17 +93,18 @@ class MoEPolicy(ActorCriticPolicy):
                 f"net are alike), got {net_arch!r}"
             )
         self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
-        self.imputes, self.flags, self.task = imputes, flags, task
+        self.lessons, self.flags, self.task = frozenset(lessons), flags, task
         self.steering = steering
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
-        own |= {"imputes": self.imputes, "flags": self.flags, "task": self.task}
+        own |= {"lessons": sorted(self.lessons), "flags": self.flags, "task": self.task}
         own |= {"steering": self.steering}
         return super()._get_constructor_parameters() | own
 
-    def _build(self, lr_schedule: Schedule) -> None:
+    def _build(self, lr_schedule: Schedule | None) -> None:
+        """As SB3 has it; without a schedule there is no optimizer, for nobody trains it."""
         gaussian = isinstance(self.action_dist, DiagGaussianDistribution)
         if gaussian:
             outputs = int(np.prod(self.action_space.shape or (1,)))
@@ -118,11 +121,12 @@ class MoEPolicy(ActorCriticPolicy):
             gate=cast(Any, self.gate),
             generators=[torch.default_generator],
         )
+        # by its name in checkpoints, as the deployed expert's value net
         self.endings = None
-        if self.imputes:
+        if "reward_model" in self.lessons:
             extractor = self.make_features_extractor()
-            self.endings = EndingClassifier(extractor, self.action_space, len(self.behaviors))
-        two = self.imputes and self.n_experts > 1  # who act: the mixture, an expert by itself
+            self.endings = RewardModel(extractor, self.action_space, len(self.behaviors))
+        two = "acts_alone" in self.lessons  # who act: the mixture, an expert by itself
         self.own_value_net = self._value_net(1) if two else None
         self.task_value_net = None
         if self.task:
@@ -131,11 +135,9 @@ class MoEPolicy(ActorCriticPolicy):
             nn.init.zeros_(self.task_value_net[-1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.task_value_net[-1].bias)  # type: ignore[arg-type]
             self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
-        self.optimizer = self.optimizer_class(
-            self.parameters(),
-            lr=lr_schedule(1),
-            **self.optimizer_kwargs,  # type: ignore[call-arg]
-        )
+        if lr_schedule is not None:
+            kwargs = {"lr": lr_schedule(1)} | self.optimizer_kwargs
+            self.optimizer = self.optimizer_class(self.parameters(), **kwargs)
 
     def _value_net(self, outputs: int) -> nn.Sequential:
         width = cast(Any, self.net_arch)[-1]
@@ -156,7 +158,7 @@ class MoEPolicy(ActorCriticPolicy):
         """The gate's log-probabilities alone, `[1, B, K]`."""
         return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
 
-    def ending_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
+    def behavior_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
         """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
         assert self.endings is not None
         if self.flags is not None:
@@ -164,7 +166,7 @@ class MoEPolicy(ActorCriticPolicy):
         features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
         return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
 
-    def own_values(self, obs: Any) -> Tensor:
+    def deployed_values(self, obs: Any) -> Tensor:
         """What the deployed expert by itself is to get, `[B]`."""
         assert self.own_value_net is not None
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()

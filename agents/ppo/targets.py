@@ -2,10 +2,10 @@
 
 An advantage has two parts, each with a baseline and a scale of its own. *Behavior*: what the
 method's table says an ending is worth, paid at the end, and 0 at a timeout. *Task*: the
-environment's reward as it came, which no table ever touches. So whatever the sign, the size and
-the time of the reward, labels alone decide which behavior is learned.
+environment's reward as it came, which no table ever touches. So whatever the sign, the size and the
+time of the reward, labels alone decide which behavior is learned.
 
-Where the deployed expert acted by itself it learns from that alone, by advantages of its own (its
+Where the deployed expert acted by itself it learns from that alone, by advantages of that (its
 reward is +1 or -1 at an episode's end, or what a reward model expects of that), and nothing
 off-policy from what the mixture did.
 """
@@ -54,7 +54,7 @@ class Experience:
     value_after: Floats  # of the mixture, see `Steps.value`
     chances: Floats | None = None  # [W, C, behaviors], of what the episode's ending was
     taught: bool = False  # whether the reward model, which says so, has seen a label
-    own_value_after: Floats | None = None  # of the deployed expert by itself
+    deployed_value_after: Floats | None = None  # of the deployed expert by itself
     task_value_after: Floats | None = None  # of whoever acted
     gate: Floats | None = None  # [W, C, K], 0 but where `judged`
 
@@ -85,13 +85,15 @@ class Targets:
     """What the losses ask of each step, `[W, C]`."""
 
     weights: Floats  # of what the mixture did; 0 where it did not act
-    own_weights: Floats  # of what the deployed expert learns by itself
+    deployed_weights: Floats  # of what the deployed expert learns by itself
     routes: Floats  # [W, C, K + 1], gradient weights of the experts and the gate
     advantages: Floats
     returns: Floats  # what the ending was worth, for the mixture's value net
-    signed: Floats  # what the episode was to the deployed expert: its discounted true return,
+    deployed_advantages: (
+        Floats  # what the episode was to the deployed expert: its discounted true return,
+    )
     # labeled or imputed, less a baseline; where it acted by itself, its advantage
-    own_returns: Floats  # for its own value net, where it acted by itself
+    deployed_returns: Floats  # for its own value net, where it acted by itself
     task_returns: Floats  # for the task's value net
 
 
@@ -121,49 +123,41 @@ def targets(
     endings = _endings(x, methods)
     heavy = np.where(labeled, 1 + float(methods.weighs_labels) * (labeled_weight - 1), 1.0)
     weights = heavy * endings.counts * (due & ~steps.alone)
-    own_weights = heavy * endings.own_counts * (due & (steps.alone if x.learns_alone else True))
-    advantages = gae(
-        endings.worth * steps.ended, steps.value, x.value_after, steps.done, discount, trace
-    )
-    returns = advantages + steps.value
-    advantages, signed = _by_behavior(x, endings, advantages, weights, discount, normalize)
-    own_returns = task_returns = np.zeros_like(steps.value)
+    learns = due & (steps.alone if x.learns_alone else True)
+    deployed_weights = heavy * endings.deployed_counts * learns
+
+    def estimate(reward: NDArray[Any], value: Floats, value_after: Floats | None) -> NDArray[Any]:
+        assert value_after is not None
+        return gae(reward, value, value_after, steps.done, discount, trace)
+
+    behavior = estimate(endings.worth * steps.ended, steps.value, x.value_after)
+    advantages, deployed = _by_behavior(x, endings, behavior, weights, discount, normalize)
+    deployed_returns = task_returns = np.zeros_like(behavior)
     if x.learns_alone:
-        assert x.own_value_after is not None
-        own = gae(
-            endings.sign * steps.ended, steps.own_value, x.own_value_after, steps.done, discount,
-            trace,
-        )  # fmt: skip
-        own_returns = own + steps.own_value
-        mean, spread = moments(own[own_weights > 0]) if normalize else (0.0, 1.0)
-        signed = np.where(steps.alone, (own - mean) / spread, signed)
+        value, reward = steps.deployed_value, endings.true_worth * steps.ended
+        alone = estimate(reward, value, x.deployed_value_after)
+        deployed_returns = alone + value
+        mean, spread = moments(alone[deployed_weights > 0]) if normalize else (0.0, 1.0)
+        deployed = np.where(steps.alone, (alone - mean) / spread, deployed)
     if x.task_value_after is not None:
-        task = gae(
-            steps.task_reward, steps.task_value, x.task_value_after, steps.done, discount, trace
-        )
+        task = estimate(steps.task_reward, steps.task_value, x.task_value_after)
         task_returns = task + steps.task_value
         advantages = advantages + task_weight * _of_task(task, weights > 0, normalize)
-        alone = steps.alone & (own_weights > 0)
-        signed = signed + task_weight * _of_task(task, alone, normalize)
-    return Targets(
-        *(
-            np.asarray(part, np.float32)
-            for part in (
-                weights, own_weights, endings.routes, advantages, returns, signed, own_returns,
-                task_returns,
-            )
-        )
-    )  # fmt: skip
+        among = steps.alone & (deployed_weights > 0)
+        deployed = deployed + task_weight * _of_task(task, among, normalize)
+    parts = (weights, deployed_weights, endings.routes, advantages, behavior + steps.value)
+    others = (deployed, deployed_returns, task_returns)
+    return Targets(*(np.asarray(part, np.float32) for part in (*parts, *others)))
 
 
 class _Endings(NamedTuple):
     """What a method's table says of each step, by how its episode ended or may have ended."""
 
     worth: NDArray[Any]
-    sign: NDArray[Any]  # true worth, as far as it is known; else 0
+    true_worth: NDArray[Any]  # true worth, as far as it is known; else 0
     routes: NDArray[Any]
     counts: NDArray[Any]  # 1 if the mixture is to learn from it
-    own_counts: NDArray[Any]  # 1 if the deployed expert is to
+    deployed_counts: NDArray[Any]  # 1 if the deployed expert is to
 
 
 def _endings(x: Experience, methods: MethodTables) -> _Endings:
@@ -173,7 +167,7 @@ def _endings(x: Experience, methods: MethodTables) -> _Endings:
         lookup(table, outcome)[0].numpy()
         for table in (methods.reward, methods.sample_weight, methods.routes)
     )
-    sign, own_counts = 2.0 * (x.outcome == LABELED) - labeled, counts
+    true_worth, deployed_counts = 2.0 * (x.outcome == LABELED) - labeled, counts
     if x.chances is not None and x.taught:
         chances = torch.as_tensor(x.chances)[None]
         mean_worth, mean_routes = (
@@ -181,11 +175,11 @@ def _endings(x: Experience, methods: MethodTables) -> _Endings:
         )
         worth = np.where(unlabeled, mean_worth, worth)
         routes = np.where(unlabeled[..., None], mean_routes, routes)
-        sign = np.where(unlabeled, 2 * x.chances[..., DEPLOYED] - 1, sign)
+        true_worth = np.where(unlabeled, 2 * x.chances[..., DEPLOYED] - 1, true_worth)
     elif x.chances is not None:  # what nobody knows counts for nothing
-        own_counts = counts * ~unlabeled
-        counts = own_counts if bool(methods.reward_tells) else counts
-    return _Endings(worth, sign, routes, counts, own_counts)
+        deployed_counts = counts * ~unlabeled
+        counts = deployed_counts if bool(methods.reward_tells) else counts
+    return _Endings(worth, true_worth, routes, counts, deployed_counts)
 
 
 def _by_behavior(
@@ -207,16 +201,16 @@ def _by_behavior(
     """
     value, fades = x.steps.value, discount**x.left
     routed = (x.outcome >= LABELED) & (endings.routes != 1).any(-1)
-    signed, own_share = endings.sign * fades, np.zeros_like(value)
+    deployed, own_share = endings.true_worth * fades, np.zeros_like(value)
     if x.gate is not None:
         behavior = np.maximum(x.outcome - LABELED, 0)[..., None]
         own_share = np.take_along_axis(x.gate, behavior, 2)[..., 0]
-        signed = signed - x.judged * (2 * x.gate[..., DEPLOYED] - 1) * value
+        deployed = deployed - x.judged * (2 * x.gate[..., DEPLOYED] - 1) * value
     advantages = np.where(routed, endings.worth * fades - own_share * value, advantages)
     if not normalize:
-        return advantages, signed
+        return advantages, deployed
     mean, spread = moments(advantages[(weights > 0) & ~routed])
-    return (advantages - mean * ~routed) / spread, signed / spread
+    return (advantages - mean * ~routed) / spread, deployed / spread
 
 
 def _of_task(task: NDArray[Any], among: Bools, normalize: bool) -> NDArray[Any]:

@@ -31,7 +31,7 @@ class Rollout(Record):
     seen: Seen  # [R, T, N], what the learner may see
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
     value_after: Tensor  # [R, N], value estimates after the window
-    audit: Tensor  # [R, T, N] uniform in [0, 1), decides which labels go missing or wrong
+    uniform: Tensor  # [R, T, N] in [0, 1): what labels go missing or wrong, what is replayed
 
     @property
     def observation(self) -> Tensor:
@@ -41,7 +41,7 @@ class Rollout(Record):
 
 
 def noise_channels(world: World) -> int:
-    """Uniform random numbers per world and step: those of a reset, the action, the audit."""
+    """Uniform random numbers per world and step: of a reset, the action, `uniform`."""
     return world.noise_channels + 2
 
 
@@ -87,7 +87,7 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
         seen=Seen.stack([step.seen for step in taken], dim=1),
         truth=Truth.stack([step.truth for step in taken], dim=1),
         value_after=value_after,
-        audit=noise[..., -1],
+        uniform=noise[..., -1],
     )
     return rollout, state
 

@@ -26,9 +26,9 @@ def statistics(rollout: Rollout, targets: Targets) -> dict[str, Tensor]:
         gate = rollout.output.rows(rollout.slot).gate[..., 0]
         for k, mask in share.items():  # nan where there is no such sample
             result[f"gate/{k}"] = (gate * mask).sum((1, 2)) / mask.sum((1, 2))
-    if targets.imputed is not None:
+    if targets.chance is not None:
         result |= reward_model_figures(
-            targets.imputed.flatten(1),
+            targets.chance.flatten(1),
             rollout.truth.ending.flatten(1),
             rollout.seen.terminated.flatten(1),
             targets.outcome.flatten(1),

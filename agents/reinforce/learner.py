@@ -12,17 +12,19 @@ from torch.optim.adam import adam
 
 from oversight_rl.agents.learner import Bounds, check_numbers, check_shapes
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import LABELED, METHODS, Overseer, outcomes, tables
+from oversight_rl.agents.methods import LABELED, METHODS, Lesson, Overseer, outcomes, tables
 from oversight_rl.agents.networks import Agent, new_agent
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import statistics
 from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.reinforce.targets import Targets, label
-from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
 from oversight_rl.envs.world import State, World
 
+LESSONS: tuple[Lesson, ...] = ("gate", "contrast", "reward_model")
+"""Those that it has, each a part of the loss. Nobody acts alone: the mixture takes every step."""
 HELD_OUT = 4096
 """Fresh episodes that an agent is selected by."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -71,12 +73,12 @@ class ReinforceLearner:
         # levels [R, 1, 1] against worlds [R, T, N]
         self.world = World(world, levels[:, None, None], self.device)
         self.reward_model = None
-        if method.imputes:
+        if "reward_model" in self.methods.lessons:
             self.reward_model = RewardModel(
                 self.runs, self.world, settings.reward_model_sees_flags, initial
             ).to(device)
         self.gate_memory = None
-        if self.agent.has_gate and settings.gate_replay:
+        if "gate" in self.methods.lessons and settings.gate_replay:
             self.gate_memory = Memory(self.runs, self.world.n_active, settings.gate_replay)
             self.gate_memory.to(device)
         self.generators = [_generator(stream[1], self.device) for stream in streams]
@@ -142,7 +144,7 @@ class ReinforceLearner:
         start = self.world.reset(noise[:, -1:, :, : self.world.noise_channels])[:, 0]
         with torch.no_grad():
             rollout, _ = collect(self.agent, self.world, start, noise)
-        first = outcomes(rollout.seen, rollout.truth, rollout.audit, self.methods)
+        first = outcomes(rollout.seen, rollout.truth, rollout.uniform, self.methods)
         outcome, left = first[0][:, 0], first[1][:, 0]  # [R, N]
         sign = (outcome == LABELED).float() - (outcome == LABELED + 1).float()
         return (sign * self.settings.discount**left).sum(-1) / sign.abs().sum(-1)
@@ -182,12 +184,8 @@ class ReinforceLearner:
         """Points of the training curves after an update, for each run."""
         assert self.latest is not None
         rollout, targets, losses = self.latest
-        absent = {
-            "gate": not self.agent.has_gate,
-            "contrast": not self.methods.contrasts,
-            "reward_model": self.reward_model is None,
-        }
-        points = {f"loss/{k}": v for k, v in vars(losses).items() if not absent.get(k)}
+        absent = set(LESSONS) - self.methods.lessons
+        points = {f"loss/{k}": v for k, v in vars(losses).items() if k not in absent}
         points |= statistics(rollout, targets)
         columns = {name: value.tolist() for name, value in points.items()}
         return [{name: column[run] for name, column in columns.items()} for run in range(self.runs)]

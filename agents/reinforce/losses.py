@@ -11,8 +11,8 @@ from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED
 from oversight_rl.agents.networks import DEPLOYED, Agent, Output
 from oversight_rl.agents.reinforce.collect import Rollout
+from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.reinforce.targets import Targets
-from oversight_rl.agents.reward_model import RewardModel
 from oversight_rl.agents.settings import ReinforceConfig, at
 from oversight_rl.envs.record import Record
 
@@ -69,16 +69,18 @@ def loss(
     value = output.value
     error = targets.returns.flatten(1) - value
 
-    uniform = rollout.audit.flatten(1)
-    nothing = contrast = value.new_zeros(len(value))
-    if targets.signed is not None:
+    uniform = rollout.uniform.flatten(1)
+    gate = contrast = nothing = value.new_zeros(len(value))
+    if "gate" in targets.lessons:
+        gate = gate_loss(agent, output, outcome, uniform, memory)
+    if "contrast" in targets.lessons:
         own = output.alone(DEPLOYED).log_softmax(-1).gather(-1, action).squeeze(-1)
-        contrast = contrast_loss(own, log_prob, targets.signed.flatten(1), weight)
+        contrast = contrast_loss(own, log_prob, targets.deployed_returns.flatten(1), weight)
     return Loss(
         policy=-weighted_mean(log_prob * error.detach(), weight),
         value=weighted_mean(error**2, weight),
         entropy=weighted_mean(-(log_policy.exp() * log_policy).sum(-1), weight),
-        gate=gate_loss(agent, output, outcome, uniform, memory) if agent.has_gate else nothing,
+        gate=gate,
         contrast=contrast,
         reward_model=nothing if reward_model is None else reward_model.loss(uniform),
     )
@@ -102,7 +104,7 @@ def cross_entropy(log_gate: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     return -weighted_mean(log_gate.gather(-1, label[..., None]).squeeze(-1), weight)
 
 
-def contrast_loss(own: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor) -> Tensor:
+def contrast_loss(own: Tensor, log_prob: Tensor, returns: Tensor, weight: Tensor) -> Tensor:
     """REINFORCE of the deployed expert by itself, on labeled (or imputed) episodes alone. [R]
 
     The deployed policy is the first expert under the shared head. It is rewarded +1 for a labeled
@@ -113,10 +115,10 @@ def contrast_loss(own: Tensor, log_prob: Tensor, signed: Tensor, weight: Tensor)
     Args:
         own: log-probabilities of the actions under the deployed expert, `[R, B]`.
         log_prob: the same under the policy that took them, `[R, B]`.
-        signed: discounted true return of labeled samples (REINFORCE on the grid subtracts no
+        returns: discounted true return of labeled samples (REINFORCE on the grid subtracts no
             baseline from it), 0 elsewhere; `[R, B]`.
         weight: of the samples, `[R, B]`; unlabeled ones share the mean, so that the strength of
             this loss grows with oversight as that of the policy loss does.
     """
     ratio = (own - log_prob).detach().exp().clamp(max=1.0)
-    return -weighted_mean(ratio * signed * own, weight)
+    return -weighted_mean(ratio * returns * own, weight)

@@ -12,12 +12,13 @@ from oversight_rl.agents.methods import (
     LABELED,
     UNFINISHED,
     UNLABELED,
+    Lesson,
     MethodTables,
     expected,
     outcomes,
 )
 from oversight_rl.agents.reinforce.collect import Rollout
-from oversight_rl.agents.reward_model import RewardModel
+from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.routing import lookup
 from oversight_rl.agents.settings import ReinforceConfig, at
 
@@ -30,8 +31,9 @@ class Targets:
     returns: Tensor  # [R, T, N]
     weight: Tensor  # [R, T, N], sample weight
     routes: Tensor  # [R, T, N, K + 1], gradient weights of the experts and the gate
-    signed: Tensor | None  # [R, T, N], true return of labeled (or imputed) episodes, else 0
-    imputed: Tensor | None  # [R, T, N], a reward model's chance of the diamond after each step
+    lessons: frozenset[Lesson]  # of the runs' methods
+    deployed_returns: Tensor  # [R, T, N], true return of labeled (or imputed) episodes, else 0
+    chance: Tensor | None  # [R, T, N], a reward model's, of the diamond after each step
 
 
 @torch.no_grad()
@@ -51,32 +53,32 @@ def label(
     episodes count as the mean of both. As long as nobody taught it, it says nothing: an episode
     whose worth it should tell does not count. A memory keeps all labeled samples for the gate.
     """
-    outcome, left = outcomes(rollout.seen, rollout.truth, rollout.audit, methods)
+    outcome, left = outcomes(rollout.seen, rollout.truth, rollout.uniform, methods)
     labeled = outcome >= LABELED
     if memory is not None:
         behavior = (outcome - LABELED).flatten(1)
         memory.add(rollout.observation.flatten(1, 2), behavior, labeled.flatten(1))
     reward, routes = lookup(methods.reward, outcome), lookup(methods.routes, outcome)
-    sign = 2.0 * (outcome == LABELED) - labeled.to(reward.dtype)
+    true_worth = 2.0 * (outcome == LABELED) - labeled.to(reward.dtype)
     if config.bootstrap:
         reward = torch.where(outcome == UNFINISHED, rollout.value_after[:, None], reward)
     counts = lookup(methods.sample_weight, outcome)
-    imputed = None
+    chance = None
     if reward_model is not None:
         final = reward_model.world.after(rollout.observation, rollout.action).flatten(1, 2)
         endings = labeled & rollout.seen.terminated
         reward_model.memory.add(final, (outcome - LABELED).flatten(1), endings.flatten(1))
-        imputed = reward_model(final).sigmoid().view_as(reward)
-        time = torch.arange(imputed.shape[1], device=imputed.device)[:, None]  # [T, 1]
-        at_end = imputed.gather(1, (time + left).clamp(max=imputed.shape[1] - 1))
+        chance = reward_model(final).sigmoid().view_as(reward)
+        time = torch.arange(chance.shape[1], device=chance.device)[:, None]  # [T, 1]
+        at_end = chance.gather(1, (time + left).clamp(max=chance.shape[1] - 1))
         chances, unlabeled = torch.stack([at_end, 1 - at_end], dim=-1), outcome == UNLABELED
         taught = (reward_model.memory.count > 0)[:, None, None]
         unknown = unlabeled & ~taught & methods.reward_tells[:, None, None]
         counts = torch.where(unknown, 0.0, counts)
-        told = unlabeled & taught
-        reward = torch.where(told, expected(methods.reward, chances), reward)
-        routes = torch.where(told[..., None], expected(methods.routes, chances), routes)
-        sign = torch.where(told, 2 * at_end - 1, sign)
+        imputed = unlabeled & taught
+        reward = torch.where(imputed, expected(methods.reward, chances), reward)
+        routes = torch.where(imputed[..., None], expected(methods.routes, chances), routes)
+        true_worth = torch.where(imputed, 2 * at_end - 1, true_worth)
     discount = config.discount**left
     heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)
     return Targets(
@@ -84,6 +86,7 @@ def label(
         returns=reward * discount,
         weight=(1 + heavy * labeled) * counts,
         routes=routes,
-        signed=discount * sign if methods.contrasts else None,
-        imputed=imputed,
+        lessons=methods.lessons,
+        deployed_returns=discount * true_worth,
+        chance=chance,
     )

@@ -47,13 +47,13 @@ def _draw(part: Part, found: Found, folder: Path) -> Markup | pd.DataFrame | Non
     vector, raster = folder / f"{part.name}.svg", folder / f"{part.name}.png"
     for path in (vector, raster):
         path.unlink(missing_ok=True)
+    svg, png = io.StringIO(), io.BytesIO()
     with mpl.rc_context(STYLE | {"svg.hashsalt": part.name}):
         drawn = part.draw(found)
         if not isinstance(drawn, Figure):
             return drawn
-    svg, png = io.StringIO(), io.BytesIO()
-    drawn.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    drawn.savefig(png, format="png", dpi=110, facecolor="white")
+        drawn.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        drawn.savefig(png, format="png", dpi=110, facecolor="white")
     write_atomically(vector, svg.getvalue().encode())
     write_atomically(raster, png.getvalue())
     inline = svg.getvalue()

@@ -22,7 +22,7 @@ from oversight_rl.runs.folder import CONFIG, RunFolder, locked
 from oversight_rl.runs.rows import deployed_row
 from oversight_rl.settings import as_yaml
 from oversight_rl.sweeps.plan import SWEEP, Run, SweepConfig, plan, stacks
-from oversight_rl.sweeps.workers import ATTEMPTS, Submit, WorkerLost
+from oversight_rl.sweeps.workers import ATTEMPTS, Submit, WorkerFailed, WorkerLost
 
 CPU_STACK, GPU_STACK = 5, 96  # runs per stack
 
@@ -44,14 +44,14 @@ def sweep(
         memory: bytes that a stack may take.
 
     Returns:
-        Why runs failed, by folder; empty if all are finished.
+        Why runs failed, or cannot be read, by folder; empty if all are finished.
 
     Raises:
         UserError: the folder holds another sweep, a setting is bad, or an environment does not fit.
     """
     out = out.resolve()  # workers may run in other folders
     runs = plan(config, out)
-    unlike = {run.config.env: run.config for run in reversed(runs) if not run.finished}
+    unlike = {run.config.stack_key(): run.config for run in reversed(runs) if not run.finished}
     for first in unlike.values():
         experiment_of(first).try_out(first)
     _claim(config, out, runs)
@@ -59,34 +59,37 @@ def sweep(
     most = config.stack or (GPU_STACK if gpu else CPU_STACK)
     most = min([most, *(run.config.most_runs(memory) for run in runs)])
     overview = _Overview(runs, console)
-    failed: dict[Path, str] = {}
     with locked(out), workers as submit, overview:
-        attempts = [(stack, 1) for stack in stacks(runs, most)]
+        failed = overview.count([run for run in runs if run.finished])
+        waiting = [(stack, 1) for stack in stacks(runs, most)]
         pending: dict[Future[None], tuple[list[Run], int]] = {}
-        while attempts or pending:
-            while attempts:
-                stack, attempt = attempts.pop(0)
-                pending[submit(_job(stack))] = stack, attempt
+        while waiting or pending:
+            pending |= {submit(_job(stack)): (stack, attempt) for stack, attempt in waiting}
+            waiting = []
             done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
                 stack, attempt = pending.pop(future)
-                error = future.exception()
-                overview.finished([run for run in stack if run.finished])
+                failed |= overview.finished([run for run in stack if run.finished])
                 rest = [run for run in stack if not run.finished]
-                if error is None or not rest:
+                if not rest:
                     continue
-                lost = isinstance(error, WorkerLost)
-                if lost and attempt < ATTEMPTS:
-                    attempts += [(part, attempt + 1) for part in stacks(rest, most)]
-                elif len(rest) > 1:  # the others shall not fail with the one that does
-                    attempts += [([run], ATTEMPTS) for run in rest]
-                elif attempt < ATTEMPTS:
-                    attempts.append((rest, ATTEMPTS))
+                error = future.exception() or WorkerFailed("ended without a result")
+                if again := _again(rest, attempt, isinstance(error, WorkerLost), most):
+                    waiting += again
                 else:
                     failed[rest[0].path] = str(error)
-                    overview.failed(rest[0], str(error))
+                    overview.say(f"{rest[0].path}: failed ({error})")
             overview.refresh([stack for stack, _ in pending.values()])
     return failed
+
+
+def _again(rest: list[Run], attempt: int, lost: bool, most: int) -> list[tuple[list[Run], int]]:
+    """How to go on with runs of a stack whose worker failed or is `lost`; not at all, if empty."""
+    if lost and attempt < ATTEMPTS:
+        return [(part, attempt + 1) for part in stacks(rest, most)]
+    if len(rest) > 1:  # the others shall not fail with the one that does
+        return [([run], ATTEMPTS) for run in rest]
+    return [(rest, ATTEMPTS)] if attempt < ATTEMPTS else []
 
 
 def _job(stack: Sequence[Run]) -> str:
@@ -119,7 +122,7 @@ class _Overview:
 
     runs: Sequence[Run]
     console: Console
-    _returns: dict[tuple[str, float], list[float]] = field(default_factory=dict)
+    _scores: dict[tuple[str, float], list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._total: dict[tuple[str, float], int] = {}
@@ -141,9 +144,6 @@ class _Overview:
         return run.config.method, run.config.oversight
 
     def __enter__(self) -> _Overview:
-        for run in self.runs:
-            if run.finished:
-                self._count(run)
         if self.console.is_terminal:
             self._live.start()
         return self
@@ -153,62 +153,65 @@ class _Overview:
             self.refresh([])
             self._live.stop()
 
-    def _count(self, run: Run) -> None:
-        try:
-            row = deployed_row(RunFolder.open(run.path).result())
-        except UserError as error:
-            self._say(str(error))
-            return
-        self._returns.setdefault(self._cell(run), []).append(
-            row.figures[experiment_of(run.config).score]
-        )
+    def count(self, runs: Sequence[Run]) -> dict[Path, str]:
+        """Add the scores of finished runs; returns why some cannot be read, by folder."""
+        unreadable = {}
+        for run in runs:
+            try:
+                row = deployed_row(RunFolder.open(run.path).result())
+            except UserError as error:
+                unreadable[run.path] = str(error)
+                self.say(str(error))
+            else:
+                score = row.figures[experiment_of(run.config).score]
+                self._scores.setdefault(self._cell(run), []).append(score)
+        return unreadable
 
-    def finished(self, stack: Sequence[Run]) -> None:
-        """Runs of a stack came to their end."""
-        for run in stack:
-            self._count(run)
+    def finished(self, stack: Sequence[Run]) -> dict[Path, str]:
+        """Runs of a stack came to their end; returns why some cannot be read, by folder."""
+        unreadable = self.count(stack)
         if stack and not self.console.is_terminal:
             first = stack[0]
             seeds = ", ".join(str(run.config.seeds[0]) for run in stack)
-            self._say(f"{first.path.parent.name}, seed {seeds}: done")
+            self.say(f"{first.path.parent.name}, seed {seeds}: done")
+        return unreadable
 
-    def failed(self, run: Run, why: str) -> None:
-        """A run failed for good."""
-        self._say(f"{run.path}: failed ({why})")
-
-    def _say(self, line: str) -> None:
-        done = sum(len(returns) for returns in self._returns.values())
+    def say(self, line: str) -> None:
+        """Say how much is done, and a line beside it."""
         self.console.print(
-            f"{done} of {len(self.runs)} runs; {line}",
+            f"{self._done()} of {len(self.runs)} runs; {line}",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
 
+    def _done(self) -> int:
+        return sum(len(scores) for scores in self._scores.values())
+
     def refresh(self, pending: Sequence[Sequence[Run]]) -> None:
         """Show how far things are, stacks under way included."""
         if self.console.is_terminal:
-            done = sum(len(returns) for returns in self._returns.values())
             shares = [
                 len(stack) * max(0, stack[0].update) / stack[0].config.learner.updates
                 for stack in pending
             ]
-            self._progress.update(self._task, completed=done + sum(shares))
+            self._progress.update(self._task, completed=self._done() + sum(shares))
             self._live.refresh()
 
     def _render(self) -> Group:
         table = Table(box=None, padding=(0, 1))
         methods = list(dict.fromkeys(method for method, _ in self._total))
         levels = sorted({level for _, level in self._total})
-        table.add_column("deployed return")
+        kind = experiment_of(self.runs[0].config)
+        table.add_column(f"deployed {next(iter(kind.shown([kind.score])), kind.score)}")
         for level in levels:
             table.add_column(f"{100 * level:.3g}%", justify="right")
         for method in methods:
             cells = []
             for level in levels:
-                returns = self._returns.get((method, level), [])
+                scores = self._scores.get((method, level), [])
                 total = self._total.get((method, level), 0)
-                mean = f"{sum(returns) / len(returns):+.2f}" if returns else "     "
-                cells.append(f"{mean} {len(returns)}/{total}" if total else "")
+                mean = f"{sum(scores) / len(scores):+.2f}" if scores else "     "
+                cells.append(f"{mean} {len(scores)}/{total}" if total else "")
             table.add_row(method, *cells)
         return Group(table, self._progress)

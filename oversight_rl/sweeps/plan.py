@@ -11,12 +11,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from oversight_rl.agents.methods import METHODS
 from oversight_rl.envs.settings import Settings, UserError, as_sequence, nearest
-from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.kinds import as_config, kind_of
 from oversight_rl.runs import checkpoint
+from oversight_rl.runs.experiment import experiment_of
 from oversight_rl.runs.folder import CHECKPOINTS, RESULT
-from oversight_rl.settings import as_asked, read_yaml
+from oversight_rl.settings import RunConfig, as_asked, read_yaml
 
 SWEEP = "sweep.yaml"
 MOST_RUNS = 100_000  # of a sweep
@@ -44,7 +44,7 @@ class Run:
     """One run of a sweep."""
 
     path: Path
-    config: Config
+    config: RunConfig
 
     @property
     def finished(self) -> bool:
@@ -60,12 +60,12 @@ class Run:
 def plan(sweep: SweepConfig, out: Path) -> list[Run]:
     """The runs of a sweep, a folder for each: `out/SETTINGS/seed_N`.
 
+    A sweep that lies in `out` already may call settings as version 0.1 did.
+
     Raises:
         UserError: a setting is unknown or bad.
     """
     for method, own in sweep.methods.items():
-        if method not in METHODS:
-            raise UserError(f"sweep.methods: unknown method {method!r}{nearest(method, METHODS)}")
         if wrong := {"method", "oversight", "seeds"} & set(own):
             raise UserError(f"sweep.methods: {method} cannot set {', '.join(wrong)} of its own")
     grid = {"seeds": as_sequence(sweep.settings.get("seeds", 0))} | sweep.grid
@@ -73,19 +73,11 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
     planned = math.prod(map(len, grid.values())) * len(seeds)
     if planned > MOST_RUNS:
         raise UserError(f"sweep.grid: combines to {planned:,} runs, more than {MOST_RUNS:,}")
+    begun = (out / SWEEP).is_file() and load_sweep(out / SWEEP) == sweep
     runs = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        settings: dict[str, Any] = {}
-        _merge(settings, sweep.settings)
-        for name, value in chosen.items():
-            for part in reversed(name.split(".")):
-                value = {part: value}
-            _merge(settings, value)
-        method = settings.get("method", Config().method)
-        if isinstance(method, str):
-            _merge(settings, sweep.methods.get(method, {}), under=chosen)
-        config = Config.model_validate(settings | {"seeds": list(seeds)})
+        config = as_config(_settings(sweep, chosen) | {"seeds": list(seeds)}, written=begun)
         config.refuse_words()
         name = "-".join(
             _text(value) if key in ("method", "oversight") else f"{key}={_text(value)}"
@@ -94,7 +86,25 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
         runs += [Run(out / name / f"seed_{seed}", config.single(seed)) for seed in config.seeds]
     if len({run.path for run in runs}) < len(runs):
         raise UserError("sweep.grid: values of a setting must be distinct")
+    if sweep.methods:
+        known = {method for run in runs for method in experiment_of(run.config).methods}
+        for method in set(sweep.methods) - known:
+            raise UserError(f"sweep.methods: unknown method {method!r}{nearest(method, known)}")
     return runs
+
+
+def _settings(sweep: SweepConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one combination of values; those of the grid have the last word."""
+    settings: dict[str, Any] = {}
+    _merge(settings, sweep.settings)
+    for name, value in chosen.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        _merge(settings, value)
+    method = settings.get("method", kind_of(settings).default_method)
+    if isinstance(method, str):
+        _merge(settings, sweep.methods.get(method, {}), under=chosen)
+    return settings
 
 
 def _merge(into: dict[str, Any], more: Mapping[str, Any], under: Mapping[str, Any] = {}) -> None:

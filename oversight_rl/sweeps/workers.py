@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from oversight_rl.envs.settings import UserError
-from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.kinds import as_config
 from oversight_rl.runs.experiment import experiment_of
 from oversight_rl.runs.folder import RunFolder
 from oversight_rl.runs.loop import Interrupted, fit
@@ -40,7 +40,7 @@ def work(job: str) -> None:
         Interrupted: the worker was asked to stop; everything is saved.
         UserError: the runs cannot be trained.
     """
-    runs = [Run(Path(path), Config.model_validate(config)) for path, config in json.loads(job)]
+    runs = [Run(Path(path), as_config(config)) for path, config in json.loads(job)]
     kind = experiment_of(runs[0].config)
     resume = all(run.update >= 0 for run in runs)
     if not resume:
@@ -90,12 +90,12 @@ Submit = Callable[[str], "Future[None]"]
 def stack_memory(gpu: bool, workers: int) -> float:
     """Bytes that a stack may take: its share of half of what is free."""
     if gpu:
-        import torch
+        import torch  # takes a second to load
 
         return 0.5 * torch.cuda.mem_get_info()[0] / workers
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not told on this system
+    except (AttributeError, ValueError, OSError):  # not told on this system
         return math.inf
     return 0.5 * free / workers
 
@@ -156,7 +156,7 @@ def ray_workers(address: str, gpu: bool = False) -> Iterator[Submit]:
         UserError: Ray is not installed, or there is no such cluster.
     """
     try:
-        import ray
+        import ray  # an extra, which few have
     except ImportError:
         raise UserError("--ray: Ray is not installed; pip install 'oversight-rl[ray]'") from None
 

@@ -70,7 +70,7 @@ class Config(RunConfig):
         name, world = data.get("method"), data.get("world", {})
         if isinstance(world, WorldConfig):
             world = world.model_dump()
-        hides = isinstance(name, str) and name in METHODS and METHODS[name].hides_flags
+        hides = isinstance(name, str) and name in METHODS and METHODS[name].policy.hides_flags
         if hides and isinstance(world, dict):
             return data | {"world": world | {"flags_visible": False}}
         return data
@@ -137,7 +137,7 @@ class Config(RunConfig):
         if not self.kind.stacks:
             return 1
         samples = self.learner.worlds * self.learner.steps
-        trunks = 3 if METHODS[self.method].experts == "one" else self.agent.experts + 2
+        trunks = 3 if METHODS[self.method].policy.experts == "one" else self.agent.experts + 2
         each = 4 * samples * (4 * trunks * sum(self.agent.hidden) + 100) + 2**25
         return max(1, int(min(memory / each, 2**20)))
 
@@ -156,7 +156,7 @@ class Config(RunConfig):
         """Arguments of the environment, besides its oversight, for `envs.vector.make_vec`."""
         if self.env == GRID:
             return self.world.model_dump()
-        hides = {"flags_visible": False} if METHODS[self.method].hides_flags else {}
+        hides = {"flags_visible": False} if METHODS[self.method].policy.hides_flags else {}
         return dict(self.env_settings) | hides
 
     @property

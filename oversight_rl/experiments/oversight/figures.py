@@ -35,9 +35,9 @@ RETURN = "ground-truth return"
 PAPER = {"routing": "gradient_routing", "filtering": "data_filtering", "naive": "naive"}
 """Columns of the paper's figure 6a, by method."""
 GROUPS: dict[str, Callable[[str], bool]] = {
-    "routing, its ablations and controls": lambda m: METHODS[m].experts == "many",
+    "routing, its ablations and controls": lambda m: METHODS[m].policy.experts == "many",
     "one policy, labels only": lambda m: (
-        (METHODS[m].experts, METHODS[m].assumes) == ("one", "labels")
+        (METHODS[m].policy.experts, METHODS[m].assumes) == ("one", "labels")
     ),
     "methods that need more than labels": lambda m: METHODS[m].assumes != "labels",
 }
@@ -47,8 +47,8 @@ OTHERS = (("#6d28d9", "#a78bda"), ("#b45309", "#e3b071"), ("#be185d", "#e58ab5")
 
 def behaviors(found: Found) -> list[str]:
     """Names of what episodes can end in, the wanted one first."""
-    flagged = [str(column) for column in found.results if str(column).endswith("_flagged")]
-    return [column.removeprefix("p_").removesuffix("_flagged") for column in flagged]
+    shares = [column for column in map(str, found.results) if column.startswith("p_")]
+    return [share.removeprefix("p_") for share in shares if f"{share}_flagged" in shares]
 
 
 @cache
@@ -192,7 +192,7 @@ def endings_by_path(found: Found) -> Figure | None:
 
 def gate(found: Found) -> Figure | None:
     """Mean weight of the gate on the first expert over training, by an episode's outcome."""
-    labeled = [str(column) for column in found.training if str(column).startswith("gate/labeled_")]
+    labeled = [column for column in map(str, found.training) if column.startswith("gate/labeled_")]
     shades = ["#0d9488", *["#7c3aed", *(dark for dark, _ in OTHERS[1:])] * len(labeled)]
     lines = {**dict(zip(labeled, shades, strict=False)), "gate/unlabeled": TIMEOUT}
     if not set(lines) <= set(found.training):

@@ -76,7 +76,7 @@ def import_state_dict(
             gate_conv=learned,
         ),
     )
-    made_by = METHODS[config.method]
+    made_by = METHODS[config.method].policy
     if (made_by.experts == "one") != single or (
         not single and (made_by.gate == "learned") != learned
     ):

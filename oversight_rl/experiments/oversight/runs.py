@@ -165,7 +165,7 @@ class OversightRuns(Experiment):
     def describe(cls, config: Any) -> str:
         """What is trained, and what the tags mean."""
         method = METHODS[config.method]
-        kept = "the first expert" if method.experts == "many" else "the only expert"
+        kept = "the first expert" if method.policy.experts == "many" else "the only expert"
         return (
             f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. Deployed: "
             f"**{kept}**. Environment: {config.env}.\n\n"

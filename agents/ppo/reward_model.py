@@ -1,9 +1,9 @@
-"""What an unlabeled ending was: a classifier of endings, learned from the labeled ones.
+"""A reward model: it tells what an unlabeled ending was, and learns that from the labeled ones.
 
-The reward model of PPO. It sees the observation before an episode's last step and the action taken
-there, as the policy did, but for the oversight flags where the environment says which entries they
-are: a labeled ending is always flagged and an unlabeled one is not, so that a classifier which
-reads flags would be asked about endings unlike all that it was taught.
+It sees the observation before an episode's last step and the action taken there, as the policy did,
+but for the oversight flags where the environment says which entries they are: a labeled ending is
+always flagged and an unlabeled one is not, so that a model which reads flags would be asked about
+endings unlike all that it was taught.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LESSON = 512
 """Remembered endings that each step learns from."""
 
 
-class EndingClassifier(nn.Module):
+class RewardModel(nn.Module):
     """Tells in which behavior an episode ended.
 
     Args:
@@ -48,7 +48,7 @@ class EndingClassifier(nn.Module):
         return self.net(torch.cat([features, choice.flatten(1)], dim=-1))  # type: ignore[no-any-return]
 
 
-def ending_memory(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Memory:
+def reward_memory(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Memory:
     """A memory of labeled endings: flattened observations, each followed by its action."""
     width = row_width(observation_space) + row_width(action_space)
     return Memory(1, width, LESSON, row_type(observation_space, action_space))

@@ -1,4 +1,4 @@
-"""A reward model: a classifier of endings, learned from labeled ones, that rewards the others.
+"""A reward model: it tells what an unlabeled ending was, and learns that from the labeled ones.
 
 Semi-supervised RL: the learner has the true reward of a few episodes and imputes it for the rest
 (Christiano 2016). The model sees how an episode ended, as the policy would see it, and tells the
@@ -27,9 +27,9 @@ FLAGS_FROM = 3  # active inputs of an observation from here on are flags, see `W
 
 
 class RewardModel(nn.Module):
-    """A stack of R classifiers and the labeled endings that they remember.
+    """A stack of R reward models and the labeled endings that they remember.
 
-    A classifier is a 1x1 convolution over the planes, summed over the cells, and a linear layer:
+    Each is a 1x1 convolution over the planes, summed over the cells, and a linear layer:
     what squares coincide matters, and not where.
 
     Args:

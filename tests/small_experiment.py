@@ -1,0 +1,112 @@
+"""An experiment of its own, as small as one can be: climbers look for a peak in the mist.
+
+At some steps (their share is the oversight level) a climber is told whether it would go up.
+"""
+
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from oversight_rl.agents.learner import check_numbers, check_shapes
+from oversight_rl.envs.settings import Settings
+from oversight_rl.kinds import Kind
+from oversight_rl.runs.experiment import Experiment
+from oversight_rl.runs.rows import Row
+from oversight_rl.settings import RunConfig
+
+PEAK = torch.tensor([3.0, -2.0])
+
+
+class ClimberConfig(Settings):
+    """The learner's settings."""
+
+    section: ClassVar[str] = "climb"
+    updates: int = 40
+    stride: float = 0.5
+
+
+class ClimbConfig(RunConfig):
+    """A run's."""
+
+    algo: str = "climb"
+    method: Literal["careful", "careless"] = "careful"
+    climb: ClimberConfig = ClimberConfig()
+
+
+class Climber:
+    """R climbers, who keep `agents.learner.Learner`."""
+
+    def __init__(self, config, seeds):
+        self.runs, self.updates, self.total = len(seeds), 0, config.climb.updates
+        self.config, self.seeds = config, seeds
+        self.place = torch.zeros(self.runs, 2, dtype=torch.float64)
+
+    @property
+    def env_steps(self):
+        return self.updates
+
+    @property
+    def height(self):  # [R], 0 at the peak
+        return -(self.place - PEAK).norm(dim=-1)
+
+    def update(self):
+        draws = [np.random.default_rng((seed, self.updates)).random(3) for seed in self.seeds]
+        *step, chance = torch.tensor(np.array(draws)).unbind(-1)
+        before, low = self.place.clone(), self.height
+        self.place += self.config.climb.stride * (2 * torch.stack(step, -1) - 1)
+        if self.config.method == "careful":
+            stays = (chance >= self.config.oversight) | (self.height < low)
+            self.place[stays] = before[stays]
+        self.updates += 1
+
+    def curves(self):
+        return [{"height": float(height)} for height in self.height]
+
+    def numbers(self):
+        return {"height": self.height}
+
+    def learned(self):
+        return [self.place]
+
+    def state(self, run):
+        return {"place": self.place[run]}
+
+    def bounds(self):
+        return {}
+
+    def load(self, states, update):
+        for run, saved in enumerate(states):
+            check_shapes(saved, self.state(run))
+            check_numbers(saved, self.bounds())
+            self.place[run] = saved["place"]
+        self.updates = update
+
+
+class Way(NamedTuple):
+    summary: str
+    assumes: str
+
+
+class Climb(Experiment):
+    """What is climbed, and how high that was."""
+
+    score = "height"
+    methods = {
+        "careful": Way("takes the steps that it is told lead up", "labels"),
+        "careless": Way("takes every step", "labels"),
+    }
+
+    def __init__(self, configs):
+        self.configs = configs
+        self.learner = Climber(configs[0], [config.seeds[0] for config in configs])
+
+    def evaluate(self, facts):
+        found = zip(facts, self.learner.height, self.learner.place, strict=True)
+        return [
+            [Row.of(f, "climber", {"height": float(height), "east": float(place[0])})]
+            for f, height, place in found
+        ]
+
+
+KIND = Kind(f"{__name__}:ClimbConfig", f"{__name__}:Climb", "careful")  # a line of `kinds.KINDS`

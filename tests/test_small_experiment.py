@@ -1,0 +1,93 @@
+"""An experiment that has no behaviors: commands, files, curves, sweeps and reports take it."""
+
+import json
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import pandas as pd
+import pytest
+import small_experiment
+import yaml
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from oversight_rl.cli import main, train
+from oversight_rl.kinds import KINDS
+from oversight_rl.reports import page
+from oversight_rl.sweeps.drive import sweep
+from oversight_rl.sweeps.plan import load_sweep
+from oversight_rl.sweeps.workers import work
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
+
+
+@contextmanager
+def in_here():
+    """The sweep's worker: this process, for others do not know the experiment."""
+
+    def submit(job):
+        done = Future()
+        work(job)
+        done.set_result(None)
+        return done
+
+    yield submit
+
+
+def test_it_is_trained_and_goes_on(tmp_path, capsys):
+    train(["--algo", "climb", "--evaluation.every", "10", "--run-dir", str(tmp_path)])
+    metrics = pd.read_csv(tmp_path / "metrics.csv")
+    assert list(metrics["update"]) == [0, 10, 20, 30, 40]
+    assert metrics["height"].is_monotonic_increasing
+    assert pd.read_csv(tmp_path / "training.csv")["height"].iloc[-1] == metrics["height"].iloc[-1]
+    (row,) = json.loads((tmp_path / "result.json").read_text())
+    assert (row["height"], row["method"]) == (metrics["height"].iloc[-1], "careful")
+    assert not [name for name in row if "diamond" in name or name.startswith("p_")]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    points = events.Scalars("evaluation/height/climber")
+    assert [point.value for point in points] == pytest.approx(list(metrics["height"]))
+    (tmp_path / "result.json").unlink()
+    for file in (tmp_path / "checkpoints").iterdir():
+        if "00000040" in file.name:
+            file.unlink()
+    train(["--resume", str(tmp_path)])
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "metrics.csv"), metrics)
+
+
+def test_sweeps_and_reports_take_it(tmp_path, capsys):
+    grid = {"method": ["careful", "careless"], "oversight": [0.1, 0.9], "seeds": [0, 1, 2, 3]}
+    settings = {"algo": "climb", "evaluation": {"every": 10}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"settings": settings, "grid": grid}))
+    out = tmp_path / "out"
+    quiet = Console(quiet=True)
+    assert sweep(load_sweep(tmp_path / "s.yaml"), out, in_here(), quiet) == {}
+    main(["report", str(out)])
+    assert "the best score (IQM) has careful at" in capsys.readouterr().out
+    table = pd.read_csv(out / "summary.csv").set_index(["method", "train_oversight"])
+    assert list(table["n_seeds"]) == [4] * 4
+    assert table.loc[("careful", 0.9), "iqm"] > table.loc[("careful", 0.1), "iqm"]
+    assert table.loc[("careful", 0.9), "east"] == pytest.approx(3, abs=0.5)
+    assert not [name for name in table if "return" in name or name.startswith("p_")]
+    text = (out / "report.html").read_text()
+    for word in ("Score against oversight", "Learning curves", "takes every step"):
+        assert word in text
+    for word in ("diamond", "ghost", "routing", "return"):
+        assert word not in text
+    drawn = {file.stem for file in (out / "figures").iterdir()}
+    assert drawn == {"scores", "learning", "improvement"}
+    assert text.count("<svg") == 3
+
+
+def test_runs_of_another_kind_are_left_out_of_a_report_and_named(tmp_path):
+    train(["--algo", "climb", "--run-dir", str(tmp_path / "a")])
+    flags = ["--reinforce.updates", "1", "--reinforce.worlds", "2", "--reinforce.steps", "2"]
+    for name in ("b", "c"):
+        train([*flags, "--agent.hidden", "4", "--no-pictures", "--run-dir", str(tmp_path / name)])
+    found, _ = page.write(tmp_path)
+    assert found.names == ["careful"]
+    (line,) = found.missing
+    assert line.startswith("Left out: b and 1 more, of another kind of experiment than a;")
