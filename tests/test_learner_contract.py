@@ -394,6 +394,28 @@ def test_an_update_that_breaks_off_is_named_and_left_out(monkeypatch, break_it, 
     assert all(x.isfinite().all() for x in learner.learned())
 
 
+@pytest.mark.parametrize(
+    ("env", "method"), [(MINIGRID, "routing"), (GRID, "imputed_routing"), (Walk, "naive")]
+)
+def test_an_update_that_learns_nothing_shows_no_old_numbers(env, method):
+    """Where steps wait for labels there may be none to learn from; a resumed run knows no other."""
+    env = make_vec(env, 2, oversight=0.5) if isinstance(env, str) else DummyVecEnv([env] * 2)
+    settings = PPOConfig(updates=200, steps=2, batch_size=2)
+    learner = PPOLearner(settings, AGENT, env, method, Overseer(0.5), seed=1)
+    seen = []
+    for _ in range(200):
+        learner.update()
+        seen += learner.curves()
+        assert finite(learner).all()
+    learned = [points for points in seen if not np.isnan(points["loss/value"])]
+    nothing = [points for points in seen if np.isnan(points["loss/loss"])]
+    assert len(learned) + len(nothing) == 200
+    assert min(map(len, (learned, nothing))) > 0
+    assert {tuple(points) for points in seen} == {tuple(seen[0])}
+    losses = [name for name in seen[0] if name.startswith("loss/") and "explained" not in name]
+    assert not np.isnan([learned[-1][name] for name in losses]).any()
+
+
 def test_what_an_update_may_raise_is_a_number_by_name():
     learner = PPO(Walk, "imputed_routing")()
     for error in (NotFinite("policy's output"), NotFinite("gradient's norm", np.inf)):

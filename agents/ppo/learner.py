@@ -24,10 +24,11 @@ from oversight_rl.agents.learner import Bounds, check_numbers, check_shapes
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import Overseer
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
-from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
+from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer, RoutedSamples
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.experience import SETTLED
 from oversight_rl.agents.ppo.figures import statistics
+from oversight_rl.agents.ppo.losses import figure_names
 from oversight_rl.agents.ppo.observations import named
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.settings import AgentConfig, at
@@ -169,8 +170,9 @@ class PPOLearner:
     def update(self) -> None:
         """A rollout, and what is learned from it: an iteration of SB3's `learn`."""
         model, made = self.model, dict.fromkeys(MADE, 0.0)
-        if self.updates % self.curves_every == 0:
-            model.logger.dump(self.updates)  # forgets what was asked for
+        model.logger.dump(self.updates)  # forgets the update before
+        for name in figure_names(self.policy, model.reward_memory is not None):
+            model.logger.record(f"train/{name}", math.nan)  # where nothing is learned
         model.label_generator = _seed(self.seed, self.updates + 1)
         self._statistics = {}
         try:
@@ -179,7 +181,8 @@ class PPOLearner:
             if (self.updates + 1) % self.curves_every == 0:
                 self._statistics = statistics(model)
             model.train()
-            made["loss"] = model.logger.name_to_value.get("train/loss", 0.0)
+            learned = len(cast("RoutedSamples[Any]", self._buffer.samples).alone)
+            made["loss"] = model.logger.name_to_value["train/loss"] if learned else 0.0
         except FloatingPointError as error:
             what = getattr(error, "what", COMPUTATION)
             made[what if what in made else COMPUTATION] = getattr(error, "value", math.nan)
@@ -281,6 +284,8 @@ class PPOLearner:
         ours = self.state()
         for name in ours:
             kind = ours[name].dtype
+            if name.startswith("adam.step."):  # a float, which an exponent comes of
+                found[name] = 0, np.finfo(float).max
             if name.startswith("world.") and not kind.is_floating_point:
                 limits = None if kind == torch.bool else torch.iinfo(kind)
                 found[name] = (0, 1) if limits is None else (limits.min, limits.max)
