@@ -32,7 +32,9 @@ class NotFinite(FloatingPointError):
 class Learner(Protocol):
     """What trains R runs at once. The loop drives it and knows no more of it than this.
 
-    The loop owns time, logs, checkpoints, evaluation, health and stopping.
+    The loop owns time, logs, checkpoints, evaluation, health and stopping. A learner that is a
+    subclass says how it updates and what it learns; if that is all that its future hangs on, beside
+    its seeds, the rest is as here.
     """
 
     runs: int
@@ -44,19 +46,23 @@ class Learner(Protocol):
 
     @property
     def env_steps(self) -> int:
-        """Steps taken by each run so far."""
+        """Steps taken by each run so far; here, one in every update."""
+        return self.updates
 
     def update(self) -> None:
         """One update of every run; numbers that go bad do not raise, see `numbers`."""
 
     def curves(self) -> list[dict[str, float]]:
-        """Points of the training curves after an update, for each run."""
+        """Points of the training curves after an update, for each run; here, none."""
+        return [{} for _ in range(self.runs)]
 
     def numbers(self) -> dict[str, Tensor]:
         """What the last update made, `[R]` each: finite if all is well; the same names each time.
 
-        They are in the order in which they came to be.
+        They are in the order in which they came to be. Here, the size of each tensor `learned`.
         """
+        flat = [tensor.detach().reshape(self.runs, -1) for tensor in self.learned()]
+        return {f"tensor {i} learned": tensor.norm(dim=-1) for i, tensor in enumerate(flat)}
 
     def learned(self) -> list[Tensor]:
         """All that learning changes in place (parameters, moments), `[R, ...]` each.
@@ -66,16 +72,25 @@ class Learner(Protocol):
 
     def state(self, run: int) -> dict[str, Tensor]:
         """All that decides the future of a run, by name; of what learns no copies."""
+        return {f"learned.{i}": tensor.detach()[run] for i, tensor in enumerate(self.learned())}
 
     def bounds(self) -> Bounds:
         """Least and greatest number in each tensor of whole numbers that `state` has by now."""
+        return {}
 
     def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:
-        """Go on from states, one for each run, taken after an update.
+        """Go on from states, one for each run, taken after an update; here, all in place.
 
         Raises:
             UserError: a tensor is missing, has another shape or type, or holds what cannot be.
         """
+        self.updates = update
+        for run, saved in enumerate(states):
+            ours = self.state(run)
+            check_shapes(saved, ours)
+            check_numbers({name: saved[name] for name in ours}, self.bounds())
+            for name, tensor in ours.items():
+                tensor.copy_(saved[name])
 
 
 def check_shapes(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:

@@ -31,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from oversight_rl import cli
 from oversight_rl.runs import checkpoint, loop
 from oversight_rl.runs.folder import EVENTS, find_runs
+from oversight_rl.terminal import STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--device", "cpu", "--no-pictures", "--evaluation.every", "3"]
@@ -277,7 +278,7 @@ def long(minutes: float = 60.0, pictures: bool = False, algo: str = "reinforce")
         child = in_child(lambda: cli.train([*small, "--run-dir", str(run)]))
         looks = observe(child, 60 * minutes, max(1.0, minutes / 4))
         os.kill(child, signal.SIGTERM)
-        assert ended(child) == cli.STOPPED, "it did not stop when asked"
+        assert ended(child) == STOPPED, "it did not stop when asked"
         update = max(checkpoint.updates(run / "checkpoints"))
         print(f"one run, {update:,} updates, {update // 50:,} evaluations: {told(looks)}")
         for file in sorted(run.rglob("*")):

@@ -318,7 +318,7 @@ class Seeds(BaseCallback):
 
     def _on_rollout_start(self):
         self.update += 1
-        self.model.audit = ppo_learner._seed(self.seed, self.update)
+        self.model.label_generator = ppo_learner._seed(self.seed, self.update)
 
     def _on_step(self):
         return True
@@ -383,12 +383,14 @@ def broken_computation(learner, monkeypatch):
 )
 def test_an_update_that_breaks_off_is_named_and_left_out(monkeypatch, break_it, what):
     learner = advance(PPO(Walk, "imputed_routing")(), 2)
-    before = [x.clone() for x in learner.learned()]
+    before, states = [x.clone() for x in learner.learned()], saved(learner)
     break_it(learner, monkeypatch)
     learner.update()
     assert {name for name, x in learner.numbers().items() if not x.isfinite().all()} == {what}
     for now, was in zip(learner.learned(), before, strict=True):
         now.copy_(was)
+    left = differing(saved(learner), states)
+    assert all(name.startswith(("memory.", "endings.", "last.")) for name in left)
     assert finite(advance(learner, 1)).all()
     assert learner.env_steps == learner.model.num_timesteps == 4 * 4 * 16
     assert all(x.isfinite().all() for x in learner.learned())
