@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -85,12 +85,32 @@ class Learner(Protocol):
             UserError: a tensor is missing, has another shape or type, or holds what cannot be.
         """
         self.updates = update
+        check_states(states, self)
         for run, saved in enumerate(states):
-            ours = self.state(run)
-            check_shapes(saved, ours)
-            check_numbers({name: saved[name] for name in ours}, self.bounds())
-            for name, tensor in ours.items():
+            for name, tensor in self.state(run).items():
                 tensor.copy_(saved[name])
+
+
+def check_states(
+    states: Sequence[Mapping[str, Tensor]],
+    learner: Learner,
+    looked_at: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> None:
+    """Refuse states, one for each run of a learner, that cannot be by its bounds of now.
+
+    Args:
+        states: as saved.
+        learner: that is to go on from them.
+        looked_at: tensors without what is never read of them.
+
+    Raises:
+        UserError: a tensor is missing, has another shape or type, or holds what cannot be.
+    """
+    bounds = learner.bounds()
+    for run, saved in enumerate(states):
+        ours = learner.state(run)
+        check_shapes(saved, ours)
+        check_numbers(looked_at({name: saved[name] for name in ours}), bounds)
 
 
 def check_shapes(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:

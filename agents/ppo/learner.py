@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from oversight_rl.agents.learner import Bounds, check_numbers, check_shapes
+from oversight_rl.agents.learner import Bounds, check_states
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import Overseer
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
@@ -29,7 +29,7 @@ from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.environment import ask, policy_arguments
 from oversight_rl.agents.ppo.experience import SETTLED
 from oversight_rl.agents.ppo.figures import statistics
-from oversight_rl.agents.ppo.observations import named
+from oversight_rl.agents.ppo.observations import named, unnamed
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.settings import AgentConfig, at
 from oversight_rl.envs.settings import BEHAVIORS, UserError
@@ -57,13 +57,7 @@ def make_model(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> RoutedPPO:
-    """A fresh model; see `PPOLearner`.
-
-    Raises:
-        UserError: the networks are too large.
-        ValueError, AssertionError, NotImplementedError: it cannot learn in this environment, as
-            SB3 says.
-    """
+    """A fresh model; arguments and errors are those of `PPOLearner`."""
     _check_size(agent)
     experts = {} if agent.experts == 2 else {"experts": agent.experts}
     return RoutedPPO(
@@ -239,8 +233,8 @@ class PPOLearner:
 
     def learned(self) -> list[Tensor]:
         """Parameters, the optimizer's moments, and the scale of the task's returns. [1, ...]"""
-        memories = {f"{m}.{b}" for m, x in self._memories.items() for b, _ in x.named_buffers()}
-        return [x.detach()[None] for name, x in self._kept.items() if name not in memories]
+        memories = tuple(f"{name}." for name in self._memories)
+        return [x[None] for name, x in self._kept.items() if not name.startswith(memories)]
 
     @property
     def _memories(self) -> dict[str, Memory]:
@@ -252,9 +246,8 @@ class PPOLearner:
     def _kept(self) -> dict[str, Tensor]:
         """All tensors that learning changes in place, by name."""
         policy = self.policy
-        learned: dict[str, Tensor] = dict(policy.named_parameters())
-        kept = {f"policy.{name}": parameter for name, parameter in learned.items()}
-        for name, parameter in learned.items():
+        kept = named("policy", {name: p.detach() for name, p in policy.named_parameters()})
+        for name, parameter in policy.named_parameters():
             moments = policy.optimizer.state[parameter]
             if not moments:  # as Adam has it before its first step
                 moments["step"] = torch.tensor(0.0)
@@ -265,7 +258,7 @@ class PPOLearner:
         if policy.task:
             kept["policy.task_square"] = cast(Tensor, policy.task_square)
         for name, memory in self._memories.items():
-            kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
+            kept |= named(name, dict(memory.named_buffers()))
         return kept
 
     @property
@@ -275,14 +268,14 @@ class PPOLearner:
     def state(self, run: int = 0) -> dict[str, Tensor]:
         """Everything that the run needs to go on, by name."""
         model = self.model
-        tensors = {name: tensor.detach() for name, tensor in self._kept.items()}
+        tensors = self._kept
         tensors["last.turn"] = torch.as_tensor(self._buffer.turn)
         if hasattr(self.env, "get_state"):
             if model.tables.asks_labels:
-                held = self._buffer.held.state()
-                tensors |= {f"held.{name}": torch.as_tensor(part) for name, part in held.items()}
-            world = cast(Any, self.env).get_state()
-            tensors |= {f"world.{k}": torch.as_tensor(np.asarray(v)) for k, v in world.items()}
+                held = named("held", self._buffer.held.state())
+                tensors |= {name: torch.as_tensor(part) for name, part in held.items()}
+            world = named("world", cast(Any, self.env).get_state())
+            tensors |= {name: torch.as_tensor(np.asarray(part)) for name, part in world.items()}
             tensors["last.observation"] = torch.as_tensor(model._last_obs)
             tensors["last.episode_starts"] = torch.as_tensor(model._last_episode_starts)
         return tensors
@@ -326,29 +319,23 @@ class PPOLearner:
         Raises:
             UserError: a tensor is missing, has another shape or type, or holds what cannot be.
         """
-        (state,), model = states, self.model
-        self.updates, ours = update, self.state()
+        (state,), model, self.updates = states, self.model, update
         model.num_timesteps = self.env_steps
-        check_shapes(state, ours)
-        check_numbers(_looked_at({name: state[name] for name in ours}), self.bounds())
-        parts: dict[str, dict[str, Any]] = {"world": {}, "last": {}, "held": {}}
-        for name in ours:
-            part, _, rest = name.partition(".")
-            if part in parts:
-                parts[part][rest] = state[name].numpy()
-        if parts["world"]:
+        check_states(states, self, _looked_at)
+        others = {k: state[k].numpy() for k in self.state() if k not in self._kept}
+        world, held, last = (unnamed(part, others) for part in ("world", "held", "last"))
+        if world:
             try:
-                cast(Any, self.env).set_state(parts["world"])
+                cast(Any, self.env).set_state(world)
             except ValueError as error:
                 raise UserError(f"the checkpoint holds what cannot be: world: {error}") from None
-            model._last_obs = parts["last"]["observation"]
-            model._last_episode_starts = parts["last"]["episode_starts"]
-        with torch.no_grad():
-            for name, tensor in self._kept.items():
-                tensor.copy_(state[name])
-        if parts["held"]:
-            self._buffer.held.load(parts["held"])
-        self._buffer.turn = parts["last"]["turn"]
+            model._last_obs = last["observation"]
+            model._last_episode_starts = last["episode_starts"]
+        for name, tensor in self._kept.items():
+            tensor.copy_(state[name])
+        if held:
+            self._buffer.held.load(held)
+        self._buffer.turn = last["turn"]
 
 
 def _schedule(schedule: tuple[float, ...], remaining: float) -> float:
@@ -385,18 +372,15 @@ def _side_by_side(*pairs: tuple[NDArray[Any], NDArray[Any]]) -> Any:
 
 def _range(space: spaces.Space[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Least and greatest number in each place of a flattened element; infinite where they vary."""
-    low: NDArray[Any] = np.zeros(1)
-    high: NDArray[Any] = np.ones(1)
-    if isinstance(space, spaces.Discrete):
-        low, high = low + float(space.start), low + float(space.start + space.n - 1)
-    elif isinstance(space, spaces.MultiDiscrete):
-        low, high = space.start.astype(float), (space.start + space.nvec - 1).astype(float)
-    elif isinstance(space, spaces.MultiBinary):
-        low, high = np.zeros(space.shape), np.ones(space.shape)
-    elif isinstance(space, spaces.Box):
+    if isinstance(space, spaces.Box):
         whole = np.issubdtype(space.dtype, np.integer)
-        low, high = (
-            x.astype(float) if whole else np.full(space.shape, math.copysign(math.inf, sign))
-            for x, sign in ((space.low, -1), (space.high, 1))
-        )
-    return low.flatten(), high.flatten()
+        low, high = space.low, space.high
+        if not whole:
+            low, high = np.full(space.shape, -np.inf), np.full(space.shape, np.inf)
+    elif isinstance(space, spaces.MultiDiscrete):
+        low, high = space.start, space.start + space.nvec - 1
+    elif isinstance(space, spaces.Discrete):
+        low, high = np.array([space.start]), np.array([space.start + space.n - 1])
+    else:
+        low, high = np.zeros(space.shape or (1,)), np.ones(space.shape or (1,))
+    return low.flatten().astype(float), high.flatten().astype(float)
