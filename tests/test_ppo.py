@@ -30,9 +30,9 @@ import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.ppo.algorithm import ppo_methods
-from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
 from oversight_rl.agents.ppo.losses import gate_loss, reward_model_loss
+from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.minigrid import SymbolicObservation
 from oversight_rl.envs.readable import readable
@@ -174,7 +174,7 @@ def gradients(model, outcome, part):
     order = model.experience.outcome.T[model.experience.share.T > 0]
     chosen = torch.as_tensor(np.flatnonzero(order == outcome))
     assert len(chosen)
-    batch = RoutedSamples(*(torch.as_tensor(x)[chosen] for x in buffer.samples))
+    batch = Targets(*(torch.as_tensor(x)[chosen] for x in buffer.samples))
     honest = model.loss
 
     model.policy.zero_grad()

@@ -12,13 +12,12 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 from zipfile import ZipFile
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
@@ -28,12 +27,7 @@ from torch import Tensor, nn
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import METHODS, Overseer, tables
-from oversight_rl.agents.ppo.buffer import (
-    RoutedDictRolloutBuffer,
-    RoutedRolloutBuffer,
-    RoutedSamples,
-    samples,
-)
+from oversight_rl.agents.ppo.buffer import RoutedDictRolloutBuffer, RoutedRolloutBuffer
 from oversight_rl.agents.ppo.collect import CollectingPPO
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, RoutedPPOArguments, rollout_sizes
 from oversight_rl.agents.ppo.data_warnings import DataWarnings
@@ -46,10 +40,9 @@ from oversight_rl.agents.ppo.environment import (
 )
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
 from oversight_rl.agents.ppo.losses import learn_reward_model, losses
-from oversight_rl.agents.ppo.observations import row_type, row_width
+from oversight_rl.agents.ppo.observations import each, row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.ppo.reward_model import reward_memory
-from oversight_rl.agents.ppo.targets import Experience, Targets, targets
+from oversight_rl.agents.ppo.targets import Experience, Samples, Targets, targets
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
@@ -57,6 +50,8 @@ from oversight_rl.envs.settings import BEHAVIORS, nearest
 
 FIRST_LABELS = 100
 """Labeled endings that the reward model is to have seen before the policy learns."""
+ENDINGS = 512
+"""Remembered endings that each step of the reward model learns from."""
 LOOKING = 0.1
 """Share of training that this may take at most."""
 FOLLOWING = {"behaviors", "gate", "lessons", "flags", "task", "steering"}
@@ -130,7 +125,7 @@ class RoutedPPO(CollectingPPO):
     threads: int | None
     experience: Experience
     """The window of the last rollout, with what was made of it."""
-    targets: Targets
+    targets: Samples
     """What the losses ask of each of its steps."""
 
     def __init__(
@@ -180,7 +175,7 @@ class RoutedPPO(CollectingPPO):
         self.steering = MIXTURE  # of a policy that was saved steered
         self.left_out: tuple[str, ...] = ()  # names of what is not read of observations
         # decides which labels go missing or wrong
-        self.label_generator: np.random.Generator | None = None
+        self.label_generator: Any = None
         own = FOLLOWING & set(policy_kwargs or {})
         if own:
             raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
@@ -212,7 +207,9 @@ class RoutedPPO(CollectingPPO):
         )
         self.reward_memory = None
         if "reward_model" in method.lessons:
-            self.reward_memory = reward_memory(space, self.action_space)
+            parts = space, self.action_space  # an observation, followed by its action
+            width = sum(map(row_width, parts))
+            self.reward_memory = Memory(1, width, ENDINGS, row_type(*parts))
         self.policy_kwargs = self.policy_kwargs | own
         self._set_tables()
         if self.label_generator is None:
@@ -229,7 +226,7 @@ class RoutedPPO(CollectingPPO):
         self._warnings = DataWarnings()
         self._warnings.of_texts(self.left_out)
         super()._setup_model()
-        cast(MoEPolicy, self.policy).steering = self.steering
+        self.policy.steering = self.steering
 
     def _set_tables(self) -> None:
         experts = self.policy_kwargs["experts"]
@@ -244,9 +241,8 @@ class RoutedPPO(CollectingPPO):
         env = self._wrap_env(env, self.verbose)
         declared = ask(env, self.method, self.declared_behaviors, self.policy_kwargs)
         super().set_env(env, force_reset)
-        held = cast(RoutedRolloutBuffer, self.rollout_buffer).held
-        held.interrupt()
-        held.ended.clear()  # its names are others
+        self.rollout_buffer.held.interrupt()
+        self.rollout_buffer.held.ended.clear()  # its names are others
         self._heed(declared)
         self._warnings.of_texts(self.left_out)
         self._set_tables()
@@ -276,7 +272,7 @@ class RoutedPPO(CollectingPPO):
 
     def make_targets(self, buffer: RoutedRolloutBuffer) -> None:
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
-        policy, waits = cast(MoEPolicy, self.policy), self.tables.asks_labels
+        policy, waits = self.policy, self.tables.asks_labels
         rollout = Rollout(policy, buffer, self._last_obs)
         deployed, task = rollout.values()
         reward = np.zeros_like(task)
@@ -288,8 +284,7 @@ class RoutedPPO(CollectingPPO):
         if window.late.any() and not waits and self.reward_memory is None:
             self._warnings.of_useless(self.method)
         self._warnings.of_lost(missed, buffer.held.reach)
-        generator = cast(np.random.Generator, self.label_generator)
-        ends = outcome, _ = outcomes_of(window, self.tables, generator)
+        ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
         if self.memory is not None:
             window.remember(self.memory, outcome)
@@ -298,15 +293,15 @@ class RoutedPPO(CollectingPPO):
         taught = self.reward_memory is not None and bool(self.reward_memory.count)
         x = rollout.experience(window, ends, due, taught, self.clip_range_vf is not None)
         found = targets(
-            x,
-            self.tables,
-            discount=self.gamma,
-            trace=self.gae_lambda,
-            labeled_weight=self.labeled_weight,
-            normalize=self.normalize_advantage,
+            x, self.tables, discount=self.gamma, trace=self.gae_lambda,
+            labeled_weight=self.labeled_weight, normalize=self.normalize_advantage,
             task_weight=self.task_weight,
+        )  # fmt: skip
+        self.experience, self.targets = x, found
+        counts = x.share.T > 0
+        buffer.samples = Targets(  # one environment after another
+            *(each(lambda part: part.swapaxes(0, 1)[counts], whole) for whole in found)
         )
-        self.experience, self.targets, buffer.samples = x, found, samples(x, found)
         # as SB3 has them, for callbacks
         buffer.advantages, buffer.returns = map(
             window.of_rollout, (found.advantages, found.returns)
@@ -319,7 +314,7 @@ class RoutedPPO(CollectingPPO):
         Raises:
             NotFinite: numbers went bad.
         """
-        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        buffer = self.rollout_buffer
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
@@ -328,8 +323,7 @@ class RoutedPPO(CollectingPPO):
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
         if self.reward_memory is not None:
-            policy = cast(MoEPolicy, self.policy)
-            figures["reward_model_loss"] = learn_reward_model(policy, self.reward_memory)
+            figures["reward_model_loss"] = learn_reward_model(self.policy, self.reward_memory)
         for _ in range(self.n_epochs):
             if not self._pass_over(buffer, clip, figures):
                 break
@@ -337,7 +331,8 @@ class RoutedPPO(CollectingPPO):
         for name, values in figures.items():
             mean = torch.stack(values).mean().item() if values else math.nan
             self.logger.record(f"train/{name}", mean)
-        found = cast("RoutedSamples[NDArray[Any]]", buffer.samples)
+        assert buffer.samples is not None
+        found = buffer.samples
         mixture = ~found.alone
         explained = math.nan
         if mixture.any():
@@ -379,31 +374,24 @@ class RoutedPPO(CollectingPPO):
             and self._current_progress_remaining > 1 - LOOKING
         )
 
-    def loss(self, batch: RoutedSamples[Tensor], clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Targets[Tensor], clip: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and its parts."""
-        policy, within = cast(MoEPolicy, self.policy), cast(Any, self.clip_range_vf)
-        parts = losses(
-            policy,
-            batch,
-            self.memory,
-            clip=clip,
-            clip_value=within and within(self._current_progress_remaining),
-        )
+        within: Any = self.clip_range_vf
+        clip_value = within and within(self._current_progress_remaining)
+        parts = losses(self.policy, batch, self.memory, clip=clip, clip_value=clip_value)
         acting = (
             parts["policy_gradient_loss"]
             + self.ent_coef * parts["entropy_loss"]
             + self.contrast_coef * parts.get("contrast_loss", 0.0)
         )
-        loss = (
-            (0.0 if self.still_looks else 1.0) * acting
-            + self.vf_coef * (parts["value_loss"] + parts.get("task_value_loss", 0.0))
-            + self.gate_coef * parts["gate_loss"]
-        )
+        value = parts["value_loss"] + parts.get("task_value_loss", 0.0)
+        loss = (0.0 if self.still_looks else 1.0) * acting + self.vf_coef * value
+        loss = loss + self.gate_coef * parts["gate_loss"]
         return loss, {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         """As SB3 has it; a policy that is steered is steered when it is loaded."""
-        self.steering = cast(MoEPolicy, self.policy).steering
+        self.steering = self.policy.steering
         super().save(*args, **kwargs)
 
     @classmethod
@@ -428,7 +416,7 @@ class RoutedPPO(CollectingPPO):
         Raises:
             UserError: the text names no expert.
         """
-        return cast(MoEPolicy, self.policy).steer(text)
+        return self.policy.steer(text)
 
     @property
     def endings(self) -> Memory | None:

@@ -4,53 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from torch import Tensor
 
 from oversight_rl.agents.memory import MOST_BYTES
 from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
 from oversight_rl.agents.ppo.observations import each
-from oversight_rl.agents.ppo.targets import Experience, Targets
+from oversight_rl.agents.ppo.targets import Samples, Targets
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.settings import NO_LABEL
-
-A = TypeVar("A", NDArray[Any], Tensor)
-
-
-class RoutedSamples(NamedTuple, Generic[A]):
-    """Samples to learn from: SB3's `RolloutBufferSamples`, and the rest of `targets.Targets`."""
-
-    observations: Any  # [B, ...], of each entry where they are dictionaries
-    actions: A
-    old_values: A
-    old_log_prob: A
-    advantages: A
-    returns: A
-    weights: A
-    deployed_weights: A
-    routes: A
-    deployed_advantages: A
-    deployed_returns: A
-    task_returns: A
-    alone: A  # [B] bool, where the deployed expert acted by itself
-    share: A  # how much a step counts, less than 1 where an older policy took it
-
-
-def samples(x: Experience, targets: Targets) -> RoutedSamples[NDArray[Any]]:
-    """The steps of a window that count, one environment after another."""
-    chosen, steps = x.share.T > 0, x.steps
-    others = {"observations": steps.observations, "actions": steps.actions, "alone": steps.alone}
-    others |= {"old_values": x.old_value, "old_log_prob": x.log_prob, "share": x.share}
-    return RoutedSamples(
-        **{
-            name: each(lambda part: part.swapaxes(0, 1)[chosen], whole)
-            for name, whole in (vars(targets) | others).items()
-        }
-    )
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
@@ -64,7 +29,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         kwargs: as SB3's RolloutBuffer.
     """
 
-    samples: RoutedSamples[NDArray[Any]] | None = None
+    samples: Samples | None = None
     """What there is to learn from, once the rollout is whole."""
 
     def __init__(
@@ -236,12 +201,12 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.episodes += self.held.keep(window, due, ended, waits)
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of `RoutedSamples` at most so large and all alike, in random order."""
+        """Minibatches of `Targets` at most so large and all alike, in random order."""
         assert self.samples is not None
         count = len(self.samples.alone)  # none, where all steps wait
         parts = math.ceil(count / (batch_size or max(1, count)))
         for part in np.array_split(np.random.permutation(count), parts) if parts else ():
-            yield RoutedSamples(
+            yield Targets(
                 *(each(lambda x, at=part: self.to_torch(x[at]), whole) for whole in self.samples)
             )
 

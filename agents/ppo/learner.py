@@ -22,17 +22,16 @@ from torch import Tensor
 
 from oversight_rl.agents.learner import Bounds, check_states
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import Overseer
+from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED, Overseer
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
-from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.environment import ask, policy_arguments
 from oversight_rl.agents.ppo.experience import SETTLED
-from oversight_rl.agents.ppo.figures import statistics
-from oversight_rl.agents.ppo.observations import named, unnamed
+from oversight_rl.agents.ppo.observations import each, named, unnamed
 from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.reinforce.figures import reward_model_figures
 from oversight_rl.agents.settings import AgentConfig, at
-from oversight_rl.envs.settings import BEHAVIORS, UserError
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError
 
 MOST_PARAMETERS = 2**27
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
@@ -165,7 +164,7 @@ class PPOLearner:
         self.updates, self.total = 0, settings.updates
         self.seed, self.curves_every = seed, curves_every
         self.env.seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        self._reset()
+        self.model._start(self.env)
         steps = self.total * self.model.n_steps * self.env.num_envs
         self._steps, self._callback = self.model._setup_learn(steps, reset_num_timesteps=False)
         self._statistics: dict[str, float] = {}  # of the latest rollout, if they are due
@@ -179,7 +178,7 @@ class PPOLearner:
     @property
     def policy(self) -> MoEPolicy:
         """In training."""
-        return cast(MoEPolicy, self.model.policy)
+        return self.model.policy
 
     @property
     def env_steps(self) -> int:
@@ -189,10 +188,6 @@ class PPOLearner:
     def close(self) -> None:
         """Close the environments."""
         self.env.close()
-
-    def _reset(self) -> None:
-        self.model._last_obs = cast(Any, self.model._start(self.env))
-        self.model._last_episode_starts = np.ones(self.env.num_envs, dtype=bool)
 
     def update(self) -> None:
         """A rollout, and what is learned from it: an iteration of SB3's `learn`."""
@@ -212,7 +207,7 @@ class PPOLearner:
             what = getattr(error, "what", COMPUTATION)
             made[what if what in made else COMPUTATION] = getattr(error, "value", math.nan)
             if model._last_obs is None:  # nobody knows where the environments are
-                self._reset()
+                self.model._start(self.env)
         self.updates, self._made = self.updates + 1, made
         model.num_timesteps = self.env_steps
 
@@ -256,23 +251,19 @@ class PPOLearner:
             for moment in ("step", "exp_avg", "exp_avg_sq"):
                 kept[f"adam.{moment}.{name}"] = moments[moment]
         if policy.task:
-            kept["policy.task_square"] = cast(Tensor, policy.task_square)
+            kept["policy.task_square"] = policy.task_square
         for name, memory in self._memories.items():
             kept |= named(name, dict(memory.named_buffers()))
         return kept
-
-    @property
-    def _buffer(self) -> RoutedRolloutBuffer:
-        return cast(RoutedRolloutBuffer, self.model.rollout_buffer)
 
     def state(self, run: int = 0) -> dict[str, Tensor]:
         """Everything that the run needs to go on, by name."""
         model = self.model
         tensors = self._kept
-        tensors["last.turn"] = torch.as_tensor(self._buffer.turn)
+        tensors["last.turn"] = torch.as_tensor(self.model.rollout_buffer.turn)
         if hasattr(self.env, "get_state"):
             if model.tables.asks_labels:
-                held = named("held", self._buffer.held.state())
+                held = named("held", self.model.rollout_buffer.held.state())
                 tensors |= {name: torch.as_tensor(part) for name, part in held.items()}
             world = named("world", cast(Any, self.env).get_state())
             tensors |= {name: torch.as_tensor(np.asarray(part)) for name, part in world.items()}
@@ -334,8 +325,38 @@ class PPOLearner:
         for name, tensor in self._kept.items():
             tensor.copy_(state[name])
         if held:
-            self._buffer.held.load(held)
-        self._buffer.turn = last["turn"]
+            self.model.rollout_buffer.held.load(held)
+        self.model.rollout_buffer.turn = last["turn"]
+
+
+def statistics(model: RoutedPPO) -> dict[str, float]:
+    """How episodes of a whole rollout ended, as the learner saw them, and the gate by outcome."""
+    buffer, policy = model.rollout_buffer, model.policy
+    kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
+    kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
+    x = model.experience
+    outcome = x.window.of_rollout(x.outcome)
+    endings = outcome[buffer.done]
+    count = max(1, len(endings))
+    shares = {f"endings/{k}": float((endings == v).sum()) / count for k, v in kinds.items()}
+    if x.chances is not None:
+        wanted, truth = x.window.of_rollout(x.chances[..., 0]), buffer.truth
+        parts = (wanted, truth, truth != NO_LABEL, outcome)
+        figures = reward_model_figures(*(torch.as_tensor(part).flatten()[None] for part in parts))
+        shares |= {name: float(figure) for name, figure in figures.items()}
+    if not policy.has_gate:
+        return shares
+    outcome = outcome.flatten()
+    with torch.no_grad():
+        rows = each(
+            lambda x: torch.as_tensor(x).flatten(0, 1).to(model.device), buffer.observations
+        )
+        gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
+    means = {
+        f"gate/{k}": float(gate[outcome == v].mean()) if (outcome == v).any() else math.nan
+        for k, v in kinds.items()
+    }
+    return shares | means
 
 
 def _schedule(schedule: tuple[float, ...], remaining: float) -> float:

@@ -17,6 +17,8 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
@@ -26,11 +28,41 @@ from oversight_rl.agents.methods import Lesson
 from oversight_rl.agents.networks import DEPLOYED, Agent, Output
 from oversight_rl.agents.ppo.extractors import default_extractor
 from oversight_rl.agents.ppo.observations import each
-from oversight_rl.agents.ppo.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import MIXTURE, Steering, parse
 from oversight_rl.envs.readable import seen
 from oversight_rl.envs.settings import BEHAVIORS, UserError
+
+HIDDEN = 64  # units of the reward model
+
+
+class RewardModel(nn.Module):
+    """A reward model: it tells what an unlabeled ending was, and learns that from the labeled ones.
+
+    It sees the observation before an episode's last step and the action taken there, as the policy
+    did, but for the oversight flags where the environment says which entries they are: a labeled
+    ending is always flagged and an unlabeled one is not, so that a model which reads flags would be
+    asked about endings unlike all that it was taught.
+
+    Args:
+        extractor: of features, its own.
+        action_space: of the environment.
+        behaviors: number of behaviors.
+    """
+
+    def __init__(
+        self, extractor: BaseFeaturesExtractor, action_space: spaces.Space[Any], behaviors: int
+    ) -> None:
+        super().__init__()
+        self.extractor, self.action_space = extractor, action_space
+        inputs = extractor.features_dim + get_flattened_obs_dim(action_space)
+        self.net = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, behaviors))
+
+    def forward(self, features: Tensor, actions: Tensor) -> Tensor:
+        """Logits `[B, behaviors]` from features `[B, features_dim]` and actions `[B, ...]`."""
+        choice = preprocess_obs(actions, self.action_space)
+        assert isinstance(choice, Tensor)
+        return self.net(torch.cat([features, choice.flatten(1)], dim=-1))  # type: ignore[no-any-return]
 
 
 class MoEPolicy(ActorCriticPolicy):
@@ -60,6 +92,8 @@ class MoEPolicy(ActorCriticPolicy):
         ValueError: an argument asks for what this policy has not got.
     """
 
+    task_square: Tensor
+    """Mean square of the task's returns, and the rollouts that it is a mean over."""
     FIXED: ClassVar[dict[str, Any]] = {
         "activation_fn": nn.ReLU,
         "ortho_init": False,
@@ -98,9 +132,9 @@ class MoEPolicy(ActorCriticPolicy):
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
-        own |= {"lessons": sorted(self.lessons), "flags": self.flags, "task": self.task}
-        own |= {"steering": self.steering}
+        names = "behaviors", "gate", "flags", "task", "steering"
+        own: dict[str, Any] = {name: getattr(self, name) for name in names}
+        own |= {"experts": self.n_experts, "lessons": sorted(self.lessons)}
         return super()._get_constructor_parameters() | own
 
     def _build(self, lr_schedule: Schedule | None) -> None:
@@ -132,18 +166,16 @@ class MoEPolicy(ActorCriticPolicy):
         if self.task:
             self.task_value_net = self._value_net(1 + two)
             # where there is no reward, there is no error, and nothing is learned from that
-            nn.init.zeros_(self.task_value_net[-1].weight)  # type: ignore[arg-type]
-            nn.init.zeros_(self.task_value_net[-1].bias)  # type: ignore[arg-type]
+            for parameter in self.task_value_net[-1].parameters():
+                nn.init.zeros_(parameter)
             self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
         if lr_schedule is not None:
             kwargs = {"lr": lr_schedule(1)} | self.optimizer_kwargs
             self.optimizer = self.optimizer_class(self.parameters(), **kwargs)
 
     def _value_net(self, outputs: int) -> nn.Sequential:
-        width = cast(Any, self.net_arch)[-1]
-        return nn.Sequential(
-            nn.Linear(self.features_dim, width), nn.ReLU(), nn.Linear(width, outputs)
-        )
+        inputs, width = self.features_dim, cast(Any, self.net_arch)[-1]
+        return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
 
     @property
     def has_gate(self) -> bool:
@@ -218,7 +250,7 @@ class MoEPolicy(ActorCriticPolicy):
         acts by itself.
         """
         output = self.output(obs)
-        distribution = self.distribution(self._acting(output, alone))
+        distribution = self._acting(output, alone)
         actions = distribution.get_actions(deterministic or self.steering.greedy)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *(self.action_space.shape or ())))
@@ -226,8 +258,7 @@ class MoEPolicy(ActorCriticPolicy):
 
     def log_probabilities(self, obs: Any, actions: Tensor, alone: Tensor) -> Tensor:
         """Of actions that were taken, by the deployed expert where it was `alone`. `[B]`"""
-        distribution = self.distribution(self._acting(self.output(obs), alone))
-        return distribution.log_prob(self.as_taken(actions))
+        return self._acting(self.output(obs), alone).log_prob(self.as_taken(actions))
 
     def as_taken(self, rows: Tensor) -> Tensor:
         """Actions as the distribution has them, from rows of numbers `[B, ...]`."""
@@ -235,12 +266,12 @@ class MoEPolicy(ActorCriticPolicy):
             return rows.long().flatten()
         return rows.flatten(1).float()
 
-    def _acting(self, output: Output, alone: Tensor | None) -> Tensor:
-        """Parameters of the action distribution of who acts, `[B, A]`."""
+    def _acting(self, output: Output, alone: Tensor | None = None) -> Distribution:
+        """The action distribution of who acts."""
         parameters = self._steered(output)
-        if alone is None:
-            return parameters
-        return torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
+        if alone is not None:
+            parameters = torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
+        return self.distribution(parameters)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
@@ -272,13 +303,12 @@ class MoEPolicy(ActorCriticPolicy):
     def _steered(self, output: Output) -> Tensor:
         """Parameters of the action distribution under the policy's steering, `[B, A]`."""
         parameters = self.steering.mix(output)[0]
-        if self.steering.temperature == 1.0:  # always, where actions are continuous
-            return parameters
-        return parameters / self.steering.temperature
+        temperature = self.steering.temperature  # 1 always, where actions are continuous
+        return parameters if temperature == 1 else parameters / temperature
 
     def get_distribution(self, obs: Any) -> Distribution:
         """The action distribution under the policy's steering, the mixture's by default."""
-        return self.distribution(self._steered(self.output(obs)))
+        return self._acting(self.output(obs))
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         return super()._predict(observation, deterministic or self.steering.greedy)
