@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -91,20 +92,25 @@ class Learner(Protocol):
                 tensor.copy_(saved[name])
 
 
+def fresh_moments(
+    parameter: Tensor, counts_on: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """What Adam keeps of a parameter, before its first step; the count may be elsewhere."""
+    return {
+        "step": torch.tensor(0.0, device=counts_on),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
 def check_states(
     states: Sequence[Mapping[str, Tensor]],
     learner: Learner,
     looked_at: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> None:
-    """Refuse states, one for each run of a learner, that cannot be by its bounds of now.
+    """Refuse states, one for each run of a learner, from which it cannot go on; see `Learner.load`.
 
-    Args:
-        states: as saved.
-        learner: that is to go on from them.
-        looked_at: tensors without what is never read of them.
-
-    Raises:
-        UserError: a tensor is missing, has another shape or type, or holds what cannot be.
+    Of the tensors, `looked_at` leaves out what is never read.
     """
     bounds = learner.bounds()
     for run, saved in enumerate(states):
@@ -114,11 +120,7 @@ def check_states(
 
 
 def check_shapes(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    """Refuse saved tensors that are not those of a run.
-
-    Args:
-        saved: by name.
-        ours: of a run as it is now.
+    """Refuse saved tensors that are not those of a run as it is now, by name.
 
     Raises:
         UserError: a tensor is missing or has another shape or type.

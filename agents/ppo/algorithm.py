@@ -205,11 +205,11 @@ class RoutedPPO(CollectingPPO):
         self.memory = (
             Memory(1, row_width(space), self.gate_replay, row_type(space)) if replays else None
         )
-        self.reward_memory = None
+        self.endings = None  # what the reward model remembers
         if "reward_model" in method.lessons:
             parts = space, self.action_space  # an observation, followed by its action
             width = sum(map(row_width, parts))
-            self.reward_memory = Memory(1, width, ENDINGS, row_type(*parts))
+            self.endings = Memory(1, width, ENDINGS, row_type(*parts))
         self.policy_kwargs = self.policy_kwargs | own
         self._set_tables()
         if self.label_generator is None:
@@ -279,18 +279,19 @@ class RoutedPPO(CollectingPPO):
         if policy.task and self.task_weight > 0:
             reward = in_task_scale(policy, buffer, self.gamma)
         if bool(self.tables.sees_truth.any()):  # and nobody's labels
-            buffer.forget_late()
+            buffer.names.clear()
+            buffer.late.clear()
         window, missed = buffer.look_back(deployed, task, reward)
-        if window.late.any() and not waits and self.reward_memory is None:
+        if window.late.any() and not waits and self.endings is None:
             self._warnings.of_useless(self.method)
         self._warnings.of_lost(missed, buffer.held.reach)
         ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
         if self.memory is not None:
             window.remember(self.memory, outcome)
-        if self.reward_memory is not None:
-            window.remember_endings(self.reward_memory, outcome)
-        taught = self.reward_memory is not None and bool(self.reward_memory.count)
+        if self.endings is not None:
+            window.remember_endings(self.endings, outcome)
+        taught = self.endings is not None and bool(self.endings.count)
         x = rollout.experience(window, ends, due, taught, self.clip_range_vf is not None)
         found = targets(
             x, self.tables, discount=self.gamma, trace=self.gae_lambda,
@@ -322,8 +323,8 @@ class RoutedPPO(CollectingPPO):
         if self.tables.asks_labels and self._n_updates >= SETTLED * self.n_epochs:
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
-        if self.reward_memory is not None:
-            figures["reward_model_loss"] = learn_reward_model(self.policy, self.reward_memory)
+        if self.endings is not None:
+            figures["reward_model_loss"] = learn_reward_model(self.policy, self.endings)
         for _ in range(self.n_epochs):
             if not self._pass_over(buffer, clip, figures):
                 break
@@ -369,8 +370,8 @@ class RoutedPPO(CollectingPPO):
         leaves it no more. So labels come first, for a tenth of training at most.
         """
         return (
-            self.reward_memory is not None
-            and int(self.reward_memory.count) < FIRST_LABELS
+            self.endings is not None
+            and int(self.endings.count) < FIRST_LABELS
             and self._current_progress_remaining > 1 - LOOKING
         )
 
@@ -418,15 +419,10 @@ class RoutedPPO(CollectingPPO):
         """
         return self.policy.steer(text)
 
-    @property
-    def endings(self) -> Memory | None:
-        """What the reward model remembers, by its name in zips."""
-        return self.reward_memory
-
     def _excluded_save_params(self) -> list[str]:
         # made anew from the rest on loading
         ours = ["rollout_buffer_kwargs", "tables", "experience", "targets", "_warnings"]
-        return [*super()._excluded_save_params(), *ours, "reward_memory"]
+        return [*super()._excluded_save_params(), *ours]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()

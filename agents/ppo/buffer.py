@@ -87,9 +87,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
             info = infos[env]
             behavior, label = info.get("behavior"), info.get("label")
             cut = bool(info.get("TimeLimit.truncated", False))
-            ended = label is not None or behavior is not None
-            if not ended and "behavior" not in info:
-                ended = not cut
+            shown = label is not None or behavior is not None
+            ended = shown or ("behavior" not in info and not cut)
             self.ended[self.pos, env] = ended
             if cut and not ended:
                 self.cuts.append((self.pos, env, info["terminal_observation"]))
@@ -148,15 +147,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
     def look_back(
         self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> tuple[Window, list[LateLabel]]:
-        """The window of a rollout that is whole.
+        """The window of a rollout that is whole, and labels of episodes that are not kept.
 
-        Args:
-            deployed_value: what the networks say of the rollout's steps, `[T, N]`.
-            task_value: likewise.
-            task_reward: of the rollout's steps, in the task's scale of now.
-
-        Returns:
-            The window, and labels of episodes that are not kept.
+        What the networks say of the rollout's steps, and their rewards in the task's scale of now,
+        are given, `[T, N]` each.
         """
         now = self._steps(deployed_value, task_value, task_reward)
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
@@ -168,26 +162,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
     def _steps(
         self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> Steps:
-        return Steps(
-            self.observations,
-            self.actions,
-            self.log_probs,
-            self.alone,
-            self.values,
-            deployed_value,
-            task_value,
-            task_reward,
-            np.zeros_like(self.done),
-            self.ended,
-            self.done,
-            self.label,
-            self.truth,
-        )
-
-    def forget_late(self) -> None:
-        """Wait for no late labels, where a method is told the truth."""
-        self.names.clear()
-        self.late.clear()
+        taken = self.observations, self.actions, self.log_probs, self.alone, self.values
+        known = self.ended, self.done, self.label, self.truth
+        learned = np.zeros_like(self.done)
+        return Steps(*taken, deployed_value, task_value, task_reward, learned, *known)
 
     def hold(self, window: Window, due: NDArray[np.bool_], waits: bool) -> None:
         """Keep the steps that labels may still reach, and which of them were learned from.

@@ -62,11 +62,7 @@ class CollectingPPO(PPO):
             ) from error
 
     def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: Any,
-        n_rollout_steps: int,
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
     ) -> bool:
         """As SB3 has it; the deployed expert acts by itself in some of the episodes.
 

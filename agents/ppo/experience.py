@@ -86,7 +86,7 @@ class Rollout:
         x = Experience(
             window, outcome, left, due, share, log_prob, old_value, taught=taught, **after
         )
-        return replace(x, gate=_foretold(policy, x)) if policy.has_gate else x
+        return replace(x, gate=_foretold(policy, x)) if policy.agent.has_gate else x
 
     @property
     def _cut(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -112,17 +112,14 @@ def outcomes_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`. `[W, C]`"""
     steps = window.steps
-
-    def stacked(x: NDArray[Any]) -> Tensor:
-        return torch.as_tensor(x)[None]  # [1, W, C]
-
     uniform = np.zeros(steps.done.shape, np.float32)
     rollout = window.of_rollout(uniform)  # a view; episodes end in the rollout
     rollout[:] = generator.random(rollout.shape, dtype=np.float32)
     late = window.late & steps.ended
     uniform[late] = generator.random(int(late.sum()), dtype=np.float32)
-    seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
-    outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(uniform), methods)
+    parts = steps.ended, steps.done & ~steps.ended, steps.label, steps.truth, uniform
+    *seen, truth, drawn = (torch.as_tensor(part)[None] for part in parts)  # [1, W, C]
+    outcome, left = outcomes(Seen(*seen), Truth(truth), drawn, methods)
     return outcome[0].numpy(), left[0].numpy()
 
 

@@ -117,11 +117,8 @@ class Window:
     def due(self, outcome: NDArray[np.int64], reach: int, waits: bool) -> Bools:
         """Which steps are to be learned from now. `[W, C]`
 
-        Args:
-            outcome: of each step's episode, `[W, C]`.
-            reach: steps before a rollout's end that labels reach.
-            waits: whether the method asks what an episode was, so that steps wait for its end: all
-                but those where the deployed expert acted by itself, of which nothing is routed.
+        Where the method asks what an episode was, steps within reach wait for its end: all but
+        those where the deployed expert acted by itself, of which nothing is routed.
         """
         if not waits:
             return ~self.older
@@ -230,11 +227,7 @@ class Held:
         return Window(whole, age, exists, older, is_late, cuts, earlier, self.environments), missed
 
     def keep(
-        self,
-        window: Window,
-        due: Bools,
-        ended: Sequence[tuple[int, int, Hashable]],
-        waits: bool,
+        self, window: Window, due: Bools, ended: Sequence[tuple[int, int, Hashable]], waits: bool
     ) -> int:
         """Keep what labels may still reach after a rollout.
 

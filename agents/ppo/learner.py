@@ -20,14 +20,14 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from oversight_rl.agents.learner import Bounds, check_states
+from oversight_rl.agents.learner import Bounds, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED, Overseer
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.environment import ask, policy_arguments
 from oversight_rl.agents.ppo.experience import SETTLED
-from oversight_rl.agents.ppo.observations import each, named, unnamed
+from oversight_rl.agents.ppo.observations import each, named, parts_of, unnamed
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.reinforce.figures import reward_model_figures
 from oversight_rl.agents.settings import AgentConfig, at
@@ -60,32 +60,19 @@ def make_model(
     _check_size(agent)
     experts = {} if agent.experts == 2 else {"experts": agent.experts}
     return RoutedPPO(
-        "MoEPolicy",
-        env,
+        "MoEPolicy", env, seed=seed, device=device, method=method,
         learning_rate=functools.partial(_schedule, settings.learning_rate),
-        n_steps=settings.steps,
+        n_steps=settings.steps, n_epochs=settings.epochs,
         batch_size=min(settings.batch_size, settings.steps * env.num_envs),
-        n_epochs=settings.epochs,
-        gamma=settings.discount,
-        gae_lambda=settings.gae_lambda,
-        ent_coef=settings.entropy_coef,
-        vf_coef=settings.value_coef,
-        clip_range=settings.clip_range,
-        method=method,
-        labeled_weight=settings.labeled_weight,
-        gate_coef=settings.gate_coef,
-        contrast_coef=settings.contrast_coef,
-        solo_share=settings.solo_share,
-        task_weight=settings.task_weight,
+        gamma=settings.discount, gae_lambda=settings.gae_lambda, clip_range=settings.clip_range,
+        ent_coef=settings.entropy_coef, vf_coef=settings.value_coef, gate_coef=settings.gate_coef,
+        contrast_coef=settings.contrast_coef, solo_share=settings.solo_share,
+        task_weight=settings.task_weight, labeled_weight=settings.labeled_weight,
+        gate_replay=settings.gate_replay, label_reach=settings.label_reach,
+        label_recall=overseer.recall, label_error=overseer.error,
         threads=None,  # those of the whole run
-        gate_replay=settings.gate_replay,
-        label_reach=settings.label_reach,
-        label_recall=overseer.recall,
-        label_error=overseer.error,
         policy_kwargs={"net_arch": list(agent.hidden), **experts},
-        seed=seed,
-        device=device,
-    )
+    )  # fmt: skip
 
 
 def _check_size(agent: AgentConfig) -> None:
@@ -96,12 +83,9 @@ def _check_size(agent: AgentConfig) -> None:
 
 
 def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
-    """A policy for an environment, to be filled with parameters; no random stream is touched.
+    """A policy for any number of environments, to be filled with parameters that a method learned.
 
-    Args:
-        agent: of the networks.
-        env: any number of environments.
-        method: that it was trained with.
+    No random stream is touched.
 
     Raises:
         UserError: the networks are too large.
@@ -116,11 +100,7 @@ def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
     )
     with torch.random.fork_rng(devices=[]):
         return MoEPolicy(
-            env.observation_space,
-            env.action_space,
-            None,
-            net_arch=list(agent.hidden),
-            **arguments,
+            env.observation_space, env.action_space, None, net_arch=list(agent.hidden), **arguments
         )
 
 
@@ -142,8 +122,7 @@ class PPOLearner:
 
     Raises:
         UserError: the networks are too large.
-        ValueError, AssertionError, NotImplementedError: it cannot learn in this environment, as
-            SB3 says.
+        ValueError, AssertionError, NotImplementedError: it cannot learn there, as SB3 says.
     """
 
     runs = 1
@@ -234,7 +213,7 @@ class PPOLearner:
     @property
     def _memories(self) -> dict[str, Memory]:
         # by their names in checkpoints
-        found = {"memory": self.model.memory, "endings": self.model.reward_memory}
+        found = {"memory": self.model.memory, "endings": self.model.endings}
         return {name: memory for name, memory in found.items() if memory is not None}
 
     @property
@@ -245,11 +224,8 @@ class PPOLearner:
         for name, parameter in policy.named_parameters():
             moments = policy.optimizer.state[parameter]
             if not moments:  # as Adam has it before its first step
-                moments["step"] = torch.tensor(0.0)
-                moments["exp_avg"] = torch.zeros_like(parameter)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            for moment in ("step", "exp_avg", "exp_avg_sq"):
-                kept[f"adam.{moment}.{name}"] = moments[moment]
+                moments.update(fresh_moments(parameter, "cpu"))
+            kept |= {f"adam.{moment}.{name}": x for moment, x in moments.items()}
         if policy.task:
             kept["policy.task_square"] = policy.task_square
         for name, memory in self._memories.items():
@@ -277,8 +253,7 @@ class PPOLearner:
         Those of the environment are what their types can hold; its `set_state` looks further.
         """
         model, space = self.model, self.model.observation_space
-        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-        ranges = {name: _range(part) for name, part in parts.items()}
+        ranges = {name: _range(part) for name, part in parts_of(space).items()}
         seen, taken = _side_by_side(*ranges.values()), _range(model.action_space)
         found: Bounds = {
             "held.actions": taken,
@@ -344,7 +319,7 @@ def statistics(model: RoutedPPO) -> dict[str, float]:
         parts = (wanted, truth, truth != NO_LABEL, outcome)
         figures = reward_model_figures(*(torch.as_tensor(part).flatten()[None] for part in parts))
         shares |= {name: float(figure) for name, figure in figures.items()}
-    if not policy.has_gate:
+    if not policy.agent.has_gate:
         return shares
     outcome = outcome.flatten()
     with torch.no_grad():

@@ -40,9 +40,8 @@ def losses(
     weight, share = batch.weights, batch.share
     actions = policy.as_taken(batch.actions)
     output = policy.output(batch.observations)
-    values, log_prob, entropy = policy.evaluate_output(
-        output, actions, batch.routes if policy.n_experts > 1 else None
-    )
+    routed = output.routed(batch.routes[None]) if policy.n_experts > 1 else output
+    values, log_prob, entropy = policy.judged(routed, routed.mix(routed.gate)[0], actions)
     # a ratio to who did not act may be anything, and 0 times that is nan
     log_ratio = torch.where(batch.alone, 0.0, log_prob - batch.old_log_prob)
     ratio = log_ratio.exp()

@@ -164,16 +164,18 @@ def from_rows(rows: Tensor, space: spaces.Space[Any]) -> Any:
     if not isinstance(shapes, dict):
         return rows.reshape(-1, *shapes)
     parts = rows.split([int(np.prod(shape)) for shape in shapes.values()], dim=-1)
-    return {
-        name: part.reshape(-1, *shape)
-        for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }
+    named_parts = dict(zip(shapes, parts, strict=True))
+    return each(lambda part, shape: part.reshape(-1, *shape), named_parts, shapes)
 
 
 def row_width(space: spaces.Space[Any]) -> int:
     """Numbers D in a row of an element of a space."""
-    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
-    return sum(int(np.prod(part.shape or (1,))) for part in parts)
+    return sum(int(np.prod(part.shape or (1,))) for part in parts_of(space).values())
+
+
+def parts_of(space: spaces.Space[Any]) -> dict[str, spaces.Space[Any]]:
+    """The spaces of a dictionary's entries; any other space has one, of no name."""
+    return space.spaces if isinstance(space, spaces.Dict) else {"": space}
 
 
 def row_type(*of: spaces.Space[Any]) -> torch.dtype:
@@ -183,7 +185,7 @@ def row_type(*of: spaces.Space[Any]) -> torch.dtype:
     """
     types = []
     for space in of:
-        for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+        for part in parts_of(space).values():
             kind = np.dtype(part.dtype)
             if isinstance(part, spaces.Discrete):
                 kind = np.dtype(np.uint8 if part.n <= SMALL else np.int32)

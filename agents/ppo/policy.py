@@ -177,11 +177,6 @@ class MoEPolicy(ActorCriticPolicy):
         inputs, width = self.features_dim, cast(Any, self.net_arch)[-1]
         return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
 
-    @property
-    def has_gate(self) -> bool:
-        """Whether there is a gate that learns."""
-        return self.agent.has_gate
-
     def output(self, obs: Any) -> Output:
         """Everything that the networks compute for B observations: `Output` with R = 1."""
         return self.agent(self._features(obs))  # type: ignore[no-any-return]
@@ -276,25 +271,12 @@ class MoEPolicy(ActorCriticPolicy):
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
         output = self.output(obs)
-        return self._judged(output, self._steered(output), actions)
+        return self.judged(output, self._steered(output), actions)
 
-    def evaluate_output(
-        self, output: Output, actions: Tensor, routes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same of the mixture, from what the networks computed.
-
-        Args:
-            output: for B observations.
-            actions: that were taken.
-            routes: gradient weights into the experts and the gate, `[B, K + 1]`; None: all 1.
-        """
-        if routes is not None:
-            output = output.routed(routes[None])
-        return self._judged(output, output.mix(output.gate)[0], actions)
-
-    def _judged(
+    def judged(
         self, output: Output, parameters: Tensor, actions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same under other parameters of the distribution, from what the networks computed."""
         distribution = self.distribution(parameters)
         if isinstance(self.action_space, spaces.Box):
             actions = actions.flatten(1)

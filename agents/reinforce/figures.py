@@ -7,7 +7,7 @@ from torch import Tensor
 
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED
 from oversight_rl.agents.reinforce.collect import Rollout
-from oversight_rl.agents.reinforce.targets import Targets
+from oversight_rl.agents.reinforce.losses import Targets
 
 
 @torch.no_grad()

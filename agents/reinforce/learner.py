@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from oversight_rl.agents.learner import Bounds, Learner, check_states
+from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, METHODS, Lesson, Overseer, outcomes, tables
 from oversight_rl.agents.networks import Agent, new_agent
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import statistics
-from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.losses import Loss, Targets, label, loss
 from oversight_rl.agents.reinforce.reward_model import RewardModel
-from oversight_rl.agents.reinforce.targets import Targets, label
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
 from oversight_rl.envs.world import State, World
@@ -271,14 +270,7 @@ class Adam:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.state = {
-            parameter: {
-                "step": torch.tensor(0.0, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            for parameter in parameters
-        }
+        self.state = {p: fresh_moments(p, p.device) for p in parameters}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -296,15 +288,9 @@ class Adam:
             [kept["exp_avg_sq"] for _, _, kept in moved],
             [],
             [kept["step"] for _, _, kept in moved],
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=learning_rate,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )
+            fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=learning_rate,
+            weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
 class Selected(nn.Module):
