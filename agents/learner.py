@@ -92,10 +92,8 @@ class Learner(Protocol):
                 tensor.copy_(saved[name])
 
 
-def fresh_moments(
-    parameter: Tensor, counts_on: torch.device | str | None = None
-) -> dict[str, Tensor]:
-    """What Adam keeps of a parameter, before its first step; the count may be elsewhere."""
+def fresh_moments(parameter: Tensor, counts_on: torch.device | str) -> dict[str, Tensor]:
+    """What Adam keeps of a parameter, before its first step; its count may be elsewhere."""
     return {
         "step": torch.tensor(0.0, device=counts_on),
         "exp_avg": torch.zeros_like(parameter),
