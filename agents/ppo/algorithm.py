@@ -11,7 +11,6 @@ import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, ClassVar, Self
 from zipfile import ZipFile
 
@@ -22,6 +21,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.utils import LinearSchedule, explained_variance
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from oversight_rl.agents.learner import NotFinite
@@ -156,11 +156,10 @@ class RoutedPPO(CollectingPPO):
                 "policy must be 'MoEPolicy', which takes vectors, images and dictionaries, or a "
                 f"subclass of it, got {policy!r}"
             )
-        if method not in ppo_methods():
-            raise ValueError(
-                f"method must be one of {', '.join(ppo_methods())}, got {method!r}"
-                f"{nearest(method, ppo_methods())}"
-            )
+        names = ppo_methods()
+        if method not in names:
+            must = f"method must be one of {', '.join(names)}"
+            raise ValueError(f"{must}, got {method!r}{nearest(method, names)}")
         numbers = RoutedPPOArguments.checked(
             labeled_weight=labeled_weight, gate_coef=gate_coef, contrast_coef=contrast_coef,
             solo_share=solo_share, task_weight=task_weight, gate_replay=gate_replay,
@@ -192,25 +191,22 @@ class RoutedPPO(CollectingPPO):
         if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
             self.policy_kwargs.pop("imputes", None)
         method = METHODS[self.method]
-        flags, task = (self.policy_kwargs.get(name) for name in ("flags", "task"))
+        experts, flags, task = map(self.policy_kwargs.get, ("experts", "flags", "task"))
         if self.env is not None:
-            declared = ask(self.env, self.method, self.declared_behaviors, self.policy_kwargs)
+            declared = self._asked(self.env)
             self._heed(declared)
             flags, task = declared.flags, declared.has_task
         self.behaviors = self.behaviors or BEHAVIORS
-        experts = self.policy_kwargs.get("experts")
-        own = policy_arguments(self.method, self.behaviors, experts, flags, bool(task))
-        replays = "gate" in method.lessons and self.gate_replay > 0
-        space = self.observation_space
-        self.memory = (
-            Memory(1, row_width(space), self.gate_replay, row_type(space)) if replays else None
+        self.policy_kwargs = self.policy_kwargs | policy_arguments(
+            self.method, self.behaviors, experts, flags, bool(task)
         )
-        self.endings = None  # what the reward model remembers
+        self.memory = self.endings = None  # of the gate; of the reward model
+        space = self.observation_space
+        if "gate" in method.lessons and self.gate_replay > 0:
+            self.memory = Memory(1, row_width(space), self.gate_replay, row_type(space))
         if "reward_model" in method.lessons:
             parts = space, self.action_space  # an observation, followed by its action
-            width = sum(map(row_width, parts))
-            self.endings = Memory(1, width, ENDINGS, row_type(*parts))
-        self.policy_kwargs = self.policy_kwargs | own
+            self.endings = Memory(1, sum(map(row_width, parts)), ENDINGS, row_type(*parts))
         self._set_tables()
         if self.label_generator is None:
             self.label_generator = np.random.default_rng(self.seed)
@@ -239,7 +235,7 @@ class RoutedPPO(CollectingPPO):
             ValueError: it does not fit what the model was made for.
         """
         env = self._wrap_env(env, self.verbose)
-        declared = ask(env, self.method, self.declared_behaviors, self.policy_kwargs)
+        declared = self._asked(env)
         super().set_env(env, force_reset)
         self.rollout_buffer.held.interrupt()
         self.rollout_buffer.held.ended.clear()  # its names are others
@@ -247,17 +243,17 @@ class RoutedPPO(CollectingPPO):
         self._warnings.of_texts(self.left_out)
         self._set_tables()
 
+    def _asked(self, env: VecEnv) -> Declared:
+        return ask(env, self.method, self.declared_behaviors, self.policy_kwargs)
+
     def _heed(self, declared: Declared) -> None:
         """Take over what an environment declares."""
         self.declared_behaviors = declared.behaviors or self.declared_behaviors
         self.behaviors = self.behaviors or self.declared_behaviors
         self.left_out = declared.left_out
-        self._knows_level = declared.oversight is not None
-        self.overseer = replace(
-            self.overseer,
-            oversight=float(declared.oversight or 0.0),
-            ghost_oversight=declared.ghost_oversight,
-        )
+        self._level = declared.oversight
+        levels = float(declared.oversight or 0.0), declared.ghost_oversight
+        self.overseer = Overseer(*levels, self.overseer.recall, self.overseer.error)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """As SB3 has it, with the model's number of threads.
@@ -287,10 +283,7 @@ class RoutedPPO(CollectingPPO):
         self._warnings.of_lost(missed, buffer.held.reach)
         ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
-        if self.memory is not None:
-            window.remember(self.memory, outcome)
-        if self.endings is not None:
-            window.remember_endings(self.endings, outcome)
+        window.remember(outcome, self.memory, self.endings)
         taught = self.endings is not None and bool(self.endings.count)
         x = rollout.experience(window, ends, due, taught, self.clip_range_vf is not None)
         found = targets(
@@ -319,7 +312,7 @@ class RoutedPPO(CollectingPPO):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        self._warnings.of_labels(buffer, self.overseer.oversight if self._knows_level else None)
+        self._warnings.of_labels(buffer, self._level)
         if self.tables.asks_labels and self._n_updates >= SETTLED * self.n_epochs:
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
@@ -335,9 +328,8 @@ class RoutedPPO(CollectingPPO):
         assert buffer.samples is not None
         found = buffer.samples
         mixture = ~found.alone
-        explained = math.nan
-        if mixture.any():
-            explained = explained_variance(found.old_values[mixture], found.returns[mixture])
+        parts = found.old_values[mixture], found.returns[mixture]
+        explained = explained_variance(*parts) if mixture.any() else math.nan
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
@@ -380,11 +372,8 @@ class RoutedPPO(CollectingPPO):
         within: Any = self.clip_range_vf
         clip_value = within and within(self._current_progress_remaining)
         parts = losses(self.policy, batch, self.memory, clip=clip, clip_value=clip_value)
-        acting = (
-            parts["policy_gradient_loss"]
-            + self.ent_coef * parts["entropy_loss"]
-            + self.contrast_coef * parts.get("contrast_loss", 0.0)
-        )
+        acting = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
+        acting = acting + self.contrast_coef * parts.get("contrast_loss", 0.0)
         value = parts["value_loss"] + parts.get("task_value_loss", 0.0)
         loss = (0.0 if self.still_looks else 1.0) * acting + self.vf_coef * value
         loss = loss + self.gate_coef * parts["gate_loss"]

@@ -101,9 +101,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.labels += label is not None
             self.explained += label is not None and behavior is not None
         for env, info in enumerate(infos):
-            if "late_labels" in info:
-                for name, label in _pairs(info["late_labels"]):
-                    self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
+            for name, label in _pairs(info.get("late_labels")):
+                self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
 
     def _name(self, env: int, name: Any) -> None:
         """Keep the id of an episode whose label may come later."""
@@ -119,11 +118,11 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.names[env, name] = self.pos
 
     def _note_late(self, label: LateLabel) -> None:
-        key = label.environment, label.episode
-        if key not in self.names:
+        env, name, _ = label
+        step = self.names.pop((env, name), None)
+        if step is None:
             self.late.append(label)
             return
-        step, env = self.names.pop(key), label.environment
         self.label[step, env], self.ended[step, env] = label.behavior, True
         self.cuts = [cut for cut in self.cuts if cut[:2] != (step, env)]
         self._count_late(self.truth[step, env])
@@ -168,12 +167,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         return Steps(*taken, deployed_value, task_value, task_reward, learned, *known)
 
     def hold(self, window: Window, due: NDArray[np.bool_], waits: bool) -> None:
-        """Keep the steps that labels may still reach, and which of them were learned from.
-
-        Args:
-            window: of the rollout.
-            due: which of its steps were learned from now, `[W, C]`.
-            waits: whether steps wait for their episode's end.
+        """Keep the window's steps that labels may still reach; the due ones `[W, C]` were learned
+        from now, the others wait for their episode's end, if the method has them wait.
         """
         ended = [(step, env, name) for (env, name), step in self.names.items()]
         self.episodes += self.held.keep(window, due, ended, waits)

@@ -127,22 +127,21 @@ class Window:
         due: Bools = self.exists & (~self.steps.learned & ready | again)
         return due
 
-    def remember(self, memory: Memory, outcome: NDArray[np.int64]) -> None:
-        """Keep labeled observations, those of earlier rollouts whose label came now, too."""
-        known = self.exists & (outcome >= LABELED)
-        memory.keep(self._rows(self.steps.observations, known), outcome[known] - LABELED)
+    def remember(
+        self, outcome: NDArray[np.int64], memory: Memory | None, endings: Memory | None
+    ) -> None:
+        """Keep labeled observations, those of earlier rollouts whose label came now, too.
 
-    def remember_endings(self, memory: Memory, outcome: NDArray[np.int64]) -> None:
-        """Keep the labeled endings, each with its action."""
-        known = self.steps.ended & (outcome >= LABELED)
-        if known.any():
-            parts = (self._rows(x, known) for x in (self.steps.observations, self.steps.actions))
-            memory.keep(np.concatenate([*parts], axis=-1), outcome[known] - LABELED)
-
-    @staticmethod
-    def _rows(x: Any, chosen: Bools) -> NDArray[Any]:
-        """Those that are chosen `[W, C]` of observations or actions `[W, C, ...]`. [B, D]"""
-        return as_rows(each(lambda part: part[chosen], x))
+        Of endings, their actions are kept as well.
+        """
+        steps, labeled = self.steps, outcome >= LABELED
+        if memory is not None:
+            known = self.exists & labeled
+            memory.keep(_rows(steps.observations, known), outcome[known] - LABELED)
+        known = steps.ended & labeled
+        if endings is not None and known.any():
+            rows = [_rows(x, known) for x in (steps.observations, steps.actions)]
+            endings.keep(np.concatenate(rows, axis=-1), outcome[known] - LABELED)
 
 
 class Held:
@@ -283,6 +282,11 @@ class Held:
         unknown = np.full(nothing.shape, NO_LABEL)
         steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)
         self.steps = steps.last(int(self.length.max()))
+
+
+def _rows(x: Any, chosen: Bools) -> NDArray[Any]:
+    """Those that are chosen `[W, C]` of observations or actions `[W, C, ...]`. [B, D]"""
+    return as_rows(each(lambda part: part[chosen], x))
 
 
 def _packed(episodes: Sequence[Apart], rows: int) -> list[list[Apart]]:

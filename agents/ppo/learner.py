@@ -255,16 +255,11 @@ class PPOLearner:
         model, space = self.model, self.model.observation_space
         ranges = {name: _range(part) for name, part in parts_of(space).items()}
         seen, taken = _side_by_side(*ranges.values()), _range(model.action_space)
-        found: Bounds = {
-            "held.actions": taken,
-            "held.alone": (0, 1),
-            "held.learned": (0, 1),
-            "held.length": (0, model.label_reach),
-            "last.observation": seen,
-            "last.episode_starts": (0, 1),
-            "last.turn": (0, self.env_steps + self.env.num_envs),
-        }
+        found: Bounds = dict.fromkeys(("held.alone", "held.learned", "last.episode_starts"), (0, 1))
+        found |= {"held.actions": taken, "held.length": (0, model.label_reach)}
         found |= named("held.observations", ranges if isinstance(space, spaces.Dict) else seen)
+        found["last.observation"] = seen
+        found["last.turn"] = 0, self.env_steps + self.env.num_envs
         if self.policy.task:
             found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
         for name in self._memories:
@@ -319,19 +314,15 @@ def statistics(model: RoutedPPO) -> dict[str, float]:
         parts = (wanted, truth, truth != NO_LABEL, outcome)
         figures = reward_model_figures(*(torch.as_tensor(part).flatten()[None] for part in parts))
         shares |= {name: float(figure) for name, figure in figures.items()}
-    if not policy.agent.has_gate:
-        return shares
-    outcome = outcome.flatten()
-    with torch.no_grad():
-        rows = each(
-            lambda x: torch.as_tensor(x).flatten(0, 1).to(model.device), buffer.observations
-        )
-        gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
-    means = {
-        f"gate/{k}": float(gate[outcome == v].mean()) if (outcome == v).any() else math.nan
-        for k, v in kinds.items()
-    }
-    return shares | means
+    if policy.agent.has_gate:
+        with torch.no_grad():
+            rows = each(lambda x: torch.as_tensor(x).flatten(0, 1), buffer.observations)
+            rows = each(lambda x: x.to(model.device), rows)
+            gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
+        for kind, value in kinds.items():
+            chosen = gate[outcome.flatten() == value]
+            shares[f"gate/{kind}"] = float(chosen.mean()) if chosen.size else math.nan
+    return shares
 
 
 def _schedule(schedule: tuple[float, ...], remaining: float) -> float:
@@ -349,16 +340,13 @@ def _seed(seed: int, update: int) -> np.random.Generator:
 def _looked_at(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A run's tensors without what is never read: rows of memories and held steps not in use."""
     read = dict(state)
-    for name in ("memory", "endings"):
-        if f"{name}.count" in state:
-            rows = state[f"{name}.observation"]
-            known = min(max(0, int(state[f"{name}.count"][0])), rows.shape[1] - 1)
-            read[f"{name}.observation"] = rows[0, :known]
-    for name in state:
-        if name == "held.actions" or name.startswith("held.observations"):
-            steps = state[name]
-            age = len(steps) - torch.arange(len(steps))[:, None]
-            read[name] = steps[age <= state["held.length"]]
+    for name, rows in state.items():
+        if name in ("memory.observation", "endings.observation"):
+            count = int(state[name.replace("observation", "count")][0])
+            read[name] = rows[0, : min(max(0, count), rows.shape[1] - 1)]
+        elif name == "held.actions" or name.startswith("held.observations"):
+            age = len(rows) - torch.arange(len(rows))[:, None]
+            read[name] = rows[age <= state["held.length"]]
     return read
 
 

@@ -28,12 +28,10 @@ def check_spaces(observed: spaces.Space[Any], acted: spaces.Space[Any]) -> None:
     Raises:
         ValueError: with what can be done about it.
     """
-    parts = {"the observation": observed}
-    if isinstance(observed, spaces.Dict):
-        parts = {f"entry {name!r} of the observation": part for name, part in observed.items()}
-    if not parts:
+    if not parts_of(observed):
         raise ValueError("the observation is a Dict with nothing in it that can be read")
-    for where, part in parts.items():
+    for name, part in parts_of(observed).items():
+        where = f"entry {name!r} of the observation" if observed is not part else "the observation"
         if not isinstance(part, KINDS):
             raise ValueError(
                 f"{where} is a {type(part).__name__}; it must be a Box, Discrete, MultiDiscrete or "
@@ -47,15 +45,13 @@ def check_spaces(observed: spaces.Space[Any], acted: spaces.Space[Any]) -> None:
             )
         if isinstance(part, spaces.MultiDiscrete) and part.nvec.ndim > 1:
             raise ValueError(f"{where} is a MultiDiscrete of shape {part.shape}: {FLATTEN_IT}")
-    where = "the action"
+    where, kind = "the action", type(acted).__name__
     if not isinstance(acted, KINDS):
         raise ValueError(
-            f"{where} is a {type(acted).__name__}; it must be a Box, Discrete, MultiDiscrete or "
-            "MultiBinary space"
+            f"{where} is a {kind}; it must be a Box, Discrete, MultiDiscrete or MultiBinary space"
         )
     _check_numbers(acted, where)
     if isinstance(acted, spaces.MultiDiscrete | spaces.MultiBinary) and len(acted.shape) > 1:
-        kind = type(acted).__name__
         raise ValueError(f"{where} is a {kind} of shape {acted.shape}: {FLATTEN_IT}")
     if isinstance(acted, spaces.Box):
         if not np.issubdtype(acted.dtype, np.floating):
@@ -138,18 +134,14 @@ def each(function: Callable[..., Any], first: Any, *others: Any) -> Any:
         others: of the same kind; entries that `first` has not got are left out.
     """
     if isinstance(first, Mapping):
-        return {
-            name: function(entry, *(other[name] for other in others))
-            for name, entry in first.items()
-        }
+        return {k: function(entry, *(other[k] for other in others)) for k, entry in first.items()}
     return function(first, *others)
 
 
 def how_many(observations: Any) -> int:
     """Size B of the first axis of observations `[B, ...]`."""
-    if isinstance(observations, Mapping):
-        return how_many(next(iter(observations.values())))
-    return len(observations)
+    one = next(iter(observations.values())) if isinstance(observations, Mapping) else observations
+    return len(one)
 
 
 def as_rows(observations: Any) -> NDArray[Any]:
