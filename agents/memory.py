@@ -41,13 +41,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def add(self, observation: Tensor, label: Tensor, labeled: Tensor) -> None:
-        """Keep the labeled ones among B samples, in the place of the oldest.
-
-        Args:
-            observation: `[R, B, D or more]`.
-            label: `[R, B]`.
-            labeled: `[R, B]` bool.
-        """
+        """Keep the labeled ones (bool) among B samples, in the place of the oldest. `[R, B, ...]`"""
         rank = labeled.cumsum(-1) - 1
         fits = labeled & (rank >= rank[:, -1:] + 1 - self.capacity)
         place = torch.where(fits, (self.count[:, None] + rank) % self.capacity, self.capacity)

@@ -60,10 +60,8 @@ def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[li
         `[behaviors][K + 1]` weights; the last column is the gate, which a labeled episode teaches
         through the gate loss and not through the policy loss.
     """
-    return [
-        [1.0 if expert == behavior else other for expert in range(experts)] + [0.0]
-        for behavior in range(behaviors)
-    ]
+    own = range(behaviors)
+    return [[1.0 if k == b else other for k in range(experts)] + [0.0] for b in own]
 
 
 def everything(experts: int, behaviors: int) -> list[list[float]]:

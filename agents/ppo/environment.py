@@ -59,11 +59,11 @@ def policy_arguments(
 
 
 def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Declared:
-    """What an environment declares of behaviors, oversight and its reward.
+    """What an environment declares of behaviors, oversight and its reward, for a method.
 
     Args:
         env: the environment.
-        method_name: of the method that it is for.
+        method_name: of the method.
         before: behaviors of the environment before, if there was one that named any.
         made: arguments of the policy, as far as there is one.
 
@@ -107,12 +107,11 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
     if not isinstance(task, bool | np.bool_):
         raise ValueError(f"the environment's has_task must be True or False, got {task!r}")
     if "behaviors" in made and task != made.get("task", False):
+        was = f"the environment's has_task is {task}; the model was made for {not task}"
         if "task" not in made:
-            raise ValueError(
-                "a model of version 0.1 had no task part: load it without env to act, or "
-                "train one anew"
-            )
-        raise ValueError(f"the environment's has_task is {task}; the model was made for {not task}")
+            was = "a model of version 0.1 had no task part"
+            was += ": load it without env to act, or train one anew"
+        raise ValueError(was)
     levels = declared["oversight"], declared["ghost_oversight"]
     return Declared(behaviors, *levels, flags, bool(task), tuple(declared["left_out"] or ()))
 

@@ -67,8 +67,7 @@ class Rollout:
         Args:
             window: of the rollout.
             ends: see `outcomes_of`.
-            due: which steps are to be learned from now, `[W, C]`.
-            taught: whether the reward model has seen a label.
+            due, taught: see `Experience`.
             with_values: whether values of older steps are asked for, too.
         """
         policy, (outcome, left) = self.policy, ends

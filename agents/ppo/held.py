@@ -167,15 +167,10 @@ class Held:
     def window(
         self, now: Steps, goes_on: Bools, late: Sequence[LateLabel]
     ) -> tuple[Window, list[LateLabel]]:
-        """A rollout with what labels reach besides.
+        """A rollout `[T, N]` with what labels reach besides, and labels of episodes not kept.
 
-        Args:
-            now: the rollout, `[T, N]`.
-            goes_on: whether its first step follows the step before it, `[N]`.
-            late: labels that came in it.
-
-        Returns:
-            The window, and the labels whose episode is not kept.
+        It is told whether the rollout's first steps follow the steps before `[N]`, and what labels
+        came late in it.
         """
         steps, apart, missed = len(now.done), list[Apart](), []
         goes_on = goes_on & self.goes_on
@@ -228,16 +223,13 @@ class Held:
     def keep(
         self, window: Window, due: Bools, ended: Sequence[tuple[int, int, Hashable]], waits: bool
     ) -> int:
-        """Keep what labels may still reach after a rollout.
+        """Keep what labels may still reach after a rollout; how many unlabeled episodes are lost.
 
         Args:
             window: of the rollout.
             due: which of its steps were learned from now, `[W, C]`.
             ended: row of the rollout, environment and id of the episodes that ended unlabeled.
             waits: whether to keep steps of episodes that go on.
-
-        Returns:
-            How many episodes that ended unlabeled are out of reach now.
         """
         rows = len(window.exists)
         taken, before = rows - window.earlier, len(self.ended)

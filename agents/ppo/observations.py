@@ -128,10 +128,7 @@ def flags_in_axes_of(space: spaces.Space[Any], flags: Any, turned: bool, stacked
 def each(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     """What a function makes of observations, entry by entry where they are dictionaries.
 
-    Args:
-        function: of one array or tensor of `first` and of each of `others`.
-        first: an array, a tensor, or a dictionary of them; always a new dictionary is returned.
-        others: of the same kind; entries that `first` has not got are left out.
+    Then a new dictionary is returned, with the entries of the first.
     """
     if isinstance(first, Mapping):
         return {k: function(entry, *(other[k] for other in others)) for k, entry in first.items()}

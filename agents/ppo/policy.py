@@ -199,12 +199,7 @@ class MoEPolicy(ActorCriticPolicy):
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
     def task_values(self, obs: Any, alone: Tensor) -> Tensor:
-        """What the task is to pay, in units of its scale, `[B]`.
-
-        Args:
-            obs: B observations.
-            alone: where the deployed expert acts by itself, `[B]` bool; else the mixture does.
-        """
+        """What the task is to pay, in units of its scale; the deployed expert, where `alone`. `[B]`"""
         assert self.task_value_net is not None
         values = self.task_value_net(self.extract_features(obs))  # [B, 1 or 2]
         column = alone.long().clamp(max=values.shape[-1] - 1)

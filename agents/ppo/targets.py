@@ -120,12 +120,9 @@ def targets(
     Args:
         x: the window.
         methods: tables of the one run.
-        discount: per step.
+        discount, labeled_weight, task_weight: see `PPOConfig`.
         trace: lambda of generalized advantage estimation.
-        labeled_weight: weight of a labeled sample next to others, for methods that have it.
         normalize: whether the parts of advantages are brought to mean 0 and spread 1.
-        task_weight: how much a spread of the task's advantage counts next to one of the
-            behavior's.
     """
     steps, due, labeled = x.steps, x.share > 0, x.outcome >= LABELED
     endings = _endings(x, methods)
@@ -254,13 +251,8 @@ def gae(
 ) -> NDArray[Any]:
     """Generalized advantage estimation (arXiv 1506.02438, equation 16). `[T, N]` each.
 
-    Args:
-        reward: of each step.
-        value: before it.
-        value_after: after it, in the same episode; 0 where nothing follows.
-        done: whether the episode ends with it.
-        discount: per step.
-        trace: lambda.
+    A value after a step is that of what follows in its episode, which may be `done` with it; 0
+    where nothing does. `trace` is lambda.
     """
     advantage: NDArray[Any] = reward + discount * value_after - value
     for t in reversed(range(len(advantage) - 1)):
