@@ -9,9 +9,9 @@ import struct
 import zipfile
 from pathlib import Path
 
+import fuzz
 import pytest
 import safetensors.torch
-import soak
 import torch
 import yaml
 
@@ -56,9 +56,9 @@ def run(finished, tmp_path):
 @pytest.fixture
 def little_memory():
     """What is refused must be so before memory is taken for it."""
-    before = soak.memory()
+    before = fuzz.memory()
     yield
-    assert soak.memory() - before < 60
+    assert fuzz.memory() - before < 60
 
 
 # ---- thousands of damaged files
@@ -69,24 +69,34 @@ def little_memory():
     [
         ("settings", 1500),
         ("sweep", 600),
-        ("checkpoint, evaluated", 1100),
-        ("checkpoint, resumed", 1100),
-        ("exported policy", 500),
+        ("checkpoint of imputed_routing, evaluated", 600),
+        ("checkpoint of naive_early_stop, evaluated", 500),
+        ("checkpoint of ppo, evaluated", 100),
+        ("checkpoint of imputed_routing, resumed", 600),
+        ("checkpoint of naive_early_stop, resumed", 500),
+        ("checkpoint of ppo, resumed", 400),
+        ("exported imputed_routing", 500),
+        ("exported ppo", 100),
         ("state dict", 500),
         ("report", 25),
     ],
 )
 def test_damaged_files_are_read_or_refused(tmp_path, kind, files):
-    counts, slowest, grown = soak.fuzz_kind(kind, files, seed=files, folder=tmp_path)
+    counts, slowest, grown = fuzz.fuzz_kind(kind, files, seed=files, folder=tmp_path)
     assert counts["refused"] > files // 4
     assert counts.total() == files
     assert slowest < 20
     assert grown < 60
 
 
-@pytest.mark.parametrize("method", soak.FORGED)
-def test_forged_checkpoints_are_gone_on_with_or_refused(tmp_path, method):
-    counts = soak.fuzz_forged(150, 0, tmp_path, method)
+def test_every_kind_of_file_is_damaged():
+    (marked,) = test_damaged_files_are_read_or_refused.pytestmark
+    assert [kind for kind, _ in marked.args[1]] == list(fuzz.KINDS)
+
+
+@pytest.mark.parametrize("name", fuzz.RUNS)
+def test_forged_checkpoints_are_gone_on_with_or_refused(tmp_path, name):
+    counts = fuzz.fuzz_forged(150, 0, tmp_path, name)
     assert counts["refused"] > 20
     assert counts["gone on with"] > 20
 

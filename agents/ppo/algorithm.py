@@ -229,11 +229,6 @@ class RoutedPPO(CollectingPPO):
         self.tables = tables([self.method], [self.overseer], experts, behaviors=len(self.behaviors))
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """As SB3 has it; the environment is asked what the constructor asks it.
-
-        Raises:
-            ValueError: it does not fit what the model was made for.
-        """
         env = self._wrap_env(env, self.verbose)
         declared = self._asked(env)
         super().set_env(env, force_reset)
@@ -256,11 +251,6 @@ class RoutedPPO(CollectingPPO):
         self.overseer = Overseer(*levels, self.overseer.recall, self.overseer.error)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
-        """As SB3 has it, with the model's number of threads.
-
-        Raises:
-            ValueError: there is no environment.
-        """
         if self.env is None:
             raise ValueError("there is no environment: load(..., env=env) or set_env(env) first")
         with on_threads(self.threads or torch.get_num_threads()):
@@ -380,7 +370,7 @@ class RoutedPPO(CollectingPPO):
         return loss, {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """As SB3 has it; a policy that is steered is steered when it is loaded."""
+        # a policy that is steered is steered when it is loaded
         self.steering = self.policy.steering
         super().save(*args, **kwargs)
 

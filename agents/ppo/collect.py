@@ -46,11 +46,6 @@ class CollectingPPO(PPO):
             raise ValueError(str(error)) from None
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """As SB3 has it.
-
-        Raises:
-            ValueError: the environment cannot be seeded.
-        """
         try:
             super().set_random_seed(seed)
         except AttributeError as error:  # of a VecEnv that is not SB3's
@@ -137,7 +132,6 @@ class CollectingPPO(PPO):
     def _setup_learn(
         self, steps: int, callback: Any = None, reset_num_timesteps: bool = True, *args: Any
     ) -> tuple[int, BaseCallback]:
-        """As SB3 has it, whose own resets are no surprise."""
         starts_anew = self._last_obs is None or reset_num_timesteps
         result = super()._setup_learn(steps, callback, reset_num_timesteps, *args)
         if starts_anew:

@@ -35,7 +35,7 @@ class DataWarnings:
             )
 
     def of_labels(self, buffer: RoutedRolloutBuffer, level: float | None) -> None:
-        """Of labels that do not come, as often as expected if the level is known, or say too little.
+        """Of labels that do not come, at this level if it is known, or say too little.
 
         To be called once a rollout.
         """

@@ -67,7 +67,8 @@ class Rollout:
         Args:
             window: of the rollout.
             ends: see `outcomes_of`.
-            due, taught: see `Experience`.
+            due: see `Experience`.
+            taught: likewise.
             with_values: whether values of older steps are asked for, too.
         """
         policy, (outcome, left) = self.policy, ends

@@ -20,13 +20,14 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from oversight_rl.agents.learner import Bounds, check_states, fresh_moments
+from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED, Overseer
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.environment import ask, policy_arguments
 from oversight_rl.agents.ppo.experience import SETTLED
+from oversight_rl.agents.ppo.losses import figure_names
 from oversight_rl.agents.ppo.observations import each, named, parts_of, unnamed
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.reinforce.figures import reward_model_figures
@@ -104,8 +105,8 @@ def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
         )
 
 
-class PPOLearner:
-    """One run of PPO; a `Learner`.
+class PPOLearner(Learner):
+    """One run of PPO.
 
     Where the environment has `get_state` and `set_state`, as our batches have, its state is part
     of the run's; any other starts anew when a run goes on.
@@ -169,10 +170,11 @@ class PPOLearner:
         self.env.close()
 
     def update(self) -> None:
-        """A rollout, and what is learned from it: an iteration of SB3's `learn`."""
+        # an iteration of SB3's `learn`
         model, made = self.model, dict.fromkeys(MADE, 0.0)
-        if self.updates % self.curves_every == 0:
-            model.logger.dump(self.updates)  # forgets what was asked for
+        model.logger.dump(self.updates)  # forgets the update before
+        for name in figure_names(self.policy, model.endings is not None):
+            model.logger.record(f"train/{name}", math.nan)  # where nothing is learned
         model.label_generator = _seed(self.seed, self.updates + 1)
         self._statistics = {}
         try:
@@ -181,7 +183,8 @@ class PPOLearner:
             if (self.updates + 1) % self.curves_every == 0:
                 self._statistics = statistics(model)
             model.train()
-            made["loss"] = model.logger.name_to_value.get("train/loss", 0.0)
+            if (model.experience.share > 0).any():
+                made["loss"] = model.logger.name_to_value["train/loss"]
         except FloatingPointError as error:
             what = getattr(error, "what", COMPUTATION)
             made[what if what in made else COMPUTATION] = getattr(error, "value", math.nan)
@@ -191,7 +194,6 @@ class PPOLearner:
         model.num_timesteps = self.env_steps
 
     def curves(self) -> list[dict[str, float]]:
-        """Losses as SB3 logs them, and statistics of the rollout, if they are due."""
         values = {
             f"loss/{name.removeprefix('train/').removesuffix('_loss')}": float(value)
             for name, value in self.model.logger.name_to_value.items()
@@ -200,13 +202,11 @@ class PPOLearner:
         return [values | self._statistics]
 
     def numbers(self) -> dict[str, Tensor]:
-        """What the last update made: nan or infinite where it broke off. [1] each"""
         sizes = [torch.linalg.vector_norm(p.detach()) for p in self.policy.parameters()]
         made = {name: torch.tensor([x], device=self.model.device) for name, x in self._made.items()}
         return made | {"parameters' norm": torch.linalg.vector_norm(torch.stack(sizes))[None]}
 
     def learned(self) -> list[Tensor]:
-        """Parameters, the optimizer's moments, and the scale of the task's returns. [1, ...]"""
         memories = tuple(f"{name}." for name in self._memories)
         return [x[None] for name, x in self._kept.items() if not name.startswith(memories)]
 
@@ -233,7 +233,6 @@ class PPOLearner:
         return kept
 
     def state(self, run: int = 0) -> dict[str, Tensor]:
-        """Everything that the run needs to go on, by name."""
         model = self.model
         tensors = self._kept
         tensors["last.turn"] = torch.as_tensor(self.model.rollout_buffer.turn)
@@ -248,10 +247,7 @@ class PPOLearner:
         return tensors
 
     def bounds(self) -> Bounds:
-        """Least and greatest number in each tensor of whole numbers, and in floats that matter.
-
-        Those of the environment are what their types can hold; its `set_state` looks further.
-        """
+        # the environment's are what their types can hold; its `set_state` looks further
         model, space = self.model, self.model.observation_space
         ranges = {name: _range(part) for name, part in parts_of(space).items()}
         seen, taken = _side_by_side(*ranges.values()), _range(model.action_space)
@@ -269,17 +265,14 @@ class PPOLearner:
         ours = self.state()
         for name in ours:
             kind = ours[name].dtype
+            if name.startswith("adam.step."):  # a float, which an exponent comes of
+                found[name] = 0, np.finfo(float).max
             if name.startswith("world.") and not kind.is_floating_point:
                 limits = None if kind == torch.bool else torch.iinfo(kind)
                 found[name] = (0, 1) if limits is None else (limits.min, limits.max)
         return {name: pair for name, pair in found.items() if name in ours}
 
     def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:
-        """Go on from the state of a run, taken after an update.
-
-        Raises:
-            UserError: a tensor is missing, has another shape or type, or holds what cannot be.
-        """
         (state,), model, self.updates = states, self.model, update
         model.num_timesteps = self.env_steps
         check_states(states, self, _looked_at)

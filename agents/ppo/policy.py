@@ -199,7 +199,7 @@ class MoEPolicy(ActorCriticPolicy):
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
     def task_values(self, obs: Any, alone: Tensor) -> Tensor:
-        """What the task is to pay, in units of its scale; the deployed expert, where `alone`. `[B]`"""
+        """What the task is to pay, in its scale; the deployed expert where it is `alone`. `[B]`"""
         assert self.task_value_net is not None
         values = self.task_value_net(self.extract_features(obs))  # [B, 1 or 2]
         column = alone.long().clamp(max=values.shape[-1] - 1)
@@ -264,14 +264,19 @@ class MoEPolicy(ActorCriticPolicy):
         return self.distribution(parameters)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
         output = self.output(obs)
         return self.judged(output, self._steered(output), actions)
 
     def judged(
         self, output: Output, parameters: Tensor, actions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same under other parameters of the distribution, from what the networks computed."""
+        """Values `[B, 1]`, log-probabilities and entropies `[B]`, from what the networks computed.
+
+        Args:
+            output: for B observations.
+            parameters: of the action distribution.
+            actions: that were taken.
+        """
         distribution = self.distribution(parameters)
         if isinstance(self.action_space, spaces.Box):
             actions = actions.flatten(1)
@@ -284,7 +289,6 @@ class MoEPolicy(ActorCriticPolicy):
         return parameters if temperature == 1 else parameters / temperature
 
     def get_distribution(self, obs: Any) -> Distribution:
-        """The action distribution under the policy's steering, the mixture's by default."""
         return self._acting(self.output(obs))
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
@@ -293,16 +297,12 @@ class MoEPolicy(ActorCriticPolicy):
     def predict(
         self, observation: Any, *args: Any, **kwargs: Any
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Actions, as SB3's policies predict them.
-
-        The environment's own dictionary will do, with what was left out of it in training.
-        """
+        # the environment's own dictionary will do, with what was left out of it in training
         read = seen(observation, self.observation_space)
         actions, state = super().predict(read, *args, **kwargs)
         return np.asarray(actions, self.action_space.dtype), state
 
     def predict_values(self, obs: Any) -> Tensor:
-        """What the mixture's endings are to be worth, `[B, 1]`."""
         return self.agent.prepare().value(self._features(obs))[0][:, None]
 
     def steer(self, text: str) -> MoEPolicy:

@@ -120,9 +120,11 @@ def targets(
     Args:
         x: the window.
         methods: tables of the one run.
-        discount, labeled_weight, task_weight: see `PPOConfig`.
+        discount: per step.
         trace: lambda of generalized advantage estimation.
+        labeled_weight: of a labeled sample next to others, for methods that have it.
         normalize: whether the parts of advantages are brought to mean 0 and spread 1.
+        task_weight: of a spread of the task's advantage next to one of the behavior's.
     """
     steps, due, labeled = x.steps, x.share > 0, x.outcome >= LABELED
     endings = _endings(x, methods)

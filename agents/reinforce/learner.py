@@ -149,7 +149,6 @@ class ReinforceLearner(Learner):
         return trained + looks * HELD_OUT * self.world.config.max_steps
 
     def update(self) -> None:
-        """One update of every run."""
         settings, progress = self.settings, self.updates / max(1, self.total - 1)
         rollout, self.worlds = collect(
             self.agent, self.world, self.worlds, self._draw(settings.steps)
@@ -170,7 +169,6 @@ class ReinforceLearner(Learner):
         return _uniform(shape, self.generators)
 
     def curves(self) -> list[dict[str, float]]:
-        """Points of the training curves after an update, for each run."""
         assert self.latest is not None
         rollout, targets, losses = self.latest
         absent = set(LESSONS) - self.methods.lessons
@@ -180,7 +178,6 @@ class ReinforceLearner(Learner):
         return [{name: column[run] for name, column in columns.items()} for run in range(self.runs)]
 
     def numbers(self) -> dict[str, Tensor]:
-        """All that an update made, summed up: finite only if every number in it is. [R] each"""
         assert self.latest is not None
 
         def norm(x: Tensor) -> Tensor:
@@ -195,17 +192,14 @@ class ReinforceLearner(Learner):
         return numbers | {f"parameter {name}": norm(p) for name, p in self.parameters.items()}
 
     def learned(self) -> list[Tensor]:
-        """Parameters and the optimizer's moments of all runs."""
         return list(self.changing.values())
 
     def state(self, run: int) -> dict[str, Tensor]:
-        """Everything that a run needs to go on, by name."""
         found = {name: tensor[run] for name, tensor in (self.changing | self.kept).items()}
         found |= {f"world.{k}": v[run] for k, v in vars(self.worlds).items()}
         return found | {"generator": self.generators[run].get_state()}
 
     def bounds(self) -> Bounds:
-        """Least and greatest number that each saved tensor of whole numbers can hold by now."""
         cell, settings = (0, self.world.config.cells - 1), self.settings
         found: Bounds = {f"world.{name}": cell for name in ("agent", "diamond", "ghost")}
         found |= {f"world.{name}": (0, 1) for name in FLAGS}
@@ -223,11 +217,6 @@ class ReinforceLearner(Learner):
         return found
 
     def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:
-        """Go on from states, one for each run, taken after an update.
-
-        Raises:
-            UserError: a tensor is missing, has another shape or type, or holds what cannot be.
-        """
         self.updates = update
         check_states(states, self, _looked_at)
 

@@ -54,7 +54,6 @@ class EnvJudge:
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        """See `runs.Judge`; of one run."""
         deployed = deployed_name((agent.n_experts, agent.behaviors))
         if self.exact is not None:  # a policy is a table there
             forward = _on_active_inputs(agent, self.config)
@@ -63,7 +62,6 @@ class EnvJudge:
         return [self.evaluator.evaluate(agent, own, policies, at, deployed)]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
-        """See `runs.Judge`; none where the environment draws none."""
         animation = env_rollouts(agent, self.config, policies)
         return {} if animation is None else {"rollouts": animation}
 
@@ -90,15 +88,12 @@ class PPORuns(OversightRuns):
 
     @property
     def agent(self) -> MoEPolicy:
-        """The policy in training."""
         return self.learner.policy
 
     def pictures(self, run: int) -> dict[str, bytes]:
-        """Rollouts, where the environment draws pictures."""
         return self.judge.pictures(self.agent, self.standard(self.agent))
 
     def close(self) -> None:
-        """Close the environments."""
         self.learner.close()
 
     @classmethod
@@ -129,28 +124,23 @@ class PPORuns(OversightRuns):
 
     @classmethod
     def blank(cls, config: Config) -> MoEPolicy:
-        """A policy for the environment, its parameters at random."""
         with _refusing(config), closing(make_env(config, config.oversight, 1)) as env:
             return new_policy(config.agent, env, config.method)
 
     @classmethod
     def behaviors(cls, agent: MoEPolicy) -> Sequence[str]:
-        """The environment's."""
         return agent.behaviors
 
     @classmethod
     def policy(cls, agent: MoEPolicy, steering: Steering) -> MoEPolicy:
-        """A policy under a steering."""
         return agent.steered(steering)
 
     @classmethod
     def judge_of(cls, config: Config, device: torch.device | str = "cpu") -> EnvJudge:
-        """Who evaluates the policies of a run."""
         return EnvJudge(config)
 
     @classmethod
     def prefix(cls, config: Config) -> str:
-        """What the names of the policy's tensors begin with in a checkpoint."""
         return "policy."
 
 
