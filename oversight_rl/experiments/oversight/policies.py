@@ -69,29 +69,20 @@ class Saved:
         facts = Facts(
             config.method, config.seeds[0], config.oversight, self.env_steps, self.wall_seconds
         )
-        judge = self.kind.judge_of(config)
+        judge = self.kind.judges(config)
         return judge.tables(self.agent, [facts], policies, [list(levels) or [config.oversight]])[0]
 
     def pictures(self, policies: Sequence[Steering]) -> dict[str, bytes]:
         """Pictures of policies as files, by name."""
-        judge = self.kind.judge_of(self.config)
-        return judge.pictures(self.agent, policies)
+        return self.kind.judges(self.config).pictures(self.agent, policies)
 
 
-def ours(config: RunConfig) -> Config:
-    """A configuration of an oversight experiment.
-
-    Raises:
-        UserError: it is of another one.
-    """
-    if not issubclass(experiment_of(config), OversightRuns):
+def kind_of(config: RunConfig) -> type[OversightRuns]:
+    """The kind of oversight experiment that a configuration is of; `UserError` if of another."""
+    kind = experiment_of(config)
+    if not issubclass(kind, OversightRuns):
         raise UserError(f"algo: runs of {config.algo} have no experts to steer")
-    return cast(Config, config)
-
-
-def kind_of(config: Config) -> type[OversightRuns]:
-    """The kind of oversight experiment that a configuration is of."""
-    return cast("type[OversightRuns]", experiment_of(config))
+    return kind
 
 
 def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
@@ -126,7 +117,7 @@ def read_run(folder: RunFolder) -> Saved:
     Raises:
         UserError: there is none, or it is damaged or of another run.
     """
-    config = ours(folder.config())
+    config: Any = folder.config()
     agent, facts = fill(config, kind_of(config).prefix(config), folder.load)
     return Saved(agent, config, facts["env_steps"], facts["wall_seconds"])
 
@@ -194,7 +185,8 @@ def read_policy(path: Path) -> Saved:
         raise UserError(f"{path}: neither a run folder nor an exported policy")
     try:
         about = json.loads(metadata[POLICY])
-        config = ours(as_config(about["config"], written=True))
+        config: Any = as_config(about["config"], written=True)
+        kind_of(config)
         fields = about["steering"]
         for name in ("weights", "ablated"):
             fields[name] = None if fields[name] is None else tuple(fields[name])
