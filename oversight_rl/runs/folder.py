@@ -37,6 +37,7 @@ LOCK = "lock.tmp"  # of a process at work there; no part of a run, like all that
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
 METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.oversight_rl"
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
+MOST_NAMES = 2**16  # characters of the first line of a CSV file
 PATIENCE = 10.0  # seconds to wait for a process that is about to let go of a folder
 _UNTRACKED = ("wall_seconds",)  # metrics.csv of a repeated run is the same to the byte
 
@@ -255,11 +256,11 @@ class RunFolder:
 
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Add lines to a CSV file, under the names that it begins with."""
-    with path.open("r+", newline="", encoding="utf-8") as file:
-        names = next(csv.reader(file), None)
+    with path.open("r+", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        names = next(csv.reader([file.readline(MOST_NAMES)]))
         file.seek(0, os.SEEK_END)
         writer = csv.DictWriter(file, names or list(records[0]), extrasaction="ignore")
-        if names is None:
+        if not names:
             writer.writeheader()
         writer.writerows(records)
 
