@@ -108,7 +108,7 @@ def draw_scores(found: Found, axes: Axes, names: Sequence[str]) -> None:
         axes.axhline(found.optimum, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate("optimum", (0.01, found.optimum), (0, 2), xycoords=("axes fraction", "data"),
                       textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
-    axes.set_ylabel(found.report.score)
+    axes.set_ylabel(found.score)
     legend(axes)
 
 
@@ -162,7 +162,7 @@ def learning(found: Found, names: Sequence[str] | None = None) -> Figure | None:
                 draw_band(found, axes, name, own)
         axes.set_title(f"{percent(level)} oversight")
         axes.set_xlabel("environment steps" + (" (million)" if unit > 1 else ""))
-    panels[0].set_ylabel(found.report.score)
+    panels[0].set_ylabel(found.score)
     shared_legend(figure, panels)
     return figure
 

@@ -36,8 +36,8 @@ class Report:
     """Figures and tables, in order."""
     columns: Callable[[Found, pd.DataFrame], Mapping[str, Any]]
     """More columns of the summary, from the rows of a method's deployed policies at a level."""
-    score: str = "score"
-    """What the score is called."""
+    score: str | None = None
+    """What the score is called, if not as the figure is."""
     about: str = ""
     """What is scored, in a sentence."""
     reference: tuple[str, str] | None = None
@@ -66,6 +66,11 @@ class Found:
     def report(self) -> Report:
         """What reports on these runs hold."""
         return load(self.kind.report)  # type: ignore[no-any-return]
+
+    @property
+    def score(self) -> str:
+        """What the score is called."""
+        return self.report.score or self.kind.score.replace("_", " ")
 
     @cached_property
     def deployed(self) -> pd.DataFrame:

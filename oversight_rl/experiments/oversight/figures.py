@@ -272,7 +272,10 @@ def reward_models(found: Found) -> pd.DataFrame | None:
     late = rows[rows["update"] > 0.9 * rows.groupby("run")["update"].transform("max")]
     means = late.groupby(["name", "level"])[figures].mean().reset_index()
     table = {"method": means["name"], "oversight": means["level"].map(percent)}
-    shown = {title: means[c].map(text.format) for title, (c, text) in REWARD_MODEL.items()}
+    shown = {
+        title: means[column].map(text.format, na_action="ignore").fillna("none")
+        for title, (column, text) in REWARD_MODEL.items()
+    }
     return pd.DataFrame(table | shown)
 
 
