@@ -166,7 +166,7 @@ words = st.text() | st.from_regex(r"[-+]?[0-9.:_eE-]+|0[xbo]?[0-9]+", fullmatch=
 def test_what_is_written_is_read_back(tmp_path_factory, values):
     config = Config.model_construct(env_settings=values)
     path = tmp_path_factory.mktemp("written") / "config.yaml"
-    path.write_text(dump_yaml(config, {"commit": "123e4567"}))
+    path.write_text(dump_yaml(config, provenance={"commit": "123e4567"}))
     found = read_yaml(path)
     assert repr(found["env_settings"]) == repr(values)
     assert found["provenance"] == {"commit": "123e4567"}

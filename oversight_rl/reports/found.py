@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from oversight_rl.kinds import load
 from oversight_rl.runs.experiment import Experiment
 
 
@@ -65,7 +65,7 @@ class Found:
     @cached_property
     def report(self) -> Report:
         """What reports on these runs hold."""
-        return load(self.kind.report)  # type: ignore[no-any-return]
+        return resolve_name(self.kind.report)  # type: ignore[no-any-return]
 
     @property
     def score(self) -> str:

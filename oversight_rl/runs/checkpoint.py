@@ -43,7 +43,7 @@ def save(
     if update not in updates(folder):
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = {"update": update} | dict(facts) | {"checksums": checksums(ready)}
-        content["checksum"] = _checksum(json.dumps(content).encode())
+        content["checksum"] = zlib.crc32(json.dumps(content).encode())
         path = folder / f"update_{update:08d}.safetensors"
         write_atomically(path, safetensors.torch.save(ready))
         write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1).encode())
@@ -99,7 +99,7 @@ def load(
         raise UserError(f"{path}: not of a checkpoint of this program")
     checksum = facts.pop("checksum", None)
     seconds = facts["wall_seconds"]
-    if checksum != _checksum(json.dumps(facts).encode()) or facts["update"] != update:
+    if checksum != zlib.crc32(json.dumps(facts).encode()) or facts["update"] != update:
         raise UserError(f"{path}: is damaged")
     if facts["env_steps"] < 0 or not (seconds >= 0 and math.isfinite(seconds)):
         raise UserError(f"{path}: not of a checkpoint of this program")
@@ -111,21 +111,13 @@ def load(
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """CRC-32 of each tensor's bytes, to notice damage."""
     return {
-        name: _checksum(tensor.flatten().view(torch.uint8).numpy().data)
+        name: zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
         for name, tensor in tensors.items()
     }
 
 
-def _checksum(content: bytes | memoryview) -> int:
-    return zlib.crc32(content)
-
-
 def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Any], source: Path) -> None:
-    """Refuse tensors that are not as they were saved.
-
-    Raises:
-        UserError: a checksum is another.
-    """
+    """Refuse tensors whose checksums are not as they were saved."""
     for name, found in checksums(tensors).items():
         if wanted.get(name) != found:
             raise UserError(f"{source}: is damaged: {name} is not as it was saved")
@@ -169,11 +161,7 @@ def read_tensors(
 def check_shape(
     name: str, found: Sequence[int] | None, wanted: Sequence[int], source: Path
 ) -> None:
-    """Refuse a tensor of another shape than is wanted, or none.
-
-    Raises:
-        UserError: it is one of these.
-    """
+    """Refuse a tensor of another shape than is wanted, or none."""
     if found is None or tuple(found) != tuple(wanted):
         was = "is missing" if found is None else f"has shape {tuple(found)}"
         raise UserError(

@@ -20,7 +20,7 @@ from oversight_rl.files import write_atomically, writing
 from oversight_rl.runs.experiment import experiment_of
 from oversight_rl.runs.folder import CONFIG, RunFolder, locked
 from oversight_rl.runs.rows import deployed_row
-from oversight_rl.settings import as_yaml
+from oversight_rl.settings import dump_yaml
 from oversight_rl.sweeps.plan import SWEEP, Run, SweepConfig, plan, stacks
 from oversight_rl.sweeps.workers import ATTEMPTS, Submit, WorkerFailed, WorkerLost
 
@@ -113,7 +113,7 @@ def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
         raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, as_yaml(config.model_dump(mode="json")).encode())
+        write_atomically(path, dump_yaml(config).encode())
 
 
 @dataclass
