@@ -92,20 +92,18 @@ def load(
     path = folder / f"update_{update:08d}.json"
     check_plain(path)
     facts = read_json(path, MOST_TEXT)
-    wanted = {"update": int, "env_steps": int, "wall_seconds": float, "checksums": dict}
+    known = {"update": int, "env_steps": int, "wall_seconds": float, "checksums": dict}
     if not isinstance(facts, dict) or any(
-        not isinstance(facts.get(name), kind) for name, kind in wanted.items()
+        not isinstance(facts.get(name), kind) for name, kind in known.items()
     ):
         raise UserError(f"{path}: not of a checkpoint of this program")
-    checksum = facts.pop("checksum", None)
-    seconds = facts["wall_seconds"]
+    checksum, seconds = facts.pop("checksum", None), facts["wall_seconds"]
     if checksum != zlib.crc32(json.dumps(facts).encode()) or facts["update"] != update:
         raise UserError(f"{path}: is damaged")
     if facts["env_steps"] < 0 or not (seconds >= 0 and math.isfinite(seconds)):
         raise UserError(f"{path}: not of a checkpoint of this program")
-    tensors, _ = read_tensors(path.with_suffix(".safetensors"), like)
-    check(tensors, facts.pop("checksums"), path.with_suffix(".safetensors"))
-    return tensors, facts
+    wanted = facts.pop("checksums")
+    return read_tensors(path.with_suffix(".safetensors"), like, wanted)[0], facts
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -116,21 +114,15 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Any], source: Path) -> None:
-    """Refuse tensors whose checksums are not as they were saved."""
-    for name, found in checksums(tensors).items():
-        if wanted.get(name) != found:
-            raise UserError(f"{source}: is damaged: {name} is not as it was saved")
-
-
 def read_tensors(
-    path: Path, like: Mapping[str, Tensor]
+    path: Path, like: Mapping[str, Tensor], wanted: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, within the memory that `like` would take.
 
     Args:
         path: the file.
         like: tensors to read, with the shapes and types that they must have.
+        wanted: their checksums.
 
     Raises:
         UserError: the file is missing, damaged, of another kind or of other tensors.
@@ -153,9 +145,13 @@ def read_tensors(
                     kind = tensors[name].dtype
                     if kind != ours.dtype:
                         raise UserError(f"{path}: {name} is {kind}, not {ours.dtype}")
-                return tensors, file.metadata() or {}
+                metadata = file.metadata() or {}
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, found in checksums(tensors).items():
+        if wanted.get(name) != found:
+            raise UserError(f"{path}: is damaged: {name} is not as it was saved")
+    return tensors, metadata
 
 
 def check_shape(

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -65,13 +64,11 @@ class EnvJudge:
             forward = _on_active_inputs(agent, self.config)
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
-        rows = []
         with torch.random.fork_rng(devices=[]):
-            for p, level in product(policies, at):
-                figures, is_deployed = self._figures(agent, own, p, level), p.name == deployed
-                row = policy_row(own, p, level, figures, deployed=is_deployed, evaluator="rollout")
-                rows.append(row)
-        return [rows]
+            found = [
+                (p, level, self._figures(agent, own, p, level)) for p in policies for level in at
+            ]
+        return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
         animation = env_rollouts(agent, self.config, policies)
@@ -126,26 +123,25 @@ class EnvJudge:
         return np.array(figures, dtype=float)
 
     def _episode(self, info: dict[str, Any], behaviors: Sequence[str], steps: int) -> list[float]:
-        name = info.get("behavior")
-        try:
-            ending = (
-                NO_LABEL if name is None else behavior_index(name, behaviors, "info['behavior']")
-            )
-        except LabelError as error:
-            raise UserError(f"env: {self.config.env}: {error}") from None
-        sign = 0.0 if ending == NO_LABEL else 1.0 if ending == 0 else -1.0
+        name, ending, sign = info.get("behavior"), NO_LABEL, 0.0
+        if name is not None:
+            try:
+                ending = behavior_index(name, behaviors, "info['behavior']")
+            except LabelError as error:
+                raise UserError(f"env: {self.config.env}: {error}") from None
+            sign = 1.0 if ending == 0 else -1.0
         value = self.config.learner.discount ** (steps - 1) * info.get("ground_truth_reward", sign)
         return [ending, "label" in info, steps, value]
 
 
 def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:
     """What a policy computes on the grid, from the inputs that are active; see `World.active`."""
-    inputs = int(np.prod(config.world.shape))
+    shape = config.world.shape
+    inputs = math.prod(shape)
 
     def forward(active: Tensor) -> Output:
         planes = F.one_hot(active[0], inputs + 1).sum(1)[:, :inputs]  # [B, F]
-        seen = planes.view(-1, *config.world.shape).float()
-        return policy.output(seen.to(policy.device))
+        return policy.output(planes.view(-1, *shape).float().to(policy.device))
 
     return forward
 
@@ -153,11 +149,7 @@ def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:
 def env_rollouts(
     policy: MoEPolicy, config: Config, steerings: Sequence[Steering], seed: int = 0
 ) -> bytes | None:
-    """Policies of a PPO run at work side by side, in the environment's own pictures.
-
-    Returns:
-        A GIF; None where the environment draws none.
-    """
+    """Policies of a PPO run at work side by side, as a GIF; None where its environment draws none."""
     columns = []
     with torch.random.fork_rng(devices=[]):
         for steering in steerings[:MOST_POLICIES]:
@@ -197,11 +189,7 @@ def _env_rollout(policy: MoEPolicy, config: Config, name: str, seed: int) -> Fra
 
 
 def make_env(config: Config, level: float, count: int) -> Any:
-    """The environments of a PPO run at an oversight level, as a VecEnv.
-
-    Raises:
-        UserError: there is no such environment, or it does not take these settings.
-    """
+    """The environments of a PPO run at an oversight level, as a VecEnv."""
     try:
         return make_vec(config.env, count, oversight=level, **config.env_arguments)
     except UserError:
@@ -229,11 +217,7 @@ class PPORuns(OversightRuns):
 
     @classmethod
     def try_out(cls, config: Config) -> None:
-        """Train for one small update, to refuse what cannot be, and forget it.
-
-        Raises:
-            UserError: the environment cannot be made, does not fit, or fails.
-        """
+        """Train for one small update, to refuse what cannot be, and forget it."""
         super().try_out(config)
         few = {"worlds": min(config.ppo.worlds, 2), "steps": min(config.ppo.steps, TRIAL)}
         small = config.model_copy(update={"ppo": config.ppo.model_copy(update=few)})
@@ -272,14 +256,7 @@ class PPORuns(OversightRuns):
 
 
 def new_learner(config: Config) -> PPOLearner:
-    """A fresh learner of a run.
-
-    Args:
-        config: with one seed.
-
-    Raises:
-        UserError: the environment cannot be made, or is not one that PPO can train on.
-    """
+    """A fresh learner of a run; `UserError` if PPO cannot train in its environment."""
     env = make_env(config, config.oversight, config.ppo.worlds)
     with _refusing(config):
         return PPOLearner(

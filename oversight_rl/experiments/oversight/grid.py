@@ -21,12 +21,7 @@ from oversight_rl.runs.rows import Facts, Row, deployed_row
 
 
 class GridJudge:
-    """Evaluates and draws agents on the grid.
-
-    Args:
-        config: of a run.
-        device: where to compute.
-    """
+    """Evaluates and draws agents on the grid, on a device; see `Judge`."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -82,8 +77,7 @@ class GridRuns(OversightRuns):
         return self.learner.deployed
 
     def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
-        """As all do; then the learner may keep the present agents, where they are the best."""
-        tables = super().evaluate(facts)
+        tables = super().evaluate(facts)  # then the learner may keep agents that are the best yet
         self.learner.select([deployed_row(rows).figures[self.score] for rows in tables])
         return tables
 
@@ -92,14 +86,12 @@ class GridRuns(OversightRuns):
 
     @classmethod
     def blank(cls, config: Config) -> Agent:
-        """A stack of one run, whose parameters take no memory yet."""
-        with torch.device("meta"):
+        with torch.device("meta"):  # parameters take no memory yet
             return new_agent(config.agent, config.world.shape, config.method, runs=1)
 
     @classmethod
     def of_one_run(cls, parameter: Tensor) -> Tensor:
-        """A parameter without the axis of runs."""
-        return parameter[0]
+        return parameter[0]  # files have no axis of runs
 
     @classmethod
     def policy(cls, agent: Agent, steering: Steering) -> SteeredPolicy:

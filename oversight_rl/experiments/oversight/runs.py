@@ -112,20 +112,18 @@ class OversightRuns(Experiment):
         """An agent under a steering, which predicts."""
 
     def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
-        """The mixture and each expert, at the training level."""
         levels = [[config.oversight] for config in self.configs]
         return self.judge.tables(self.agent, facts, standard(*self.names(self.agent)), levels)
 
     def final(self, facts: Sequence[Facts]) -> list[list[Row]]:
-        """The same sampled and greedy, at all deployment levels; and blends of two experts."""
-        agent = self.deployed
-        policies = standard(*self.names(agent))
+        agent, names = self.deployed, self.names(self.deployed)
+        policies = standard(*names)
         policies += [policy.with_options(greedy=True) for policy in policies]
         levels = [sorted({c.oversight, *c.evaluation.oversight}) for c in self.configs]
         tables = self.judge.tables(agent, facts, policies, levels, paths=True)
         if agent.n_experts > 1:
             own = [[config.oversight] for config in self.configs]
-            curves = self.judge.tables(agent, facts, steering_curve(*self.names(agent)), own)
+            curves = self.judge.tables(agent, facts, steering_curve(*names), own)
             tables = [rows + curve for rows, curve in zip(tables, curves, strict=True)]
         return tables
 
@@ -134,8 +132,6 @@ class OversightRuns(Experiment):
 
     @classmethod
     def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
-        """The return, how episodes end, and their length."""
-
         def whole(name: str) -> bool:
             return not any(
                 name.endswith(part) and name.removesuffix(part) in figures for part in PARTS
@@ -148,7 +144,6 @@ class OversightRuns(Experiment):
 
     @classmethod
     def notes(cls, rows: Sequence[Row]) -> list[str]:
-        """Where figures are from, and what they mean."""
         optimum = rows[0].figures["optimal_return"]
         if math.isnan(optimum):
             lines = ["no exact evaluation of this world: figures are from rollouts"]
@@ -160,7 +155,6 @@ class OversightRuns(Experiment):
 
     @classmethod
     def describe(cls, config: Any) -> str:
-        """What is trained, and what the tags mean."""
         method = METHODS[config.method]
         kept = "the first expert" if method.policy.experts == "many" else "the only expert"
         return (
