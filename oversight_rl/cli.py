@@ -62,9 +62,8 @@ class _Sources:
 
 def train(args: Sequence[str] | None = None) -> None:
     """The command `train.py`."""
-    run(
-        lambda given: _train(given, "python train.py"), list(sys.argv[1:] if args is None else args)
-    )
+    given = list(sys.argv[1:] if args is None else args)
+    run(lambda flags: _train(flags, "python train.py"), given)
 
 
 def _train(args: list[str], command: str) -> None:
@@ -85,17 +84,12 @@ def _train(args: list[str], command: str) -> None:
         default = load_config(settings_file(sources.config), **learner)
     else:
         default = as_config(learner)
-    for old, new in default.renamed.items():
-        for arg in others:
-            if arg.startswith(f"--{old}."):
-                raise UserError(f"{arg}: {old} is called {new} since version 0.2")
+    for (old, new), arg in itertools.product(default.renamed.items(), others):
+        if arg.startswith(f"--{old}."):
+            raise UserError(f"{arg}: {old} is called {new} since version 0.2")
     model: Any = Train[type(default)]  # type: ignore[misc]
-    chosen = tyro.cli(
-        model,
-        prog=command.removeprefix("python "),
-        args=args,
-        default=Train(settings=default),
-    )
+    prog = command.removeprefix("python ")
+    chosen = tyro.cli(model, prog=prog, args=args, default=Train(settings=default))
     config = chosen.settings
     config.refuse_unused()
     config.refuse_words()
@@ -108,7 +102,7 @@ def _train(args: list[str], command: str) -> None:
     experiment_of(config).try_out(config)
     with _run_dir(chosen.run_dir, config) as path:
         runs = begin_seeds(path, config) if len(config.seeds) > 1 else {path: config}
-        _fit(list(runs.values()), list(runs), path, console, command)
+        _fit(runs, path, console, command)
 
 
 def _resume(path: Path, console: Console, command: str) -> None:
@@ -119,35 +113,27 @@ def _resume(path: Path, console: Console, command: str) -> None:
     planned = planned_seeds(path)
     begun = find_runs(path) if planned else [folder.path for folder in open_runs(path)]
     runs = planned | {run: RunFolder.open(run).config() for run in begun}
-    configs, folders = list(runs.values()), [RunFolder(run) for run in runs]
-    if len({config.stack_key() for config in configs}) > 1:
+    if len({config.stack_key() for config in runs.values()}) > 1:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
-    if all(folder.finished for folder in folders):
+    if all(RunFolder(run).finished for run in runs):
         raise UserError(f"{path}: this run is finished; see it with oversight-rl evaluate {path}")
-    _fit(configs, list(runs), path, console, command, resume=True)
+    _fit(runs, path, console, command, resume=True)
 
 
 def _fit(
-    configs: list[RunConfig],
-    paths: list[Path],
-    path: Path,
-    console: Console,
-    command: str,
-    resume: bool = False,
+    runs: Mapping[Path, RunConfig], path: Path, console: Console, command: str, resume: bool = False
 ) -> None:
     # with torch, which takes a second to load
     from oversight_rl.runs.experiment import experiment_of
     from oversight_rl.runs.loop import Interrupted, fit
     from oversight_rl.tables import print_summary
 
+    configs = list(runs.values())
     first, kind = configs[0], experiment_of(configs[0])
-    say(
-        console,
-        f"training {first.method} at {first.oversight:.2%} oversight, "
-        f"seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}",
-    )
+    what = f"{first.method} at {first.oversight:.2%} oversight"
+    say(console, f"training {what}, seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}")
     try:
-        tables = fit(kind, configs, paths, console, resume)
+        tables = fit(kind, configs, list(runs), console, resume)
     except Interrupted:
         say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
@@ -307,10 +293,8 @@ def run_sweep(
         try:
             failed = sweep(asked, out, pool, console, stack_memory(gpu, count))
         except KeyboardInterrupt:
-            say(
-                console,
-                f"stopped; the same command goes on: oversight-rl sweep {config} --out {out}",
-            )
+            again = f"oversight-rl sweep {config} --out {out}"
+            say(console, f"stopped; the same command goes on: {again}")
             raise SystemExit(STOPPED) from None
     for path, why in failed.items():
         say(console, f"failed: {path}: {why}")
@@ -339,15 +323,7 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """The command `oversight-rl`."""
-    given = list(sys.argv[1:] if args is None else args)
-    if given == ["--version"]:
-        run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
-        return
-    if given[:1] == ["train"]:
-        run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
-        return
+def _subcommand(args: list[str]) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "train": cast(Any, Train)[settings_of({})],  # for the help
         "evaluate": evaluate,
@@ -355,9 +331,17 @@ def main(args: Sequence[str] | None = None) -> None:
         "report": run_report,
         "import-reference": import_reference,
     }
-    run(
-        lambda flags: tyro.extras.subcommand_cli_from_dict(
-            commands, prog="oversight-rl", args=flags, description=DESCRIPTION
-        ),
-        given,
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog="oversight-rl", args=args, description=DESCRIPTION
     )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command `oversight-rl`."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
+    elif given[:1] == ["train"]:
+        run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
+    else:
+        run(_subcommand, given)

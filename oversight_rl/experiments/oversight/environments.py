@@ -149,7 +149,7 @@ def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:
 def env_rollouts(
     policy: MoEPolicy, config: Config, steerings: Sequence[Steering], seed: int = 0
 ) -> bytes | None:
-    """Policies of a PPO run at work side by side, as a GIF; None where its environment draws none."""
+    """Policies of a PPO run at work, a GIF; None where its environment has no pictures."""
     columns = []
     with torch.random.fork_rng(devices=[]):
         for steering in steerings[:MOST_POLICIES]:
