@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from oversight_rl.reports.found import Found, Part, Report, percent
+from oversight_rl.reports.gather import Found, Part, Report, percent
 from oversight_rl.reports.statistics import interquartile_mean, iqm
 from oversight_rl.reports.tables import improvement, means
 

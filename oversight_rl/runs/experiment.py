@@ -33,7 +33,7 @@ class Experiment(ABC):
     methods: ClassVar[Mapping[str, Any]]
     """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
     report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
-    """What its reports hold, a `reports.found.Report` as `module:NAME`, loaded when it is used."""
+    """What its reports hold, a `reports.gather.Report` as `module:NAME`, loaded when it is used."""
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """Charts of several curves on TensorBoard's page, by group and title: a pattern of tags."""
 

@@ -28,7 +28,7 @@ from oversight_rl.reports.figures import (
     new_panels,
     shared_legend,
 )
-from oversight_rl.reports.found import Found, Part, Report, percent
+from oversight_rl.reports.gather import Found, Part, Report, percent
 from oversight_rl.reports.statistics import interquartile_mean
 
 RETURN = "ground-truth return"
