@@ -1,4 +1,4 @@
-"""The commands: `train.py`, and `oversight-rl` with its subcommands.
+"""The commands: `train.py`, and `oversight-rl` with its subcommands; the tables that they print.
 
 What is slow to load (torch takes a second, Stable-Baselines3 and pandas most of another) is loaded
 by the command that needs it, once what was asked for is known to be there: help and mistakes come
@@ -8,6 +8,7 @@ at once.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -16,10 +17,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
 
 import tyro
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_there, writing
@@ -28,6 +32,7 @@ from oversight_rl.settings import Probability, RunConfig, settings_file
 from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
 if TYPE_CHECKING:
+    from oversight_rl.runs.experiment import Experiment
     from oversight_rl.runs.rows import Row
 
 C = TypeVar("C", bound=RunConfig)
@@ -126,7 +131,6 @@ def _fit(
     # with torch, which takes a second to load
     from oversight_rl.runs.experiment import experiment_of
     from oversight_rl.runs.loop import Interrupted, fit
-    from oversight_rl.tables import print_summary
 
     configs = list(runs.values())
     first, kind = configs[0], experiment_of(configs[0])
@@ -206,7 +210,6 @@ def evaluate(
     from oversight_rl.agents.threads import on_threads
     from oversight_rl.experiments.oversight.policies import read, write_policy
     from oversight_rl.runs.rows import write_rows
-    from oversight_rl.tables import print_rows
 
     rows: list[Row] = []
     loaded = read(run_dir)
@@ -321,6 +324,84 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
         say(console, f"note: {line}")
     say(console, verdict)
     say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
+
+
+# ---- tables
+
+
+def print_summary(
+    tables: Sequence[Sequence[Row]], kind: type[Experiment], console: Console
+) -> None:
+    """The table at the training level: means over the runs, and the score's range."""
+    rows = [
+        row
+        for row in itertools.chain(*tables)
+        if row.deploy_oversight == row.train_oversight and "=" not in row.policy
+    ]
+    shown = kind.shown(list(rows[0].figures))
+    headings = {name: short for short, name in shown.items()}
+    others = [name for name in shown.values() if name != kind.score]
+    several, greedy = len(tables) > 1, any(row.greedy for row in rows)
+    table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
+    for heading in (headings[kind.score], *["range"] * several, *["greedy"] * greedy):
+        table.add_column(heading, justify="right")
+    for name in others:
+        table.add_column(headings[name].removeprefix("p_"), justify="right")
+    for policy in dict.fromkeys(row.policy for row in rows):
+        sampled = [row for row in rows if row.policy == policy and not row.greedy]
+        scores = [row.figures[kind.score] for row in sampled]
+        taken = [row.figures[kind.score] for row in rows if row.policy == policy and row.greedy]
+        deployed = sampled[0].deployed
+        table.add_row(
+            f"{policy} (deployed)" if deployed else policy,
+            f"{fmean(scores):.3f}",
+            *[f"{min(scores):.2f}..{max(scores):.2f}"] * several,
+            *[f"{fmean(taken):.3f}" if taken else ""] * greedy,
+            *(_figure(name, fmean([row.figures[name] for row in sampled])) for name in others),
+            style="bold" if deployed else None,
+        )
+    best = rows[0].figures[kind.optimum] if kind.optimum else math.nan
+    if not math.isnan(best):
+        table.add_row("optimum", f"{best:.3f}", style="dim")
+    console.print(table)
+
+
+def print_rows(rows: Sequence[Row], kind: type[Experiment], console: Console) -> None:
+    """A table for each run."""
+    between = "±" if console.encoding.startswith("utf") else "+-"
+    shown = kind.shown(list(rows[0].figures), details=True)
+    for (method, seed, level), own in itertools.groupby(
+        rows, key=lambda row: (row.method, row.seed, row.train_oversight)
+    ):
+        table = _table(f"{method} trained at {level:.2%}, seed {seed}")
+        for heading in ("oversight", *shown):
+            table.add_column(heading.removeprefix("p_"), justify="right")
+        for row in own:
+            cells = {name: _figure(name, row.figures[name]) for name in shown.values()}
+            error = row.figures[kind.error] if kind.error else 0.0
+            cells[kind.score] += f" {between} {error:.3f}" if error > 0 else ""
+            policy = f"{row.policy}{' (greedy)' if row.greedy else ''}"
+            table.add_row(policy, f"{row.deploy_oversight:.2%}", *cells.values())
+        console.print(table)
+    for line in kind.notes(rows):
+        say(console, line)
+
+
+def _figure(name: str, value: float) -> str:
+    """A figure as its name asks for: shares in percent, lengths with one digit."""
+    if name.startswith("p_"):
+        return f"{value:.1%}"
+    return f"{value:.1f}" if name.endswith("_length") else f"{value:.3f}"
+
+
+def _table(title: str) -> Table:
+    """A table that fits 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("policy")
+    return table
+
+
+# ---- which command
 
 
 def _subcommand(args: list[str]) -> None:

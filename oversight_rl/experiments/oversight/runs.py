@@ -21,11 +21,7 @@ PARTS = ("_flagged", "_on_path")  # endings of the names of figures that are par
 
 
 class Judge(Protocol):
-    """What evaluates and draws the policies of a run's agents.
-
-    Args:
-        config: of the run.
-    """
+    """What evaluates and draws the policies of agents, from the configuration of a run."""
 
     def __init__(self, config: Config) -> None: ...
 
@@ -37,15 +33,7 @@ class Judge(Protocol):
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        """The table of each run: rows by policy, then level.
-
-        Args:
-            agent: a stack of agents, one per run.
-            facts: one per run.
-            policies: steerings to evaluate.
-            levels: deployment oversight levels of each run.
-            paths: whether to tell ghosts on a shortest path apart, where that can be told.
-        """
+        """The table of each run of a stack of agents, see `evaluation.Evaluator.evaluate`."""
 
     def pictures(self, agent: Any, policies: Sequence[Steering]) -> dict[str, bytes]:
         """PNG and GIF files of an agent's policies, by name."""
