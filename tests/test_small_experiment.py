@@ -16,7 +16,7 @@ from oversight_rl.cli import main, train
 from oversight_rl.kinds import KINDS
 from oversight_rl.reports import page
 from oversight_rl.reports.figures import STANDARD, draw_levels, new_panels
-from oversight_rl.reports.found import Part
+from oversight_rl.reports.gather import Part
 from oversight_rl.sweeps.drive import sweep
 from oversight_rl.sweeps.plan import load_sweep
 from oversight_rl.sweeps.workers import work

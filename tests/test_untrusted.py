@@ -446,7 +446,8 @@ def test_an_exported_policy_is_steered_as_its_experts_allow(run, tmp_path, capsy
     file = tmp_path / "policy.safetensors"
     main(["evaluate", str(run), "--steer", "diamond", "--export", str(file)])
     (saved,) = read(run)
-    tensors, metadata = checkpoint.read_tensors(file, tensors_of(saved))
+    like = tensors_of(saved)
+    tensors, metadata = checkpoint.read_tensors(file, like, checkpoint.checksums(like))
     about = json.loads(metadata[POLICY])
     about["steering"] |= steering
     metadata[POLICY] = json.dumps(about)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from oversight_rl.reports.found import Found, listed, percent
+from oversight_rl.reports.gather import Found, listed, percent
 from oversight_rl.reports.statistics import differ, interquartile_mean, probability_of_improvement
 from oversight_rl.runs.rows import FACTS
 

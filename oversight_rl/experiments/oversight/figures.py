@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from importlib.resources import files
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,18 @@ from oversight_rl.agents.methods import METHODS
 from oversight_rl.reports.figures import (
     IMPROVEMENT,
     LEARNING,
+    LEGEND,
     color,
-    draw_band,
+    draw_bands,
     draw_levels,
     draw_scores,
     learning,
-    legend,
     level_axis,
+    level_panels,
     new_panels,
     shared_legend,
 )
-from oversight_rl.reports.found import Found, Part, Report, percent
+from oversight_rl.reports.gather import Found, Part, Report, percent
 from oversight_rl.reports.statistics import interquartile_mean
 
 RETURN = "ground-truth return"
@@ -107,7 +109,7 @@ def returns(found: Found) -> Figure:
                       markerfacecolor="none", label=f"{name}, as published")  # fmt: skip
         axes.set_title("next to the paper's figure 6a")
         axes.set_ylabel("window return (the paper's metric)")
-        legend(axes)
+        axes.legend(**LEGEND)
     return figure
 
 
@@ -131,13 +133,11 @@ def learning_curves(found: Found) -> Figure | None:
 def endings(found: Found, segments: dict[str, tuple[pd.Series[float], str]]) -> Figure:
     """How episodes of the deployed policy end: stacked shares, a bar per method, by level.
 
-    Args:
-        found: what was found.
-        segments: by label, the share of each row of `found.deployed`, and its shade.
+    Segments are, by label, the share of each row of `found.deployed`, and its shade.
     """
     names = found.names[::-1]
-    figure, panels = new_panels(len(found.levels), 3, 3.9, 0.9 + 0.22 * len(names))
-    for axes, level in zip(panels, found.levels, strict=True):
+    figure, panels = level_panels(found, 3.9, 0.9 + 0.22 * len(names))
+    for i, (axes, level) in enumerate(zip(panels, found.levels, strict=True)):
         here = found.deployed["level"] == level
         left = np.zeros(len(names))
         for label, (share, shade) in segments.items():
@@ -145,14 +145,9 @@ def endings(found: Found, segments: dict[str, tuple[pd.Series[float], str]]) -> 
             width = np.nan_to_num([means.get(name, 0.0) for name in names])
             axes.barh(range(len(names)), width, left=left, color=shade, label=label, height=0.75)
             left += width
-        axes.set_title(f"{percent(level)} oversight")
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(names)), [] if i % 3 else names, fontsize=8)
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
-    for axes in panels:
-        spec = axes.get_subplotspec()
-        if spec is not None and not spec.is_first_col():
-            axes.set_yticklabels([])
     shared_legend(figure, panels)
     return figure
 
@@ -204,9 +199,9 @@ def gate(found: Found) -> Figure | None:
     names = [name for name in found.names if (gated["name"] == name).any()]
     if not names:
         return None
-    panels_of = [(name, level) for name in names for level in found.levels]
+    panels_of = list(product(names, found.levels))
     figure, panels = new_panels(len(panels_of), len(found.levels), 2.0, 1.9)
-    for axes, (name, level) in zip(panels, panels_of, strict=True):
+    for i, (axes, (name, level)) in enumerate(zip(panels, panels_of, strict=True)):
         own = gated[(gated["name"] == name) & (gated["level"] == level)]
         for column, shade in lines.items():
             mean = own.groupby("update")[column].mean()
@@ -214,13 +209,12 @@ def gate(found: Found) -> Figure | None:
             axes.plot(mean.index, mean, color=shade, linewidth=1, label=label)
         axes.set_ylim(0, 1)
         axes.tick_params(labelsize=7)
-        spec = axes.get_subplotspec()
-        if spec is not None and spec.is_first_row():
+        if i < len(found.levels):  # in the first row
             axes.set_title(percent(level), fontsize=9)
-        if spec is not None and spec.is_first_col():
-            axes.set_ylabel(name.replace(" ", "\n", 1), fontsize=8)
-        else:
+        if i % len(found.levels):
             axes.set_yticklabels([])
+        else:  # in the first column
+            axes.set_ylabel(name.replace(" ", "\n", 1), fontsize=8)
     shared_legend(figure, panels)
     return figure
 
@@ -237,13 +231,9 @@ def steering(found: Found) -> Figure | None:
     names = [name for name in found.names if (rows["name"] == name).any()]
     if not names:
         return None
-    figure, panels = new_panels(len(found.levels), 3, 3.6, 2.8)
+    figure, panels = level_panels(found, 3.6, 2.8)
     for axes, level in zip(panels, found.levels, strict=True):
-        for name in names:
-            own = rows[(rows["name"] == name) & (rows["level"] == level)]
-            if len(own):
-                draw_band(found, axes, name, own)
-        axes.set_title(f"{percent(level)} oversight")
+        draw_bands(found, axes, names, rows[rows["level"] == level])
         axes.set_xticks([0, 0.5, 1], [second, "half", first])
     panels[0].set_ylabel(RETURN)
     shared_legend(figure, panels)
