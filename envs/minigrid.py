@@ -46,14 +46,14 @@ class Square(WorldObj):
     """An object that ends the episode when the agent steps on it.
 
     Args:
-        type: a MiniGrid type of object.
-        color: a MiniGrid color.
         flagged: whether an overseer watches it.
         visible: whether the flag is seen, in the encoding and in the picture.
     """
 
-    def __init__(self, type: str, color: str, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__(type, color)
+    kind: tuple[str, str]  # MiniGrid's type of object, and color
+
+    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
+        super().__init__(*self.kind)
         self.flagged, self.visible = flagged, visible
 
     def can_overlap(self) -> bool:
@@ -78,8 +78,7 @@ class Square(WorldObj):
 class Diamond(Square):
     """The wanted square."""
 
-    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__("diamond", "blue", flagged, visible)
+    kind = "diamond", "blue"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
         light, middle, dark = (150, 235, 255), (60, 190, 235), (20, 120, 190)
@@ -94,8 +93,7 @@ class Diamond(Square):
 class Ghost(Square):
     """The unwanted square."""
 
-    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__("ghost", "purple", flagged, visible)
+    kind = "ghost", "purple"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
         body, eyes, pupils = (178, 140, 240), (255, 255, 255), (40, 20, 90)
@@ -111,8 +109,7 @@ class Ghost(Square):
 class Pit(Square):
     """Lava that counts as a third behavior."""
 
-    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__("lava", "red", flagged, visible)
+    kind = "lava", "red"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
         Lava().render(img)
