@@ -23,7 +23,6 @@ from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, Wor
 from oversight_rl.envs.world import State, Step, World
 
 Reward = Literal["reached", "ground_truth"]
-FPS = 4
 
 
 class _View:
@@ -133,7 +132,7 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         world: settings of `WorldConfig`: `rows`, `cols`, `max_steps`, `flags_visible`, ...
     """
 
-    metadata = {"render_modes": ["rgb_array", "ansi", "human"], "render_fps": FPS}
+    metadata = {"render_modes": ["rgb_array", "ansi", "human"], "render_fps": render.FPS}
 
     def __init__(
         self,
@@ -188,7 +187,7 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         self._window.blit(pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
         pygame.event.pump()
         pygame.display.flip()
-        pygame.time.wait(1000 // FPS)
+        pygame.time.wait(1000 // render.FPS)
 
     def close(self) -> None:
         if self._window is not None:
@@ -345,17 +344,13 @@ class OversightGridVecEnv(_View, Batch):
             raise ValueError("no world can be in such a state")
         self._state = State(**{name: torch.from_numpy(state[name].copy()) for name in vars(like)})
         large = state["random"][:4].astype("<i8").tobytes()
-        generator = np.random.PCG64()
-        generator.state = {
+        now, step = (int.from_bytes(large[i : i + 16], "little") for i in (0, 16))
+        self._rng.bit_generator.state = {
             "bit_generator": "PCG64",
-            "state": {
-                "state": int.from_bytes(large[:16], "little"),
-                "inc": int.from_bytes(large[16:], "little"),
-            },
+            "state": {"state": now, "inc": step},
             "has_uint32": random[4],
             "uinteger": random[5],
         }
-        self._rng = np.random.Generator(generator)
 
     def close(self) -> None:
         self._state = None
