@@ -27,6 +27,7 @@ from oversight_rl.envs.minigrid import (
     Layout,
     Pit,
     SymbolicObservation,
+    walls,
 )
 
 UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
@@ -92,7 +93,8 @@ class DiamondGhostVecEnv(Batch):
         self._encodings = np.array(encodings, np.uint8)  # [tile, 3]
         self._moves = np.array([x + y * size for x, y in DIR_TO_VEC])  # from cell to cell
         self._view = _view(self._moves, agent_view_size)
-        self._walls, self._gaps = _walls(size, layout)
+        wall, self._gaps = walls(size, layout)
+        self._walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
         self._all = np.arange(num_envs)
         self._first = self._all * size**2  # each world's first tile
         self._agent, self._direction, self._steps = np.zeros((3, num_envs), np.int64)
@@ -280,19 +282,6 @@ def _view(moves: Ints, v: int) -> Ints:
     ahead, aside = moves[direction], np.roll(moves, -1)[direction]
     offset: Ints = ahead * (v - 1 - back) + aside * (right - v // 2)
     return offset
-
-
-def _walls(size: int, layout: Layout) -> tuple[Tiles, list[Ints]]:
-    """Tiles of a world without its gaps, and for each gap the cells that it may take."""
-    tiles = np.full((size, size), EMPTY, np.uint8)
-    tiles[[0, -1]] = tiles[:, [0, -1]] = WALL
-    if layout == "empty":
-        return tiles.ravel(), []
-    middle = size // 2
-    tiles[middle] = tiles[:, middle] = WALL
-    halves = np.arange(1, middle), np.arange(middle + 1, size - 1)
-    gaps = [cells for half in halves for cells in (half * size + middle, middle * size + half)]
-    return tiles.ravel(), gaps
 
 
 def _seen(clear: Bools) -> Bools:
