@@ -259,7 +259,7 @@ def new_learner(config: Config) -> PPOLearner:
     """A fresh learner of a run; `UserError` if PPO cannot train in its environment."""
     env = make_env(config, config.oversight, config.ppo.worlds)
     with _refusing(config):
-        return PPOLearner(
+        learner = PPOLearner(
             config.ppo,
             config.agent,
             env,
@@ -269,6 +269,15 @@ def new_learner(config: Config) -> PPOLearner:
             device=config.torch_device(),
             curves_every=LOG_EVERY,
         )
+        _check_names(learner.policy.behaviors)
+    return learner
+
+
+def _check_names(behaviors: Sequence[str]) -> None:
+    """Refuse behaviors after which figures cannot be named."""
+    figures = [f"p_{name}{part}" for name in behaviors for part in ("", "_flagged")]
+    if len({*figures, "p_timeout"}) <= len(figures) or not "".join(behaviors).isprintable():
+        raise ValueError(f"behaviors must give figures names of their own, got {behaviors}")
 
 
 @contextmanager
