@@ -73,11 +73,7 @@ class _View:
         return self._seen(self._state)
 
     def _advance(self, actions: Any, rng: np.random.Generator | None) -> tuple[Step, Tensor]:
-        """Step all worlds; those whose episode ends begin anew, or stay if there is no `rng`.
-
-        Returns:
-            What happened, and rewards `[N]` float32.
-        """
+        """What happened, and rewards `[N]`; ended worlds begin anew, or stay without `rng`."""
         state = self._started()
         chosen = torch.from_numpy(check_actions(actions, self._n, len(ACTIONS)))
         fresh = state if rng is None else self._start(rng)
@@ -149,17 +145,13 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         self.observation_space, self.action_space = self._spaces()
         self._window: Any = None
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         (observation,) = self._begin(self.np_random)
         self._show()
         return observation, {}
 
-    def step(
-        self, action: np.int64
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         step, reward = self._advance([action], None)
         (observation,) = self._seen(step.last)
         self._show()
@@ -213,15 +205,11 @@ class OversightGridVectorEnv(_View, gym.vector.VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def reset(
-        self, *, seed: Any = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         return self._begin(self.np_random), {}
 
-    def step(
-        self, actions: Any
-    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         step, reward = self._advance(actions, self.np_random)
         infos: dict[str, Any] = {}
         for i, info, last in self._ended(step):

@@ -129,12 +129,8 @@ class DiamondGhostVecEnv(Batch):
         elapsed = round(time.time() - self._clock, 6)
         for i, last in zip(ended.tolist(), observation[ended], strict=True):
             record = {"r": float(reward[i]), "l": int(self._steps[i]), "t": elapsed}
-            infos[i] = {
-                "terminal_observation": last,
-                "TimeLimit.truncated": not terminated[i],
-                "episode": record,
-                "behavior": None,
-            }
+            infos[i] = {"terminal_observation": last, "TimeLimit.truncated": not terminated[i]}
+            infos[i] |= {"episode": record, "behavior": None}
             if terminated[i]:
                 behavior = one.behaviors[kind[i]]
                 infos[i] |= {"behavior": behavior, "ground_truth_reward": float(truth[i])}
