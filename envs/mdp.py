@@ -49,8 +49,7 @@ class WorldMDP:
     """
 
     def __init__(self, world: World) -> None:
-        reason = why_not(world)
-        if reason:
+        if reason := why_not(world):
             raise ValueError(f"no exact evaluation: {reason}")
         self.world = world
         cells = world.config.cells

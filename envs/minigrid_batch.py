@@ -20,19 +20,10 @@ from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 
 from oversight_rl.envs.gym import Batch, Reward
-from oversight_rl.envs.minigrid import (
-    Diamond,
-    DiamondGhostEnv,
-    Ghost,
-    Layout,
-    Pit,
-    SymbolicObservation,
-    walls,
-)
+from oversight_rl.envs.minigrid import KINDS, DiamondGhostEnv, Layout, SymbolicObservation, walls
 
 UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
 SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag
-KINDS = (Diamond, Ghost, Pit)
 FORWARD = 2
 TURNS = np.array([-1, 1, 0])  # of the direction, per action
 SHARED = ("oversight", "paid", "max_steps")  # attributes that may change between steps
@@ -152,10 +143,9 @@ class DiamondGhostVecEnv(Batch):
         tiles, agent, steps = state["tiles"], state["agent"], state["steps"]
         grid = tiles.reshape(self.num_envs, self._one.height, self._one.width)
         inner = grid[:, 1:-1, 1:-1] == WALL
+        squares = range(SQUARES, SQUARES + 2 * len(self._one.behaviors))
         return bool(
-            np.isin(
-                tiles, [EMPTY, WALL, *range(SQUARES, SQUARES + 2 * len(self._one.behaviors))]
-            ).all()
+            np.isin(tiles, [EMPTY, WALL, *squares]).all()
             and (grid == WALL).sum() - inner.sum() == grid[0].size * len(grid) - inner.size
             and ((agent >= 0) & (agent < tiles.shape[1])).all()
             and (tiles[self._all, agent] != WALL).all()
@@ -192,10 +182,9 @@ class DiamondGhostVecEnv(Batch):
         self._tiles = None
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        started = self._tiles is not None
-        chosen = self._get_indices(indices)
         if attr_name == "flags":
-            return [self.flags for _ in chosen]
+            return super().get_attr(attr_name, indices)
+        started, chosen = self._tiles is not None, self._get_indices(indices)
         return [getattr(self.world(i) if started else self._one, attr_name) for i in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
