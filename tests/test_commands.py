@@ -10,24 +10,29 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pandas as pd
 import pytest
+import small_experiment
 import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from oversight_rl import load_policy
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import new_agent, take_run
 from oversight_rl.agents.reinforce.learner import HELD_OUT
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import SteeredPolicy
 from oversight_rl.cli import main, train
+from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.policies import read_run
 from oversight_rl.files import write_atomically
-from oversight_rl.kinds import load_config
+from oversight_rl.kinds import KINDS, load_config
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import RunFolder, find_runs
@@ -106,6 +111,8 @@ def test_a_run_folder_is_complete(run):
     assert {row["policy"] for row in rows} == {"mixture", "diamond", "ghost", *blends}
     assert {row["deploy_oversight"] for row in rows} == {0.0, 0.01, 0.1, 1.0}
     assert {row["evaluator"] for row in rows} == {"exact"}
+    assert {row["policy"] for row in rows if row["deployed"]} == {"diamond"}
+    assert sum(row["deployed"] for row in rows) == 2 * 4
     assert rows[0]["optimal_return"] == pytest.approx(0.9317, abs=1e-4)
     assert rows[0]["env_steps"] == 20 * 32 * 8
     metrics = pd.read_csv(run / "metrics.csv")
@@ -183,6 +190,40 @@ def test_an_exported_policy_evaluates_the_same(run, tmp_path):
     assert json.loads(a.read_text()) == json.loads(b.read_text())
     main(["evaluate", str(policy), "--greedy", "--json", str(b)])
     assert json.loads(b.read_text())[0]["greedy"]
+
+
+def test_a_run_is_a_policy_that_predicts(run, tmp_path):
+    policy = load_policy(str(run))
+    assert policy.steering.name == "diamond"
+    env = gym.make("OversightGrid-v0")
+    observation, _ = env.reset(seed=0)
+    action, state = policy.predict(observation, deterministic=True)
+    assert (env.action_space.contains(int(action)), state) == (True, None)
+    chances = policy(observation)
+    assert action == chances.argmax()
+    drawn, _ = policy.predict(np.stack([observation] * 5_000))
+    assert drawn.shape == (5_000,)
+    assert torch.bincount(torch.as_tensor(drawn), minlength=4) / 5_000 == pytest.approx(
+        chances, abs=0.035
+    )
+    assert not torch.equal(policy.steer("ghost")(observation), chances)
+    main(["evaluate", str(run), "--steer", "ghost", "--export", str(tmp_path / "ghost")])
+    assert torch.equal(load_policy(tmp_path / "ghost")(observation), policy(observation))
+
+
+def test_one_of_several_runs_is_to_be_named(run, tmp_path):
+    for seed in (0, 7):
+        shutil.copytree(run, tmp_path / f"seed_{seed}")
+    with pytest.raises(UserError, match=f"several runs; name one, like {tmp_path}/seed_0"):
+        load_policy(tmp_path)
+    assert load_policy(tmp_path / "seed_7").steering.name == "diamond"
+
+
+def test_runs_that_have_no_experts_are_not_steered(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
+    train(["--algo", "climb", "--run-dir", str(tmp_path / "run")])
+    error = refused(capsys, main, ["evaluate", tmp_path / "run"])
+    assert error == "error: algo: runs of climb have no experts to steer\n"
 
 
 def test_evaluate_draws_pictures(run, tmp_path):
@@ -555,6 +596,15 @@ def test_bad_flags_of_train(tmp_path, capsys, monkeypatch, args, message):
     assert list(tmp_path.iterdir()) == []  # nothing was written
 
 
+@pytest.mark.parametrize(
+    "flag", [["--training.updates", "3"], ["--training.updates=3"], ["--training.no-bootstrap"]]
+)
+def test_a_flag_that_was_renamed_is_told_its_new_name(tmp_path, capsys, flag):
+    error = refused(capsys, train, [*SMOKE, *flag, "--run-dir", tmp_path / "run"])
+    assert error == f"error: {flag[0]}: training is called reinforce since version 0.2\n"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_absent_gpu_is_refused(tmp_path, capsys):
     error = refused(capsys, train, ["--run-dir", tmp_path / "run", "--device", "cuda"])
@@ -573,6 +623,7 @@ def test_an_absent_gpu_is_refused(tmp_path, capsys):
         ("world: [", "not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
         ("reinforce: {updates: 1.5}", "reinforce.updates"),
+        ("training: {updates: 3}", "bad.yaml: training: is called reinforce since version 0.2\n"),
         ("seeds: []", "seeds"),
         ("agent: {hidden: 0}", "agent.hidden"),
     ],

@@ -119,6 +119,24 @@ def test_numbers_mean_what_they_say(tmp_path):
     assert config.oversight == 0.1
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["settings: {training: {updates: 2}}\ngrid: {seeds: 2}", "grid: {training.updates: [2]}"],
+)
+def test_a_sweep_is_told_the_new_name_of_a_section(tmp_path, text):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"training: is called reinforce since version 0\.2"):
+        plan(load_sweep(tmp_path / "sweep.yaml"), tmp_path / "out")
+
+
+def test_what_a_run_wrote_is_read_by_the_names_of_its_version(tmp_path):
+    """As a run folder's settings are; a file without provenance is a user's."""
+    text = "training: {updates: 7}\nprovenance: {versions: {oversight-rl: 0.1.0}}\n"
+    assert loaded(tmp_path, text).reinforce.updates == 7
+    with pytest.raises(UserError, match="is called reinforce"):
+        loaded(tmp_path, "training: {updates: 7}")
+
+
 @pytest.mark.parametrize("word", ["true", "on", "Yes", "false", "off", "NO"])
 def test_words_for_true_and_false_stay(tmp_path, word):
     config = loaded(tmp_path, f"pictures: {word}\n")

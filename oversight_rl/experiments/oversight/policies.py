@@ -85,9 +85,11 @@ def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
         path: a run folder, or an exported policy. A run's is steered to what its method deploys.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several.
     """
-    (saved,) = read(Path(path))
+    saved, *others = read(Path(path))
+    if others:
+        raise UserError(f"{path}: holds several runs; name one, like {path}/seed_0")
     steering = saved.steering or parse(KEPT, *saved.kind.names(saved.agent))
     return cast("SteeredPolicy | MoEPolicy", saved.kind.policy(saved.agent, steering))
 
