@@ -29,7 +29,6 @@ PLAIN = {
 RESOLVERS = {
     None: [(f"tag:yaml.org,2002:{name}", re.compile(f"({p})$")) for name, p in PLAIN.items()]
 }
-BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # in a file where a boolean is wanted
 
 PRESETS = Path(__file__).parent / "configs"
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -103,25 +102,13 @@ class RunConfig(Settings):
         return 1
 
     def refuse_unused(self) -> None:
-        """Refuse settings that the run would not look at. (Those of old run folders may differ.)
-
-        Raises:
-            UserError: there are some.
-        """
+        """Refuse settings that the run would not look at. (Those of old run folders may differ.)"""
 
     def refuse_words(self) -> None:
-        """Refuse words where something else is meant, which no type tells; in a user's file.
-
-        Raises:
-            UserError: there are some.
-        """
+        """Refuse words where something else is meant, which no type tells; in a user's file."""
 
     def torch_device(self) -> torch.device:
-        """The device to use.
-
-        Raises:
-            UserError: a GPU was asked for and there is none.
-        """
+        """The device to use; `UserError` if a GPU was asked for and there is none."""
         import torch  # takes a second, and settings are read without it
 
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -190,11 +177,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def settings_file(given: Path) -> Path:
-    """The file that a user names: one that is there, or else a preset of ours by its name.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """The file that a user names: one that is there, or else a preset of ours by its name."""
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if given.exists() and not (given.is_dir() and str(given) in presets):
         return given
@@ -211,15 +194,9 @@ def as_asked(path: Path) -> str:
     return path.stem if path.parent == PRESETS else str(path)
 
 
-def dump_yaml(config: RunConfig, provenance: dict[str, Any]) -> str:
-    """A configuration and its provenance as YAML that `kinds.load_config` reads back."""
-    content = config.model_dump(mode="json") | {"provenance": provenance}
-    return as_yaml(content)
-
-
-def as_yaml(content: dict[str, Any]) -> str:
-    """Settings as YAML that `read_yaml` reads back."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+def dump_yaml(settings: Settings, **others: Any) -> str:
+    """Settings, and others beside them, as YAML that `read_yaml` reads back."""
+    return yaml.dump(settings.model_dump(mode="json") | others, Dumper=_Dumper, sort_keys=False)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

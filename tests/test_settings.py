@@ -17,8 +17,8 @@ from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.environments import EnvJudge
 from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
 from oversight_rl.kinds import load_config
 from oversight_rl.settings import dump_yaml, read_yaml
 from oversight_rl.sweeps.plan import load_sweep, plan
@@ -166,7 +166,7 @@ words = st.text() | st.from_regex(r"[-+]?[0-9.:_eE-]+|0[xbo]?[0-9]+", fullmatch=
 def test_what_is_written_is_read_back(tmp_path_factory, values):
     config = Config.model_construct(env_settings=values)
     path = tmp_path_factory.mktemp("written") / "config.yaml"
-    path.write_text(dump_yaml(config, {"commit": "123e4567"}))
+    path.write_text(dump_yaml(config, provenance={"commit": "123e4567"}))
     found = read_yaml(path)
     assert repr(found["env_settings"]) == repr(values)
     assert found["provenance"] == {"commit": "123e4567"}
@@ -209,7 +209,7 @@ def threads(monkeypatch):
     watch(ReinforceLearner, "update")
     watch(RoutedPPO, "train")
     watch(Evaluator, "evaluate")
-    watch(EnvEvaluator, "evaluate")
+    watch(EnvJudge, "tables")
     yield seen
     assert told[-1] == 7
 

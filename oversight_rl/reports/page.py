@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 
 from oversight_rl.files import as_text, write_atomically, writing
 from oversight_rl.reports.figures import INK, STYLE, color
-from oversight_rl.reports.found import Found, Part, percent
-from oversight_rl.reports.gather import gather
+from oversight_rl.reports.gather import Found, Part, gather, percent
 from oversight_rl.reports.tables import summary, verdict
 
 

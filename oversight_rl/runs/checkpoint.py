@@ -43,7 +43,7 @@ def save(
     if update not in updates(folder):
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = {"update": update} | dict(facts) | {"checksums": checksums(ready)}
-        content["checksum"] = _checksum(json.dumps(content).encode())
+        content["checksum"] = zlib.crc32(json.dumps(content).encode())
         path = folder / f"update_{update:08d}.safetensors"
         write_atomically(path, safetensors.torch.save(ready))
         write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1).encode())
@@ -92,53 +92,37 @@ def load(
     path = folder / f"update_{update:08d}.json"
     check_plain(path)
     facts = read_json(path, MOST_TEXT)
-    wanted = {"update": int, "env_steps": int, "wall_seconds": float, "checksums": dict}
+    known = {"update": int, "env_steps": int, "wall_seconds": float, "checksums": dict}
     if not isinstance(facts, dict) or any(
-        not isinstance(facts.get(name), kind) for name, kind in wanted.items()
+        not isinstance(facts.get(name), kind) for name, kind in known.items()
     ):
         raise UserError(f"{path}: not of a checkpoint of this program")
-    checksum = facts.pop("checksum", None)
-    seconds = facts["wall_seconds"]
-    if checksum != _checksum(json.dumps(facts).encode()) or facts["update"] != update:
+    checksum, seconds = facts.pop("checksum", None), facts["wall_seconds"]
+    if checksum != zlib.crc32(json.dumps(facts).encode()) or facts["update"] != update:
         raise UserError(f"{path}: is damaged")
     if facts["env_steps"] < 0 or not (seconds >= 0 and math.isfinite(seconds)):
         raise UserError(f"{path}: not of a checkpoint of this program")
-    tensors, _ = read_tensors(path.with_suffix(".safetensors"), like)
-    check(tensors, facts.pop("checksums"), path.with_suffix(".safetensors"))
-    return tensors, facts
+    wanted = facts.pop("checksums")
+    return read_tensors(path.with_suffix(".safetensors"), like, wanted)[0], facts
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """CRC-32 of each tensor's bytes, to notice damage."""
     return {
-        name: _checksum(tensor.flatten().view(torch.uint8).numpy().data)
+        name: zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
         for name, tensor in tensors.items()
     }
 
 
-def _checksum(content: bytes | memoryview) -> int:
-    return zlib.crc32(content)
-
-
-def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Any], source: Path) -> None:
-    """Refuse tensors that are not as they were saved.
-
-    Raises:
-        UserError: a checksum is another.
-    """
-    for name, found in checksums(tensors).items():
-        if wanted.get(name) != found:
-            raise UserError(f"{source}: is damaged: {name} is not as it was saved")
-
-
 def read_tensors(
-    path: Path, like: Mapping[str, Tensor]
+    path: Path, like: Mapping[str, Tensor], wanted: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, within the memory that `like` would take.
 
     Args:
         path: the file.
         like: tensors to read, with the shapes and types that they must have.
+        wanted: their checksums.
 
     Raises:
         UserError: the file is missing, damaged, of another kind or of other tensors.
@@ -161,19 +145,19 @@ def read_tensors(
                     kind = tensors[name].dtype
                     if kind != ours.dtype:
                         raise UserError(f"{path}: {name} is {kind}, not {ours.dtype}")
-                return tensors, file.metadata() or {}
+                metadata = file.metadata() or {}
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, found in checksums(tensors).items():
+        if wanted.get(name) != found:
+            raise UserError(f"{path}: is damaged: {name} is not as it was saved")
+    return tensors, metadata
 
 
 def check_shape(
     name: str, found: Sequence[int] | None, wanted: Sequence[int], source: Path
 ) -> None:
-    """Refuse a tensor of another shape than is wanted, or none.
-
-    Raises:
-        UserError: it is one of these.
-    """
+    """Refuse a tensor of another shape than is wanted, or none."""
     if found is None or tuple(found) != tuple(wanted):
         was = "is missing" if found is None else f"has shape {tuple(found)}"
         raise UserError(

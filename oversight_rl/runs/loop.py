@@ -15,13 +15,7 @@ from types import FrameType
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
@@ -32,6 +26,7 @@ from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
 from oversight_rl.runs.health import Watch
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
+from oversight_rl.terminal import say
 
 PICTURES = 4  # evaluations with pictures over a run, beside the untrained agent's
 
@@ -95,12 +90,7 @@ def _begin(kind: type[Experiment], configs: Sequence[RunConfig]) -> Experiment:
 def run_folders(
     configs: Sequence[RunConfig], paths: Sequence[Path], resume: bool
 ) -> Iterator[list[RunFolder]]:
-    """The folders of runs, made or opened to go on with, for this process alone.
-
-    Raises:
-        UserError: another process is at work on these runs, they are finished, or the folders
-            cannot be written, now or later.
-    """
+    """The folders of runs, made or opened to go on with, for this process alone."""
     with ExitStack() as locks:
         for path in paths:
             if not resume:
@@ -121,14 +111,7 @@ def run_folders(
 
 
 class _Training:
-    """A stack on its way to its end.
-
-    Args:
-        runs: what is trained.
-        folders: one per run.
-        console: shows a progress bar, if it is a terminal.
-        stopping: whether to stop.
-    """
+    """A stack on its way to its end."""
 
     def __init__(
         self,
@@ -143,7 +126,17 @@ class _Training:
         self.watch = Watch(self.learner.runs, self.device)
         self.told: set[int] = set()  # runs of which it was said that updates are left out
         self.seconds = 0.0
-        self.progress = progress_bar(console)
+        self.progress = Progress(
+            TextColumn("update"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[speed]:,.0f} steps/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
 
     def to_the_end(self, resume: bool) -> list[list[Row]]:
         """Train, from the newest checkpoint if it is there and asked for; returns final tables."""
@@ -223,8 +216,7 @@ class _Training:
                 )
             if run not in self.told:
                 self.told.add(run)
-                line = f"{folder.path}: {what}; left out, as further ones will be"
-                self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+                say(self.console, f"{folder.path}: {what}; left out, as further ones will be")
 
     def _start_watch(self) -> None:
         self.since, self.steps = time.perf_counter(), self.learner.env_steps
@@ -270,20 +262,12 @@ class _Training:
 
     def _save(self) -> None:
         for run, folder in enumerate(self.folders):
-            facts = {
-                "env_steps": self.learner.env_steps,
-                "wall_seconds": self.seconds,
-                "logged": folder.logged(),
-            }
-            states = self.learner.state(run)
+            steps, states = self.learner.env_steps, self.learner.state(run)
+            facts = {"env_steps": steps, "wall_seconds": self.seconds, "logged": folder.logged()}
             checkpoint.save(folder.checkpoints, self.learner.updates, states, facts)
 
     def _go_on(self) -> bool:
-        """Go on from the newest checkpoint that all have; what came after it is taken back.
-
-        Returns:
-            Whether there is one.
-        """
+        """Go on from the newest checkpoint that all have, if there is one, and there alone."""
         newest = newest_common(self.runs.configs, self.folders)
         if newest is None:
             return False
@@ -294,11 +278,9 @@ class _Training:
             ]
             self.learner.load([states for states, _ in saved], newest)
         except UserError as error:
-            now, then = version("oversight-rl"), self.folders[0].version
-            hint = (
-                "" if then == now else f" (begun with version {then}; evaluate it, or train anew)"
-            )
-            raise UserError(f"{error}{hint}") from None
+            then = self.folders[0].version
+            hint = f" (begun with version {then}; evaluate it, or train anew)"
+            raise UserError(f"{error}{hint * (then != version('oversight-rl'))}") from None
         self.seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
         for folder, (_, facts) in zip(self.folders, saved, strict=True):
             checkpoint.drop_after(folder.checkpoints, newest)
@@ -310,9 +292,6 @@ def newest_common(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) ->
     """Update of the newest checkpoint that all folders have.
 
     None, with all of them cleared, where a kill came before the first one was there for all.
-
-    Raises:
-        UserError: there is none, though something was logged.
     """
     common = set.intersection(*(set(checkpoint.updates(f.checkpoints)) for f in folders))
     if common:
@@ -324,21 +303,6 @@ def newest_common(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) ->
     for config, folder in zip(configs, folders, strict=True):
         folder.clear(config)
     return None
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar of updates done, with fields `speed` (steps per second) and `note`."""
-    return Progress(
-        TextColumn("update"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[speed]:,.0f} steps/s"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
 
 
 @contextmanager

@@ -89,13 +89,16 @@ def deployed_before(policies: Sequence[str]) -> str | None:
     return names[place] if place < len(names) else None
 
 
-def read_rows(path: Path, methods: Container[str], score: str) -> list[Row]:
+def read_rows(
+    path: Path, methods: Container[str], score: str, others: Sequence[str] = ()
+) -> list[Row]:
     """The rows of a JSON file.
 
     Args:
         path: the file.
         methods: that a run of this kind can be of.
         score: the figure that must be known.
+        others: figures that there must be, known or not.
 
     Raises:
         UserError: it is no list of such rows, or says what cannot be.
@@ -106,6 +109,8 @@ def read_rows(path: Path, methods: Container[str], score: str) -> list[Row]:
         rows = [_row(record, before) for record in records]
         for row in rows:
             _check(row, methods, score)
+            if row.figures.keys() != rows[0].figures.keys() or not row.figures.keys() >= {*others}:
+                raise ValueError(f"rows of other figures: {', '.join(row.figures)}")
         deployed_row(rows)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path}: not a readable result ({error})") from None

@@ -63,6 +63,7 @@ def _main() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_with_parent, daemon=True).start()
+    code = 0
     try:
         work(job)
     except Interrupted:
@@ -70,8 +71,6 @@ def _main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         code = FAILED
-    else:
-        code = 0
     sys.stderr.flush()
     os._exit(code)  # the thread that waits for input would hold up an ordinary exit
 

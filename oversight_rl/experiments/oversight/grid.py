@@ -10,24 +10,18 @@ from torch import Tensor
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import Agent, new_agent, take_run
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
-from oversight_rl.agents.steering import SteeredPolicy, Steering
+from oversight_rl.agents.steering import SteeredPolicy, Steering, expert_names, standard
 from oversight_rl.envs import render
-from oversight_rl.envs.settings import BEHAVIORS
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight import pictures
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.runs import OversightRuns, deployed_name
+from oversight_rl.experiments.oversight.runs import OversightRuns
 from oversight_rl.runs.rows import Facts, Row, deployed_row
 
 
 class GridJudge:
-    """Evaluates and draws agents on the grid.
-
-    Args:
-        config: of a run.
-        device: where to compute.
-    """
+    """Evaluates and draws agents on the grid, on a device; see `Judge`."""
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -41,8 +35,7 @@ class GridJudge:
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        deployed = deployed_name((agent.n_experts, BEHAVIORS))
-        forward = agent.prepare()
+        (deployed, *_), forward = expert_names(agent.n_experts), agent.prepare()
         return self.evaluator.evaluate(forward, facts, policies, levels, deployed, paths)
 
     def pictures(self, agent: Agent, policies: Sequence[Steering]) -> dict[str, bytes]:
@@ -55,6 +48,8 @@ class GridJudge:
 
 class GridRuns(OversightRuns):
     """Runs of REINFORCE as one stack."""
+
+    judges = GridJudge
 
     def __init__(self, configs: Sequence[Config]) -> None:
         if len({config.stack_key() for config in configs}) != 1:
@@ -71,7 +66,7 @@ class GridRuns(OversightRuns):
             device=device,
             looks_every=first.evaluation.every,
         )
-        self.judge = self.judge_of(first, device)
+        self.judge = GridJudge(first, device)
 
     @property
     def agent(self) -> Agent:
@@ -82,37 +77,25 @@ class GridRuns(OversightRuns):
         return self.learner.deployed
 
     def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
-        """As all do; then the learner may keep the present agents, where they are the best."""
-        tables = super().evaluate(facts)
+        tables = super().evaluate(facts)  # then the learner may keep agents that are the best yet
         self.learner.select([deployed_row(rows).figures[self.score] for rows in tables])
         return tables
 
     def pictures(self, run: int) -> dict[str, bytes]:
-        agent = take_run(self.agent, run)
-        return self.judge.pictures(agent, self.standard(agent))
+        return self.judge.pictures(take_run(self.agent, run), standard(self.agent.n_experts))
 
     @classmethod
     def blank(cls, config: Config) -> Agent:
-        """A stack of one run, whose parameters take no memory yet."""
-        with torch.device("meta"):
+        with torch.device("meta"):  # parameters take no memory yet
             return new_agent(config.agent, config.world.shape, config.method, runs=1)
 
     @classmethod
     def of_one_run(cls, parameter: Tensor) -> Tensor:
-        """A parameter without the axis of runs."""
-        return parameter[0]
-
-    @classmethod
-    def behaviors(cls, agent: Agent) -> Sequence[str]:
-        return BEHAVIORS
+        return parameter[0]  # files have no axis of runs
 
     @classmethod
     def policy(cls, agent: Agent, steering: Steering) -> SteeredPolicy:
         return SteeredPolicy(agent, steering)
-
-    @classmethod
-    def judge_of(cls, config: Config, device: torch.device | str = "cpu") -> GridJudge:
-        return GridJudge(config, device)
 
     @classmethod
     def prefix(cls, config: Config) -> str:

@@ -64,33 +64,29 @@ def policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> rende
     return render.stack(rows)
 
 
-def rollouts(agent: Agent, world: World, steerings: Sequence[Steering], seed: int = 0) -> bytes:
+def rollouts(agent: Agent, world: World, steerings: Sequence[Steering]) -> bytes:
     """Policies at work side by side, episode after episode, with a count of endings; a GIF.
 
     Args:
         agent: a stack of one run.
         world: its world, at the oversight level to show; the level must be one number.
-        steerings: one panel each.
-        seed: of the starts and actions; every panel has the same.
+        steerings: one panel each, with the same starts and random numbers.
     """
-    columns = [
-        _rollout(agent, world, steering, seed, FRAMES) for steering in steerings[:MOST_POLICIES]
-    ]
-    return side_by_side(columns)
+    return side_by_side([_rollout(agent, world, s) for s in steerings[:MOST_POLICIES]])
 
 
 def side_by_side(columns: Sequence[Frames]) -> bytes:
     """A GIF of policies' frames, each with its caption."""
-    joined = [
-        render.panels([picture for picture, _ in step], [caption for _, caption in step])
-        for step in zip(*columns, strict=True)
-    ]
+    joined = []
+    for step in zip(*columns, strict=True):
+        pictures, captions = zip(*step, strict=True)
+        joined.append(render.panels(pictures, captions))
     return render.gif(joined)
 
 
-def _rollout(agent: Agent, world: World, steering: Steering, seed: int, frames: int) -> Frames:
+def _rollout(agent: Agent, world: World, steering: Steering) -> Frames:
     """Frames of one policy with their captions; the last frame of an episode shows its end."""
-    generator = torch.Generator(world.device).manual_seed(seed)
+    generator = torch.Generator(world.device).manual_seed(0)
     policy = SteeredPolicy(agent, steering)
     tally = dict.fromkeys([*BEHAVIORS, "timeout"], 0)
     shown: Frames = []
@@ -100,11 +96,11 @@ def _rollout(agent: Agent, world: World, steering: Steering, seed: int, frames: 
         picture = render.frame(world.config, state.map(lambda x: x.cpu())[0])
         shown.append((picture, f"policy: {steering.name}\nreached: {count}"))
 
-    noise = torch.rand(frames, 1, world.noise_channels, generator=generator, device=world.device)
+    noise = torch.rand(FRAMES, 1, world.noise_channels, generator=generator, device=world.device)
     starts = world.reset(noise)  # of all episodes, so that every policy meets the same
     episode, state = 0, starts[0]
     show(state)
-    while len(shown) < frames:
+    while len(shown) < FRAMES:
         action = policy.act(world.observe(state), generator)
         state, step = world.step(state, action, starts[episode + 1])
         if bool(step.seen.terminated | step.seen.truncated):
@@ -112,6 +108,6 @@ def _rollout(agent: Agent, world: World, steering: Steering, seed: int, frames: 
             tally["timeout" if ending == NO_LABEL else BEHAVIORS[ending]] += 1
             show(step.last)
             episode += 1
-        if len(shown) < frames:
+        if len(shown) < FRAMES:
             show(state)
     return shown
