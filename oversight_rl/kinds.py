@@ -55,14 +55,9 @@ def settings_of(content: Mapping[str, Any]) -> type[RunConfig]:
 
 
 def as_config(content: Mapping[str, Any], written: bool = False) -> RunConfig:
-    """Check settings.
+    """Check settings, nested as in a file; `UserError` if one is unknown or bad.
 
-    Args:
-        content: settings, nested as in a file.
-        written: whether this program wrote them; version 0.1 may have, by other names.
-
-    Raises:
-        UserError: a setting is unknown or bad.
+    If `written` by this program, they may be version 0.1's, by other names.
     """
     model = settings_of(content)
     for old, new in model.renamed.items():
@@ -73,11 +68,7 @@ def as_config(content: Mapping[str, Any], written: bool = False) -> RunConfig:
 
 
 def load_config(path: Path, **others: str) -> RunConfig:
-    """Read a configuration file; `others` are settings that stand above it.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
-    """
+    """Read a configuration file; `others` are settings that stand above it."""
     content = read_yaml(path)
     if "grid" in content:
         raise UserError(

@@ -147,12 +147,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, unchecked.
+    """The settings in a YAML file, unchecked; `UserError` if it cannot be read as such.
 
     Aliases are refused: a few lines of them can stand for more than fits into memory.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or holds no settings.
     """
     text = read_text(path, MOST_TEXT)
     try:

@@ -9,12 +9,7 @@ from torch import Tensor
 
 
 class Watch:
-    """Notes the first number of each of R runs that is not finite.
-
-    Args:
-        runs: number of runs R.
-        device: where the numbers live.
-    """
+    """Notes the first number of each of R runs that is not finite."""
 
     def __init__(self, runs: int, device: torch.device) -> None:
         self.names: list[str] = []
@@ -25,15 +20,9 @@ class Watch:
 
     @torch.no_grad()
     def look(self, update: int, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Look at what an update (counted from 1) made.
+        """Look at what an update (counted from 1) made; returns whether all is finite, [R] bool.
 
-        Args:
-            update: which one.
-            numbers: `[R]` each, by what they are called, in the order in which they came to be;
-                the same names every time.
-
-        Returns:
-            Whether all are finite. [R] bool
+        The numbers are `[R]` each, see `Learner.numbers`.
         """
         self.names = list(numbers)
         values = torch.stack(list(numbers.values())).to(self.value)  # [numbers, R]

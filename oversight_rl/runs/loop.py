@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -144,9 +144,8 @@ class _Training:
         if not (resume and self._go_on()):
             self._save()
         with self.progress:
-            self.task = self.progress.add_task(
-                "", total=total, completed=learner.updates, speed=0.0, note=""
-            )
+            self.task = self.progress.add_task("", total=total, speed=0.0, note="")
+            self.progress.update(self.task, completed=learner.updates)
             if learner.updates == 0:
                 self._evaluate()
                 self._draw()
@@ -179,10 +178,8 @@ class _Training:
 
     def _facts(self) -> list[Facts]:
         """What result tables say of each run."""
-        steps = self.learner.env_steps
-        return [
-            Facts(c.method, c.seeds[0], c.oversight, steps, self.seconds) for c in self.runs.configs
-        ]
+        come, configs = (self.learner.env_steps, self.seconds), self.runs.configs
+        return [Facts(c.method, c.seeds[0], c.oversight, *come) for c in configs]
 
     def _update(self) -> None:
         """One update; it is taken back in runs where numbers went bad, if they are to go on."""
@@ -297,9 +294,8 @@ def newest_common(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) ->
     if common:
         return max(common)
     if any(folder.has_evaluations for folder in folders):
-        raise UserError(
-            f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
-        )
+        where = folders[0].path
+        raise UserError(f"{where}: no checkpoint to resume from; remove it and train anew")
     for config, folder in zip(configs, folders, strict=True):
         folder.clear(config)
     return None
@@ -320,12 +316,10 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
         for name, handler in before.items():
             signal.signal(name, handler)  # type: ignore[arg-type]
 
-    try:
+    with suppress(ValueError):  # not the main thread: whoever runs it handles signals
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             before[signal.SIGINT] = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread: whoever runs it handles signals
-        pass
     try:
         yield lambda: asked
     finally:

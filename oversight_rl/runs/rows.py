@@ -90,15 +90,9 @@ def deployed_before(policies: Sequence[str]) -> str | None:
 
 
 def read_rows(path: Path, methods: Container[str], score: str) -> list[Row]:
-    """The rows of a JSON file.
+    """The rows of a JSON file; `UserError` if it is no list of rows, or says what cannot be.
 
-    Args:
-        path: the file.
-        methods: that a run of this kind can be of.
-        score: the figure that must be known.
-
-    Raises:
-        UserError: it is no list of such rows, or says what cannot be.
+    A run can be of these methods; the score is a figure that must be known.
     """
     records = read_json(path, MOST_RESULT)
     try:
