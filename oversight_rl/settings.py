@@ -203,5 +203,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             settings |= flat(value, f"{prefix}{key}.")
         else:
-            settings[prefix + key] = value
+            settings[f"{prefix}{key}"] = value
     return settings

@@ -148,11 +148,10 @@ class RunFolder:
         return load_config(self.path / CONFIG)
 
     @property
-    def version(self) -> str:
-        """Version of this program that began the run."""
+    def provenance(self) -> dict[str, Any]:
+        """Commit and versions that began the run, by their dotted names; empty if not known."""
         facts = read_yaml(self.path / CONFIG).get("provenance")
-        versions = facts.get("versions") if isinstance(facts, dict) else None
-        return str(versions.get("oversight-rl")) if isinstance(versions, dict) else "unknown"
+        return flat(facts) if isinstance(facts, dict) else {}
 
     @property
     def finished(self) -> bool:

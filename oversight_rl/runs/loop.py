@@ -98,12 +98,10 @@ def run_folders(
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
             locks.enter_context(locked(path))
-        folders = [
-            RunFolder.open(path)
-            if resume and (path / CONFIG).is_file()
-            else RunFolder.create(path, config)
-            for path, config in zip(paths, configs, strict=True)
-        ]
+        folders = []
+        for path, config in zip(paths, configs, strict=True):
+            begun = resume and (path / CONFIG).is_file()
+            folders.append(RunFolder.open(path) if begun else RunFolder.create(path, config))
         if resume and all(folder.finished for folder in folders):
             raise UserError(f"{paths[0]}: this run is finished")
         with writing(paths[0], "; what was saved before is whole"):
@@ -144,8 +142,8 @@ class _Training:
         if not (resume and self._go_on()):
             self._save()
         with self.progress:
-            self.task = self.progress.add_task("", total=total, speed=0.0, note="")
-            self.progress.update(self.task, completed=learner.updates)
+            done = learner.updates
+            self.task = self.progress.add_task("", total=total, completed=done, speed=0.0, note="")
             if learner.updates == 0:
                 self._evaluate()
                 self._draw()
@@ -275,7 +273,7 @@ class _Training:
             ]
             self.learner.load([states for states, _ in saved], newest)
         except UserError as error:
-            then = self.folders[0].version
+            then = self.folders[0].provenance.get("versions.oversight-rl", "unknown")
             hint = f" (begun with version {then}; evaluate it, or train anew)"
             raise UserError(f"{error}{hint * (then != version('oversight-rl'))}") from None
         self.seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))

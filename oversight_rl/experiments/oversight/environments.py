@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,8 @@ class EnvJudge:
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
         with torch.random.fork_rng(devices=[]):
-            found = [
-                (p, level, self._figures(agent, own, p, level)) for p in policies for level in at
-            ]
+            cells = list(product(policies, at))
+            found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
         return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
@@ -146,31 +146,29 @@ def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:
     return forward
 
 
-def env_rollouts(
-    policy: MoEPolicy, config: Config, steerings: Sequence[Steering], seed: int = 0
-) -> bytes | None:
+def env_rollouts(policy: MoEPolicy, config: Config, steerings: Sequence[Steering]) -> bytes | None:
     """Policies of a PPO run at work, a GIF; None where its environment has no pictures."""
     columns = []
     with torch.random.fork_rng(devices=[]):
         for steering in steerings[:MOST_POLICIES]:
-            torch.manual_seed(seed)
-            frames = _env_rollout(policy.steered(steering), config, steering.name, seed)
+            torch.manual_seed(0)
+            frames = _env_rollout(policy.steered(steering), config, steering.name)
             if frames is None:
                 return None
             columns.append(frames)
     return side_by_side(columns)
 
 
-def _env_rollout(policy: MoEPolicy, config: Config, name: str, seed: int) -> Frames | None:
+def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:
     """Frames of one policy with their captions; None where there are no pictures."""
-    settings = config.model_copy(
-        update={"env_settings": config.env_settings | {"render_mode": "rgb_array"}}
-    )
+    if config.env != GRID:
+        drawn = config.env_settings | {"render_mode": "rgb_array"}
+        config = config.model_copy(update={"env_settings": drawn})
     try:
-        env = make_env(settings if config.env != GRID else config, config.oversight, 1)
+        env = make_env(config, config.oversight, 1)
     except UserError:
         return None  # it was made for training, but knows no render_mode
-    env.seed(seed)
+    env.seed(0)
     observation = env.reset()
     tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)
     shown: Frames = []

@@ -56,9 +56,8 @@ def policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> rende
             if agent.has_gate:
                 with torch.no_grad():
                     heat = agent(observation.flatten(1)[None]).gate[0, :, 0].cpu().numpy()
-            panels.append(
-                render.policy(world.config, state.map(lambda x: x.cpu())[0], chances, heat)
-            )
+            shown = state.map(lambda x: x.cpu())[0]
+            panels.append(render.policy(world.config, shown, chances, heat))
             captions.append(f"{steering.name}, {'watched' if flagged else 'unwatched'}")
         rows.append(render.panels(panels, captions))
     return render.stack(rows)

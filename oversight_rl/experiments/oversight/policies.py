@@ -93,11 +93,7 @@ def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
 
 
 def read(path: Path) -> list[Saved]:
-    """The agents at a path: of a run folder, of a folder of runs by seed, or an exported one.
-
-    Raises:
-        UserError: there is none, or it is damaged or of another kind.
-    """
+    """The agents at a path: of a run folder, of a folder of runs by seed, or an exported one."""
     check_there(path)
     if path.is_dir():
         return [read_run(folder) for folder in open_runs(path)]
@@ -133,12 +129,10 @@ def fill(
     return agent, facts
 
 
-def tensors_of(saved: Saved, prefix: str = PREFIX) -> dict[str, Tensor]:
-    """The parameters of an agent as files have them."""
-    return {
-        f"{prefix}{name}": saved.kind.of_one_run(parameter.detach()).contiguous()
-        for name, parameter in saved.agent.named_parameters()
-    }
+def tensors_of(saved: Saved) -> dict[str, Tensor]:
+    """The parameters of an agent as files of policies have them."""
+    one, parameters = saved.kind.of_one_run, dict(saved.agent.named_parameters())
+    return {f"{PREFIX}{name}": one(p.detach()).contiguous() for name, p in parameters.items()}
 
 
 def write_policy(path: Path, steering: Steering, source: Saved) -> None:

@@ -65,16 +65,13 @@ def import_state_dict(
             f"{source}: {trunks[0]}.layers.0.weight has shape {tuple(first.shape)}, not the "
             f"{len(PLANES)} planes of a square grid"
         )
+    hidden = len(first), len(take(f"{trunks[0]}.layers.1.weight"))
     config = Config(
         method=method or ("naive" if single else "routing" if learned else "no_gate"),
         oversight=oversight,
         seeds=(seed,),
         world=WorldConfig(rows=side, cols=side),
-        agent=AgentConfig(
-            hidden=(len(first), len(take(f"{trunks[0]}.layers.1.weight"))),
-            value_activation="none",
-            gate_conv=learned,
-        ),
+        agent=AgentConfig(hidden=hidden, value_activation="none", gate_conv=learned),
     )
     made_by = METHODS[config.method].policy
     if (made_by.experts == "one") != single or (
@@ -85,13 +82,7 @@ def import_state_dict(
 
 
 def _renamed(source: Path, trunks: Sequence[str], take: Callable[[str], Tensor]) -> Tensors:
-    """The published tensors by our names.
-
-    Args:
-        source: their file.
-        trunks: names of experts and gate there; of a gate that learns, the last.
-        take: finds a tensor there.
-    """
+    """The published tensors by our names; `trunks` are experts, and the gate if it learns."""
     tensors = {}
     for kind in ("weight", "bias"):
         for i in range(2):
@@ -150,11 +141,11 @@ def _read(source: Path) -> dict[str, Tensor]:
         raise UserError(f"{source}: cannot read the file ({error.strerror})") from None
     except Exception:  # whatever a damaged archive or program makes zipfile and torch raise
         raise UserError(f"{source}: not a state dict of tensors saved by torch") from None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise UserError(f"{source}: expected a dictionary of tensors")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{source}: expected a dictionary of tensors")
         if (
             tensor.layout != torch.strided
             or not tensor.is_floating_point()
