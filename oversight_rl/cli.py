@@ -148,13 +148,11 @@ def _fit(
 
 @contextmanager
 def _run_dir(asked: Path | None, config: RunConfig) -> Iterator[Path]:
-    """The folder to write: as asked, or a new one under runs/, gone again if nothing came into it.
-
-    A new one is made at once, so that no run that starts in the same second gets it too.
-    """
+    """The folder to write: as asked, or a new one under runs/, gone again if it stays empty."""
     if asked is not None:
         yield asked
         return
+    # made at once, so that no run that starts in the same second gets it too
     first, *more = config.seeds
     seeds = f"seeds_{first}_to_{more[-1]}" if more else f"seed_{first}"
     name = f"{config.method}-{config.oversight:g}-{seeds}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -333,11 +331,8 @@ def print_summary(
     tables: Sequence[Sequence[Row]], kind: type[Experiment], console: Console
 ) -> None:
     """The table at the training level: means over the runs, and the score's range."""
-    rows = [
-        row
-        for row in itertools.chain(*tables)
-        if row.deploy_oversight == row.train_oversight and "=" not in row.policy
-    ]
+    every = [row for row in itertools.chain(*tables) if "=" not in row.policy]
+    rows = [row for row in every if row.deploy_oversight == row.train_oversight]
     shown = kind.shown(list(rows[0].figures))
     headings = {name: short for short, name in shown.items()}
     others = [name for name in shown.values() if name != kind.score]

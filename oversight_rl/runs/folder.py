@@ -144,7 +144,6 @@ class RunFolder:
         return cls(path)
 
     def config(self) -> RunConfig:
-        """The configuration of the run."""
         return load_config(self.path / CONFIG)
 
     @property
@@ -155,7 +154,6 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
         return (self.path / RESULT).is_file()
 
     @property

@@ -59,11 +59,6 @@ class Row(Facts):
         first, last = ({name: getattr(self, name) for name in part} for part in (BEFORE, AFTER))
         return first | dict(self.figures) | last
 
-    @property
-    def as_trained(self) -> bool:
-        """Whether it is a sampled policy at the level that the run was trained at."""
-        return not self.greedy and self.deploy_oversight == self.train_oversight
-
 
 # in the order of files, before the figures and after them
 BEFORE = ("method", "seed", "train_oversight", "deploy_oversight", "policy", "deployed", "greedy",
@@ -75,7 +70,8 @@ _ROW = TypeAdapter(Row)  # checks the types of what is read
 
 def deployed_row(rows: Sequence[Row]) -> Row:
     """The row of the deployed policy, sampled, at the training oversight level."""
-    (match,) = (row for row in rows if row.deployed and row.as_trained)
+    as_trained = (row for row in rows if row.deploy_oversight == row.train_oversight)
+    (match,) = (row for row in as_trained if row.deployed and not row.greedy)
     return match
 
 

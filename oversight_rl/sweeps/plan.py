@@ -48,7 +48,6 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
         return (self.path / RESULT).is_file()
 
     @property

@@ -38,7 +38,6 @@ def work(job: str) -> None:
 
     Raises:
         Interrupted: the worker was asked to stop; everything is saved.
-        UserError: the runs cannot be trained.
     """
     runs = [Run(Path(path), as_config(config)) for path, config in json.loads(job)]
     kind = experiment_of(runs[0].config)
@@ -150,9 +149,6 @@ def ray_workers(address: str, gpu: bool = False) -> Iterator[Submit]:
         address: of the cluster, or `local` to start one on this machine. All of its machines must
             reach the run folders under the same paths.
         gpu: whether each job takes a GPU of the cluster.
-
-    Raises:
-        UserError: Ray is not installed, or there is no such cluster.
     """
     try:
         import ray  # an extra, which few have

@@ -38,12 +38,9 @@ def placement(world: World, flagged: bool) -> State:
 
 
 def policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> render.Picture:
-    """Arrows of each policy, unwatched above watched; the gate's heat where there is a gate.
+    """Arrows of each policy of a stack of one run, a column each, unwatched above watched.
 
-    Args:
-        agent: a stack of one run.
-        world: its world.
-        steerings: one column each.
+    The gate's heat lies below them, where there is a gate.
     """
     rows = []
     for flagged in (False, True):
@@ -64,12 +61,9 @@ def policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> rende
 
 
 def rollouts(agent: Agent, world: World, steerings: Sequence[Steering]) -> bytes:
-    """Policies at work side by side, episode after episode, with a count of endings; a GIF.
+    """Policies of a stack of one run at work side by side, with a count of endings; a GIF.
 
-    Args:
-        agent: a stack of one run.
-        world: its world, at the oversight level to show; the level must be one number.
-        steerings: one panel each, with the same starts and random numbers.
+    The world is at one oversight level; all have the same starts and random numbers.
     """
     return side_by_side([_rollout(agent, world, s) for s in steerings[:MOST_POLICIES]])
 

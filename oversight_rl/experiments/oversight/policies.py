@@ -46,7 +46,6 @@ class Saved:
 
     @property
     def kind(self) -> type[OversightRuns]:
-        """What kind of runs its run is of."""
         return kind_of(self.config)
 
     def steerings(self, texts: Sequence[str], greedy: bool, temperature: float) -> list[Steering]:

@@ -34,17 +34,9 @@ def import_state_dict(
 ) -> RunFolder:
     """Write a run folder with the policy in a state dict of the published code.
 
-    The value net is not part of the published policy; it is left at zero.
-
-    Args:
-        source: a state dict saved by torch; loading executes nothing and accepts tensors only.
-        run_dir: new or empty.
-        oversight: level that it was trained at.
-        method: None: `naive` for one expert, `no_gate` for a constant gate, else `routing`.
-        seed: recorded.
-
-    Raises:
-        UserError: the file or a setting is not what it should be.
+    The value net is not part of the published policy; it is left at zero. A method that is not
+    given is `naive` for one expert, `no_gate` for a constant gate, else `routing`. Loading executes
+    nothing and accepts tensors only; `UserError` if the file or a setting is not what it should be.
     """
     state = _read(source)
     single = f"{SINGLE}.layers.0.weight" in state
