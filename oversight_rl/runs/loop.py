@@ -1,11 +1,11 @@
-"""The one loop: it drives a learner, whichever, and owns time, logs, checkpoints and stopping."""
+"""The one loop: it drives any learner, and owns time, logs, checkpoints, health and stopping."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
@@ -23,7 +24,6 @@ from oversight_rl.files import writing
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.experiment import LOG_EVERY, Experiment
 from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
-from oversight_rl.runs.health import Watch
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
 from oversight_rl.terminal import say
@@ -297,6 +297,45 @@ def newest_common(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) ->
     for config, folder in zip(configs, folders, strict=True):
         folder.clear(config)
     return None
+
+
+class Watch:
+    """Notes the first number of each of R runs that is not finite, without making a GPU wait."""
+
+    def __init__(self, runs: int, device: torch.device) -> None:
+        self.names: list[str] = []
+        self.update = torch.zeros(runs, dtype=torch.int64, device=device)  # of the first, or 0
+        self.which = torch.zeros_like(self.update)  # index into names
+        self.value = torch.zeros(runs, device=device)
+        self.count = torch.zeros_like(self.update)  # updates with any
+
+    @torch.no_grad()
+    def look(self, update: int, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Look at what an update (counted from 1) made; returns whether all is finite, [R] bool.
+
+        The numbers are `[R]` each, see `Learner.numbers`.
+        """
+        self.names = list(numbers)
+        values = torch.stack(list(numbers.values())).to(self.value)  # [numbers, R]
+        bad = ~values.isfinite()
+        any_bad = bad.any(0)
+        first = any_bad & (self.count == 0)
+        which = bad.int().argmax(0)  # the first of several
+        self.update = torch.where(first, update, self.update)
+        self.which = torch.where(first, which, self.which)
+        self.value = torch.where(first, values.gather(0, which[None])[0], self.value)
+        self.count = self.count + any_bad
+        return ~any_bad
+
+    def seen(self) -> dict[int, str]:
+        """What was seen first, in words, by run; waits for the device."""
+        if not bool(self.count.any()):
+            return {}
+        return {
+            run: f"update {self.update[run]}: the {self.names[which]} is {float(self.value[run])}"
+            for run, which in enumerate(self.which.tolist())
+            if self.count[run]
+        }
 
 
 @contextmanager

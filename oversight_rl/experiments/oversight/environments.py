@@ -27,7 +27,7 @@ from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator, no_policy, policy_row
-from oversight_rl.experiments.oversight.pictures import FRAMES, MOST_POLICIES, Frames, side_by_side
+from oversight_rl.experiments.oversight.grid import FRAMES, MOST_POLICIES, Frames, side_by_side
 from oversight_rl.experiments.oversight.runs import OversightRuns
 from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
