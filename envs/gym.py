@@ -6,15 +6,15 @@ VectorEnv is what `gymnasium.make_vec` makes of the id, eighty times as fast as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -23,28 +23,32 @@ from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, Wor
 from oversight_rl.envs.world import State, Step, World
 
 Reward = Literal["reached", "ground_truth"]
-FPS = 4
 
 
 class _View:
-    """What all views are made of: N worlds in a state, and how they are asked and stepped."""
+    """N worlds in a state: made, asked and stepped alike for all libraries.
 
-    world: World
+    Arguments as `OversightGridEnv`, which become attributes that learners ask for.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
     _state: State | None = None
 
-    def _open(self, n: int, oversight: float, reward: Reward, world: dict[str, Any]) -> None:
-        """Make the worlds, and take on the attributes that learners ask for.
-
-        Raises:
-            ValueError: an argument is out of range.
-        """
-        if n < 1:
-            raise ValueError(f"num_envs must be at least 1, got {n}")
-        if reward not in ("reached", "ground_truth"):
-            raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
-        config = WorldConfig(**world)
-        self.world, self._n = World(config, oversight), n
+    def __init__(
+        self,
+        num_envs: int,
+        oversight: float = 0.1,
+        reward: Reward = "reached",
+        render_mode: str | None = None,
+        **world: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.reward, self.has_task = reward, has_task(reward)
+        config = WorldConfig(**world)
+        self.world, self._n, self.render_mode = World(config, oversight), num_envs, render_mode
         self.oversight, self.ghost_oversight = oversight, config.ghost_oversight
         self.flags_visible = config.flags_visible
         self.flags = np.zeros(config.shape, np.bool_)  # entries of an observation that show flags
@@ -128,10 +132,7 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         world: settings of `WorldConfig`: `rows`, `cols`, `max_steps`, `flags_visible`, ...
     """
 
-    metadata = {
-        "render_modes": ["rgb_array", "ansi", "human"],
-        "render_fps": FPS,
-    }
+    metadata = {"render_modes": ["rgb_array", "ansi", "human"], "render_fps": render.FPS}
 
     def __init__(
         self,
@@ -140,13 +141,12 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         render_mode: str | None = None,
         **world: Any,
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+        if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(
                 f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}"
             )
-        self._open(1, oversight, reward, world)
+        super().__init__(1, oversight, reward, render_mode, **world)
         self.observation_space, self.action_space = self._spaces()
-        self.render_mode = render_mode
         self._window: Any = None
 
     def reset(
@@ -187,7 +187,7 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         self._window.blit(pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
         pygame.event.pump()
         pygame.display.flip()
-        pygame.time.wait(1000 // FPS)
+        pygame.time.wait(1000 // render.FPS)
 
     def close(self) -> None:
         if self._window is not None:
@@ -206,16 +206,9 @@ class OversightGridVectorEnv(_View, gym.vector.VectorEnv[Any, Any, Any]):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
 
-    def __init__(
-        self,
-        num_envs: int,
-        oversight: float = 0.1,
-        reward: Reward = "reached",
-        render_mode: str | None = None,
-        **world: Any,
-    ) -> None:
-        self._open(num_envs, oversight, reward, world)
-        self.num_envs, self.render_mode = num_envs, render_mode
+    def __init__(self, num_envs: int, *args: Any, **settings: Any) -> None:
+        super().__init__(num_envs, *args, **settings)
+        self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = self._spaces()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -243,36 +236,70 @@ class OversightGridVectorEnv(_View, gym.vector.VectorEnv[Any, Any, Any]):
         return tuple(self._frame(i) for i in range(self.num_envs))
 
 
-class OversightGridVecEnv(_View, VecEnv):
+class Batch(VecEnv):
+    """Many worlds that share their attributes and a stream of random numbers.
+
+    `seed` and then `reset` start the stream.
+    """
+
+    _frame: Callable[[int], NDArray[np.uint8]]  # draws a world
+    bits: ClassVar[type[np.random.BitGenerator]]  # kind of stream
+    watched: ClassVar[tuple[Any, ...]] = ()  # wrappers whose work the batch does itself
+
+    def __init__(self, num_envs: int, observation: gym.Space[Any], action: Any) -> None:
+        super().__init__(num_envs, observation, action)
+        self._choices, self._action = int(action.n), np.zeros(num_envs, np.int64)
+        self._rng = np.random.Generator(self.bits())
+
+    def _reseed(self) -> None:
+        if self._seeds[0] is not None:
+            self._rng = np.random.Generator(self.bits(self._seeds[0]))
+        self._reset_seeds()
+        self._reset_options()
+
+    def step_async(self, actions: ArrayLike) -> None:
+        self._action = check_actions(actions, self.num_envs, self._choices)
+
+    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
+        try:
+            return [self._frame(i) for i in range(self.num_envs)]
+        except gym.error.ResetNeeded:
+            return [None] * self.num_envs
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        self._check_all(indices)
+        setattr(self, attr_name, value)
+
+    def _check_all(self, indices: Any) -> None:
+        if list(self._get_indices(indices)) != list(range(self.num_envs)):
+            raise ValueError("worlds of one batch share their attributes: set them for all")
+
+    def env_method(self, method_name: str, *_: Any, indices: Any = None, **__: Any) -> list[Any]:
+        raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [wrapper_class in self.watched for _ in self._get_indices(indices)]
+
+
+class OversightGridVecEnv(_View, Batch):
     """Many worlds as a Stable-Baselines3 VecEnv. Arguments as `OversightGridEnv`.
 
     As SB3 has it, an ended world is reset in the same step; `info["terminal_observation"]` holds
     the old episode's last observation and `info["TimeLimit.truncated"]` whether it was truncated.
     """
 
-    def __init__(
-        self,
-        num_envs: int,
-        oversight: float = 0.1,
-        reward: Reward = "reached",
-        render_mode: str | None = None,
-        **world: Any,
-    ) -> None:
-        self._open(num_envs, oversight, reward, world)
-        self.render_mode = render_mode
-        super().__init__(num_envs, *self._spaces())
-        self._rng = np.random.default_rng()
-        self._action: Any = None
+    bits = np.random.PCG64
+
+    def __init__(self, num_envs: int, *args: Any, **settings: Any) -> None:
+        _View.__init__(self, num_envs, *args, **settings)
+        Batch.__init__(self, num_envs, *self._spaces())
 
     def reset(self) -> NDArray[np.float32]:
-        if self._seeds[0] is not None:
-            self._rng = np.random.default_rng(self._seeds[0])
-        self._reset_seeds()
-        self._reset_options()
+        self._reseed()
         return self._begin(self._rng)
-
-    def step_async(self, actions: NDArray[Any]) -> None:
-        self._action = check_actions(actions, self.num_envs, len(ACTIONS))
 
     def step_wait(self) -> Any:
         step, reward = self._advance(self._action, self._rng)
@@ -317,45 +344,26 @@ class OversightGridVecEnv(_View, VecEnv):
             raise ValueError("no world can be in such a state")
         self._state = State(**{name: torch.from_numpy(state[name].copy()) for name in vars(like)})
         large = state["random"][:4].astype("<i8").tobytes()
-        generator = np.random.PCG64()
-        generator.state = {
+        now, step = (int.from_bytes(large[i : i + 16], "little") for i in (0, 16))
+        self._rng.bit_generator.state = {
             "bit_generator": "PCG64",
-            "state": {
-                "state": int.from_bytes(large[:16], "little"),
-                "inc": int.from_bytes(large[16:], "little"),
-            },
+            "state": {"state": now, "inc": step},
             "has_uint32": random[4],
             "uinteger": random[5],
         }
-        self._rng = np.random.Generator(generator)
 
     def close(self) -> None:
         self._state = None
 
-    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
-        if self._state is None:
-            return [None] * self.num_envs
-        return [self._frame(i) for i in range(self.num_envs)]
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        if list(self._get_indices(indices)) != list(range(self.num_envs)):
-            raise ValueError("worlds of one batch share their attributes: set them for all")
-        setattr(self, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
-    ) -> list[Any]:
-        raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
-
 
 def has_task(reward: Reward) -> bool:
-    """Whether a reward says more than that a behavior was reached, so that it is worth learning."""
+    """Whether a reward says more than that a behavior was reached, so that it is worth learning.
+
+    Raises:
+        ValueError: there is no such reward.
+    """
+    if reward not in ("reached", "ground_truth"):
+        raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
     return reward != "reached"
 
 

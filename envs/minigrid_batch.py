@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -18,9 +18,8 @@ from minigrid.core.grid import Grid
 from minigrid.core.world_object import Wall
 from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
 
-from oversight_rl.envs.gym import Reward, check_actions
+from oversight_rl.envs.gym import Batch, Reward
 from oversight_rl.envs.minigrid import (
     Diamond,
     DiamondGhostEnv,
@@ -28,6 +27,7 @@ from oversight_rl.envs.minigrid import (
     Layout,
     Pit,
     SymbolicObservation,
+    walls,
 )
 
 UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
@@ -42,7 +42,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-class DiamondGhostVecEnv(VecEnv):
+class DiamondGhostVecEnv(Batch):
     """Many `DiamondGhostEnv`s as a Stable-Baselines3 VecEnv, seen as by `SymbolicObservation`.
 
     As SB3 has it, an ended world is reset in the same step; its info holds, besides what
@@ -51,20 +51,16 @@ class DiamondGhostVecEnv(VecEnv):
     stream of random numbers, which `seed` and then `reset` start.
 
     Args:
-        num_envs: number of worlds N.
-        size: this and all others as of `DiamondGhostEnv`.
-        layout: see there.
-        oversight: see there.
-        flags_visible: see there.
-        lava: see there.
-        reward: see there.
-        max_steps: see there.
+        num_envs: number of worlds N; the others as of `DiamondGhostEnv`.
         agent_view_size: tiles v along a side of the view, odd.
         render_mode: None or "rgb_array".
 
     Raises:
         ValueError: an argument is out of range.
     """
+
+    bits = np.random.SFC64
+    watched = (Monitor,)  # whose record the infos hold
 
     def __init__(
         self,
@@ -97,25 +93,18 @@ class DiamondGhostVecEnv(VecEnv):
         self._encodings = np.array(encodings, np.uint8)  # [tile, 3]
         self._moves = np.array([x + y * size for x, y in DIR_TO_VEC])  # from cell to cell
         self._view = _view(self._moves, agent_view_size)
-        self._walls, self._gaps = _walls(size, layout)
+        wall, self._gaps = walls(size, layout)
+        self._walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
         self._all = np.arange(num_envs)
         self._first = self._all * size**2  # each world's first tile
         self._agent, self._direction, self._steps = np.zeros((3, num_envs), np.int64)
-        self._action = np.zeros(num_envs, np.int64)
-        self._rng = np.random.Generator(np.random.SFC64())
         self._clock = time.time()
 
     def reset(self) -> Tiles:
-        if self._seeds[0] is not None:
-            self._rng = np.random.Generator(np.random.SFC64(self._seeds[0]))
-        self._reset_seeds()
-        self._reset_options()
+        self._reseed()
         self._tiles = np.empty((self.num_envs, self._walls.size), np.uint8)
         self._start(self._all)
         return self._observe(self._all)
-
-    def step_async(self, actions: ArrayLike) -> None:
-        self._action = check_actions(actions, self.num_envs, len(TURNS))
 
     def step_wait(self) -> tuple[Tiles, NDArray[np.float32], Bools, list[dict[str, Any]]]:
         tiles, one = self._started(), self._one
@@ -227,10 +216,9 @@ class DiamondGhostVecEnv(VecEnv):
         env.step_count = int(self._steps[i])
         return env
 
-    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
-        if self._tiles is None:
-            return [None] * self.num_envs
-        return [self.world(i).get_frame() for i in range(self.num_envs)]
+    def _frame(self, i: int) -> Tiles:
+        picture: Tiles = self.world(i).get_frame()
+        return picture
 
     def close(self) -> None:
         self._tiles = None
@@ -245,18 +233,8 @@ class DiamondGhostVecEnv(VecEnv):
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         if attr_name not in SHARED:
             raise AttributeError(f"of a batch of worlds only {SHARED} can be set, not {attr_name}")
-        if list(self._get_indices(indices)) != list(range(self.num_envs)):
-            raise ValueError("worlds of one batch share their attributes: set them for all")
+        self._check_all(indices)
         setattr(self._one, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
-    ) -> list[Any]:
-        raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """True for Monitor, whose record the infos hold."""
-        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     def _started(self) -> Tiles:
         if self._tiles is None:
@@ -304,19 +282,6 @@ def _view(moves: Ints, v: int) -> Ints:
     ahead, aside = moves[direction], np.roll(moves, -1)[direction]
     offset: Ints = ahead * (v - 1 - back) + aside * (right - v // 2)
     return offset
-
-
-def _walls(size: int, layout: Layout) -> tuple[Tiles, list[Ints]]:
-    """Tiles of a world without its gaps, and for each gap the cells that it may take."""
-    tiles = np.full((size, size), EMPTY, np.uint8)
-    tiles[[0, -1]] = tiles[:, [0, -1]] = WALL
-    if layout == "empty":
-        return tiles.ravel(), []
-    middle = size // 2
-    tiles[middle] = tiles[:, middle] = WALL
-    halves = np.arange(1, middle), np.arange(middle + 1, size - 1)
-    gaps = [cells for half in halves for cells in (half * size + middle, middle * size + half)]
-    return tiles.ravel(), gaps
 
 
 def _seen(clear: Bools) -> Bools:

@@ -17,16 +17,19 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import tracking
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import new_agent, take_run
 from oversight_rl.agents.reinforce.learner import HELD_OUT
 from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.agents.steering import SteeredPolicy
 from oversight_rl.cli import main, train
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.policies import read_run
+from oversight_rl.files import write_atomically
 from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
+from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import RunFolder, find_runs
 from oversight_rl.runs.loop import _stop_requested
 from oversight_rl.sweeps.plan import load_sweep, plan
@@ -35,7 +38,7 @@ from oversight_rl.terminal import plain
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
 COLUMNS = {
-    "method", "seed", "train_oversight", "deploy_oversight", "policy", "greedy",
+    "method", "seed", "train_oversight", "deploy_oversight", "policy", "deployed", "greedy",
     "ground_truth_return", "p_diamond", "p_ghost", "p_timeout", "episode_length",
     "optimal_return", "evaluator", "env_steps", "wall_seconds",
 }  # fmt: skip
@@ -90,7 +93,7 @@ def test_every_step_that_a_run_takes_is_counted(tmp_path, monkeypatch, method, u
     small = ["--world.max-steps", "4", "--reinforce.updates", str(updates), "--evaluation.every"]
     train([*SMOKE, *small, "2", "--method", method, "--run-dir", str(tmp_path / "run")])
     assert result(tmp_path / "run")[0]["env_steps"] == taken[0]
-    assert RunFolder.open(tmp_path / "run").load().env_steps == taken[0]
+    assert read_run(RunFolder.open(tmp_path / "run")).env_steps == taken[0]
     looks = 0 if method != "naive_early_stop" else 3 if updates == 4 else 4
     assert taken[0] == updates * 32 * 8 + looks * HELD_OUT * 4
 
@@ -116,7 +119,7 @@ def test_a_run_folder_is_complete(run):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["provenance"]["versions"]["torch"]
     assert saved["seeds"] == [0]
-    assert load_config(run / "config.yaml").training.updates == 20
+    assert load_config(run / "config.yaml").learner.updates == 20
     assert checkpoint.updates(run / "checkpoints") == [10, 20]
     assert not list(run.rglob("*.tmp"))
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
@@ -240,12 +243,12 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
 def set_updates(folder, updates):
     file = folder / "config.yaml"
     content = yaml.safe_load(file.read_text())
-    content["training"]["updates"] = updates
+    content["reinforce"]["updates"] = updates
     file.write_text(yaml.safe_dump(content))
 
 
 def same_run(path, whole):
-    ours, theirs = (RunFolder.open(p).load().agent.state_dict() for p in (path, whole))
+    ours, theirs = (read_run(RunFolder.open(p)).agent.state_dict() for p in (path, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert timeless(result(path)) == timeless(result(whole))
     assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
@@ -321,7 +324,7 @@ def test_what_cannot_be_gone_on_with_is_refused(run, tmp_path, capsys):
     assert "not of a checkpoint" in refused(capsys, main, ["evaluate", facts])
     other = copy("other")
     content = yaml.safe_load((other / "config.yaml").read_text())
-    content["training"]["worlds"] = 7
+    content["reinforce"]["worlds"] = 7
     (other / "config.yaml").write_text(yaml.safe_dump(content))
     assert "does not fit" in refused(capsys, train, ["--resume", other])
     both = tmp_path / "both"
@@ -360,14 +363,14 @@ def test_only_the_newest_complete_checkpoints_are_kept(tmp_path):
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def full_disk(_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
-        checkpoint.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 
@@ -407,8 +410,8 @@ def test_a_run_that_is_being_trained_is_not_resumed(run, tmp_path, capsys, monke
     busy = tmp_path / "busy"
     shutil.copytree(run, busy)
     (busy / "result.json").unlink()
-    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
-    with tracking.locked(busy):
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
+    with folders.locked(busy):
         assert "another process" in refused(capsys, train, ["--resume", busy])
     train(["--resume", str(busy)])  # nobody holds it any more
 
@@ -476,13 +479,11 @@ def published(single=False, fixed_gate=False):
     [({}, "routing"), ({"fixed_gate": True}, "no_gate"), ({"single": True}, "naive")],
 )
 def test_a_published_policy_is_imported(tmp_path, kind, method):
-    from oversight_rl.agents.steering import SteeredPolicy
-
     state, policies = published(**kind)
     torch.save(state, tmp_path / "state.pt")
     target = tmp_path / "imported"
     main(["import-reference", str(tmp_path / "state.pt"), str(target), "--oversight", "0.1"])
-    saved = RunFolder.open(target).load()
+    saved = read_run(RunFolder.open(target))
     assert saved.config.method == method
     observation = torch.rand(9, 4, 5, 5)
     for name, logits in policies.items():
@@ -532,12 +533,12 @@ def test_what_is_not_a_published_policy_is_refused(tmp_path, capsys):
         (["--world.ghost-oversight", "-0.5"], "world.ghost_oversight"),
         (["--world.rows", "1"], "world.rows: should be greater than or equal to 2, got 1"),
         (["--world.cols", "0"], "world.cols"),
-        (["--reinforce.worlds", "0"], "training.worlds"),
-        (["--reinforce.worlds", "1000000000"], "training.worlds"),
+        (["--reinforce.worlds", "0"], "reinforce.worlds"),
+        (["--reinforce.worlds", "1000000000"], "reinforce.worlds"),
         (["--agent.hidden", "10000000"], "agent.hidden"),
         (["--world.max-steps", "1000000"], "world.max_steps"),
         (["--reinforce.updates", "-3"], "reinforce.updates"),
-        (["--reinforce.learning-rate", "1", "2", "3"], "training.learning_rate"),
+        (["--reinforce.learning-rate", "1", "2", "3"], "reinforce.learning_rate"),
         (["--reinforce.updates", "many"], "many"),
         (["--agent.hidden", "0"], "agent.hidden"),
         (["--agent.experts", "1"], "agent.experts"),

@@ -2,14 +2,11 @@
 
 import re
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_ppo_targets import Random
 
-from oversight_rl.agents import RoutedPPO
 from oversight_rl.agents.methods import (
     EXPERTS,
     FILTERED,
@@ -150,13 +147,3 @@ def test_lessons_that_nobody_would_hear_are_refused(shape, lessons):
         Method("", policy=PolicyShape(shape), lessons=lessons)
     with pytest.raises(ValueError, match="gate"):
         Method("", policy=PolicyShape("many", "fixed"), lessons=("gate",))
-
-
-def test_the_readmes_row_is_a_method(monkeypatch):
-    page = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = re.findall(r"```python\n(\"leaky_routing\".*?)```", page, flags=re.DOTALL)
-    added = eval("{" + block + "}", vars(__import__("oversight_rl.agents.methods", fromlist="x")))
-    monkeypatch.setitem(METHODS, "leaky_routing", added["leaky_routing"])
-    _, targets, _ = reinforce("leaky_routing", 1).latest
-    assert np.isclose(targets.routes.numpy(), 0.1).any()
-    assert RoutedPPO("MoEPolicy", DummyVecEnv([Random]), method="leaky_routing", n_steps=8)

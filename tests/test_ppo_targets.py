@@ -338,7 +338,7 @@ class Numbered(gym.Env):
 def wrong(model):
     """Remembered observations that have another episode's label."""
     found = []
-    for memory in (model.memory, model.reward_memory):
+    for memory in (model.memory, model.endings):
         count = int(memory.count)
         number, label = memory.observation[0, :count, 0].long(), memory.label[0, :count].long()
         found += number[label != number % 2].tolist()

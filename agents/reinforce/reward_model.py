@@ -40,11 +40,7 @@ class RewardModel(nn.Module):
     """
 
     def __init__(
-        self,
-        runs: int,
-        world: World,
-        sees_flags: bool,
-        generators: Sequence[torch.Generator],
+        self, runs: int, world: World, sees_flags: bool, generators: Sequence[torch.Generator]
     ) -> None:
         super().__init__()
         self.world = world

@@ -85,10 +85,10 @@ def deployed_before(policies: Sequence[str]) -> str | None:
     return names[place] if place < len(names) else None
 
 
-def read_rows(path: Path, methods: Container[str], score: str) -> list[Row]:
+def read_rows(path: Path, methods: Container[str], score: str, others: Sequence[str]) -> list[Row]:
     """The rows of a JSON file; `UserError` if it is no list of rows, or says what cannot be.
 
-    A run can be of these methods; the score is a figure that must be known.
+    A run can be of these methods; the score is a figure that must be known, others must be there.
     """
     records = read_json(path, MOST_RESULT)
     try:
@@ -96,6 +96,8 @@ def read_rows(path: Path, methods: Container[str], score: str) -> list[Row]:
         rows = [_row(record, before) for record in records]
         for row in rows:
             _check(row, methods, score)
+            if row.figures.keys() != rows[0].figures.keys() or not row.figures.keys() >= {*others}:
+                raise ValueError(f"rows of other figures: {', '.join(row.figures)}")
         deployed_row(rows)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path}: not a readable result ({error})") from None

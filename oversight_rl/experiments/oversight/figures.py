@@ -152,10 +152,12 @@ def endings(found: Found, segments: dict[str, tuple[pd.Series[float], str]]) -> 
     return figure
 
 
-def endings_by_flag(found: Found) -> Figure:
+def endings_by_flag(found: Found) -> Figure | None:
     """How episodes end, and whether the overseer sees it."""
-    rows = found.deployed
-    wanted, *others = behaviors(found)
+    rows, names = found.deployed, behaviors(found)
+    if not names or "p_timeout" not in rows:
+        return None
+    wanted, *others = names
 
     def halves(name: str, shades: tuple[str, str]) -> dict[str, tuple[pd.Series[float], str]]:
         whole, flagged = rows[f"p_{name}"], rows[f"p_{name}_flagged"]
@@ -173,7 +175,8 @@ def endings_by_flag(found: Found) -> Figure:
 def endings_by_path(found: Found) -> Figure | None:
     """How episodes on the grid end, and whether a ghost lay on a shortest path."""
     rows = found.deployed
-    if "p_ghost_on_path" not in rows or rows["p_ghost_on_path"].isna().all():
+    needed = {"p_diamond", "p_ghost", "p_timeout", "p_ghost_on_path"}
+    if not needed <= set(rows) or rows["p_ghost_on_path"].isna().all():
         return None
     on_path = rows["p_ghost_on_path"]
     segments = {
@@ -220,6 +223,8 @@ def steering(found: Found) -> Figure | None:
     """Return against the weight of the first expert in a constant blend with the second."""
     rows = found.results
     rows = rows[~rows["greedy"] & (rows["deploy_oversight"] == rows["train_oversight"])]
+    if len(behaviors(found)) < 2:
+        return None
     first, second = behaviors(found)[:2]
     weight = rows["policy"].map(partial(_weight, first, second))
     rows = rows.assign(x=weight).dropna(subset=["x"])
