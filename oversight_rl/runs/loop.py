@@ -22,7 +22,7 @@ from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import writing
 from oversight_rl.runs import checkpoint
-from oversight_rl.runs.experiment import LOG_EVERY, Experiment
+from oversight_rl.runs.experiment import LOG_EVERY, Experiment, experiment_of
 from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
@@ -35,20 +35,12 @@ class Interrupted(Exception):
     """Training was asked to stop; everything is saved."""
 
 
-def fit(
-    kind: type[Experiment],
-    configs: Sequence[RunConfig],
-    paths: Sequence[Path],
-    console: Console,
-    resume: bool = False,
-) -> list[list[Row]]:
+def fit(runs: Mapping[Path, RunConfig], console: Console, resume: bool = False) -> list[list[Row]]:
     """Train runs to their end, as one stack or one after another, writing their folders.
 
     Args:
-        kind: of experiment that they are.
-        configs: one per run, with one seed each.
-        paths: folder of each run, new or empty, or one to go on with (where it is empty, the run
-            begins).
+        runs: configurations, of one kind and with one seed each, by the run's folder, new or empty,
+            or one to go on with (where it is empty, the run begins).
         console: shows a progress bar, if it is a terminal.
         resume: go on from the newest checkpoint that all folders of a stack have.
 
@@ -60,26 +52,27 @@ def fit(
         UserError: there is nothing to resume from, another process is at work on these runs, the
             folders cannot be written, numbers went bad, or there is too little memory.
     """
+    configs = list(runs.values())
     size = len(configs) if configs[0].most_runs(math.inf) > 1 else 1
     tables: list[list[Row]] = []
     with _stop_requested() as stopping, on_threads(configs[0].threads), ExitStack() as opened:
         # before there is a folder, so that nothing is left of a run that cannot begin
-        runs = None if resume else _begin(kind, configs[:size])
-        folders = opened.enter_context(run_folders(configs, paths, resume))
+        stack = None if resume else _begin(configs[:size])
+        folders = opened.enter_context(run_folders(runs, resume))
         for start in range(0, len(configs), size):
             own = folders[start : start + size]
             if resume and all(folder.finished for folder in own):
                 tables += [folder.result() for folder in own]
                 continue
-            with closing(runs or _begin(kind, configs[start : start + size])) as runs:
-                tables += _Training(runs, own, console, stopping).to_the_end(resume)
-            runs = None
+            with closing(stack or _begin(configs[start : start + size])) as stack:
+                tables += _Training(stack, own, console, stopping).to_the_end(resume)
+            stack = None
     return tables
 
 
-def _begin(kind: type[Experiment], configs: Sequence[RunConfig]) -> Experiment:
+def _begin(configs: Sequence[RunConfig]) -> Experiment:
     try:
-        return kind(configs)
+        return experiment_of(configs[0])(configs)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -87,24 +80,22 @@ def _begin(kind: type[Experiment], configs: Sequence[RunConfig]) -> Experiment:
 
 
 @contextmanager
-def run_folders(
-    configs: Sequence[RunConfig], paths: Sequence[Path], resume: bool
-) -> Iterator[list[RunFolder]]:
+def run_folders(runs: Mapping[Path, RunConfig], resume: bool) -> Iterator[list[RunFolder]]:
     """The folders of runs, made or opened to go on with, for this process alone."""
     with ExitStack() as locks:
-        for path in paths:
+        for path in runs:
             if not resume:
                 check_free(path)
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
             locks.enter_context(locked(path))
         folders = []
-        for path, config in zip(paths, configs, strict=True):
+        for path, config in runs.items():
             begun = resume and (path / CONFIG).is_file()
             folders.append(RunFolder.open(path) if begun else RunFolder.create(path, config))
         if resume and all(folder.finished for folder in folders):
-            raise UserError(f"{paths[0]}: this run is finished")
-        with writing(paths[0], "; what was saved before is whole"):
+            raise UserError(f"{folders[0].path}: this run is finished")
+        with writing(folders[0].path, "; what was saved before is whole"):
             yield folders
 
 

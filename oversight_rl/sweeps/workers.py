@@ -40,17 +40,16 @@ def work(job: str) -> None:
         Interrupted: the worker was asked to stop; everything is saved.
     """
     runs = [Run(Path(path), as_config(config)) for path, config in json.loads(job)]
-    kind = experiment_of(runs[0].config)
     resume = all(run.update >= 0 for run in runs)
     if not resume:
-        kind.try_out(runs[0].config)
+        experiment_of(runs[0].config).try_out(runs[0].config)
     for run in runs:
         if not resume and run.path.is_dir():  # broken off before its first checkpoint
             if any(not file.name.endswith(".tmp") for file in run.path.iterdir()):
                 RunFolder.open(run.path)  # refuses to remove what is not a run
             shutil.rmtree(run.path)
     quiet = Console(file=sys.stderr, force_terminal=False)
-    fit(kind, [run.config for run in runs], [run.path for run in runs], quiet, resume)
+    fit({run.path: run.config for run in runs}, quiet, resume)
 
 
 def _main() -> None:
