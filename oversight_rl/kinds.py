@@ -43,9 +43,8 @@ def kind_of(content: Mapping[str, Any]) -> Kind:
     """The kind that settings are of; `UserError` if there is no such kind."""
     algo = content.get("algo", next(iter(KINDS)))
     if not isinstance(algo, str) or algo not in KINDS:
-        raise UserError(
-            f"algo: must be one of {', '.join(KINDS)}, got {algo!r}{nearest(str(algo), KINDS)}"
-        )
+        hint = nearest(str(algo), KINDS)
+        raise UserError(f"algo: must be one of {', '.join(KINDS)}, got {algo!r}{hint}")
     return KINDS[algo]
 
 
@@ -71,9 +70,8 @@ def load_config(path: Path, **others: str) -> RunConfig:
     """Read a configuration file; `others` are settings that stand above it."""
     content = read_yaml(path)
     if "grid" in content:
-        raise UserError(
-            f"{path}: is a sweep; run it with oversight-rl sweep {as_asked(path)} --out DIR"
-        )
+        command = f"oversight-rl sweep {as_asked(path)} --out DIR"
+        raise UserError(f"{path}: is a sweep; run it with {command}")
     # a run folder's says how the run came about
     written = content.pop("provenance", None) is not None
     try:

@@ -112,9 +112,8 @@ class RunConfig(Settings):
         import torch  # takes a second, and settings are read without it
 
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "device: cuda was asked for, but there is no GPU here; try --device cpu"
-            )
+            found = "but there is no GPU here; try --device cpu"
+            raise UserError(f"device: cuda was asked for, {found}")
         use_gpu = self.device != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if use_gpu else "cpu")
 
@@ -180,10 +179,8 @@ def settings_file(given: Path) -> Path:
         return given
     if str(given) in presets:
         return PRESETS / f"{given}.yaml"
-    raise UserError(
-        f"{given}: cannot read it (no such file, nor a preset: {', '.join(presets)})"
-        f"{nearest(given.stem, presets)}"
-    )
+    why = f"no such file, nor a preset: {', '.join(presets)}"
+    raise UserError(f"{given}: cannot read it ({why}){nearest(given.stem, presets)}")
 
 
 def as_asked(path: Path) -> str:

@@ -338,11 +338,14 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     asked = False
     before: dict[signal.Signals, object] = {}
 
+    def give_back() -> None:
+        for name, handler in before.items():
+            signal.signal(name, handler)  # type: ignore[arg-type]
+
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
-        for name, handler in before.items():
-            signal.signal(name, handler)  # type: ignore[arg-type]
+        give_back()
 
     with suppress(ValueError):  # not the main thread: whoever runs it handles signals
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
@@ -351,5 +354,4 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: asked
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)  # type: ignore[arg-type]
+        give_back()

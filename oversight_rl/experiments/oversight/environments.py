@@ -68,8 +68,15 @@ class EnvJudge:
         return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
-        animation = env_rollouts(agent, self.config, policies)
-        return {} if animation is None else {"rollouts": animation}
+        columns = []
+        with torch.random.fork_rng(devices=[]):
+            for steering in policies[:MOST_POLICIES]:
+                torch.manual_seed(0)
+                frames = _env_rollout(agent.steered(steering), self.config, steering.name)
+                if frames is None:
+                    return {}
+                columns.append(frames)
+        return {"rollouts": side_by_side(columns)}
 
     def _figures(
         self, agent: MoEPolicy, facts: Facts, steering: Steering, level: float
@@ -141,19 +148,6 @@ def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:
         return policy.output(planes.view(-1, *shape).float().to(policy.device))
 
     return forward
-
-
-def env_rollouts(policy: MoEPolicy, config: Config, steerings: Sequence[Steering]) -> bytes | None:
-    """Policies of a PPO run at work, a GIF; None where its environment has no pictures."""
-    columns = []
-    with torch.random.fork_rng(devices=[]):
-        for steering in steerings[:MOST_POLICIES]:
-            torch.manual_seed(0)
-            frames = _env_rollout(policy.steered(steering), config, steering.name)
-            if frames is None:
-                return None
-            columns.append(frames)
-    return side_by_side(columns)
 
 
 def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:

@@ -45,10 +45,9 @@ class GridJudge:
 
     def pictures(self, agent: Agent, policies: Sequence[Steering]) -> dict[str, bytes]:
         world = World(self.config.world, self.config.oversight)
-        return {
-            "policies": render.png(draw_policies(agent, world, policies)),
-            "rollouts": draw_rollouts(agent, world, policies),
-        }
+        arrows = render.png(draw_policies(agent, world, policies))
+        columns = [_rollout(agent, world, policy) for policy in policies[:MOST_POLICIES]]
+        return {"policies": arrows, "rollouts": side_by_side(columns)}
 
 
 class GridRuns(OversightRuns):
@@ -152,14 +151,6 @@ def draw_policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> 
     return render.stack(rows)
 
 
-def draw_rollouts(agent: Agent, world: World, steerings: Sequence[Steering]) -> bytes:
-    """Policies of a stack of one run at work side by side, with a count of endings; a GIF.
-
-    The world is at one oversight level; all have the same starts and random numbers.
-    """
-    return side_by_side([_rollout(agent, world, s) for s in steerings[:MOST_POLICIES]])
-
-
 def side_by_side(columns: Sequence[Frames]) -> bytes:
     """A GIF of policies' frames, each with its caption."""
     joined = []
@@ -170,7 +161,7 @@ def side_by_side(columns: Sequence[Frames]) -> bytes:
 
 
 def _rollout(agent: Agent, world: World, steering: Steering) -> Frames:
-    """Frames of one policy with their captions; the last frame of an episode shows its end."""
+    """Frames of one policy, with captions that count endings; an episode's last shows its end."""
     generator = torch.Generator(world.device).manual_seed(0)
     policy = SteeredPolicy(agent, steering)
     tally = dict.fromkeys([*BEHAVIORS, "timeout"], 0)

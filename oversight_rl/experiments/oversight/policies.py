@@ -65,7 +65,6 @@ class Saved:
         return self.kind.judges(config).tables(self.agent, facts, policies, [levels])[0]
 
     def pictures(self, policies: Sequence[Steering]) -> dict[str, bytes]:
-        """Pictures of policies as files, by name."""
         return self.kind.judges(self.config).pictures(self.agent, policies)
 
 
@@ -158,10 +157,7 @@ def read_policy(path: Path) -> Saved:
         about = json.loads(metadata[POLICY])
         config: Any = as_config(about["config"], written=True)
         kind_of(config)
-        fields = about["steering"]
-        for name in ("weights", "ablated"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        steering = _STEERING.validate_python(fields)
+        steering = _STEERING.validate_python(about["steering"])
         facts = int(about["env_steps"]), float(about["wall_seconds"])
         wanted = dict(about["checksums"])
     # UserError: of its settings or its steering
