@@ -80,12 +80,10 @@ class Found:
 
     @cached_property
     def report(self) -> Report:
-        """What reports on these runs hold."""
         return resolve_name(self.kind.report)  # type: ignore[no-any-return]
 
     @property
     def score(self) -> str:
-        """What the score is called."""
         return self.report.score or self.kind.score.replace("_", " ")
 
     @cached_property
@@ -220,7 +218,6 @@ def _alike(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
 
 
 def _together(runs: Sequence[_Run]) -> dict[str, pd.DataFrame]:
-    """The tables of all runs, each as one."""
     tables = {}
     for part in ("results", "curves", "training"):
         frames = [

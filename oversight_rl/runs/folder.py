@@ -75,7 +75,6 @@ class Events:
             self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        """Write what was added."""
         records = self._buffer.getvalue()
         self._buffer.seek(0)
         self._buffer.truncate()
@@ -158,7 +157,6 @@ class RunFolder:
 
     @property
     def has_evaluations(self) -> bool:
-        """Whether metrics.csv has anything in it."""
         metrics = self.path / METRICS
         return metrics.is_file() and metrics.stat().st_size > 0
 

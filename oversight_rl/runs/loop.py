@@ -166,7 +166,6 @@ class _Training:
         return tables
 
     def _facts(self) -> list[Facts]:
-        """What result tables say of each run."""
         come, configs = (self.learner.env_steps, self.seconds), self.runs.configs
         return [Facts(c.method, c.seeds[0], c.oversight, *come) for c in configs]
 

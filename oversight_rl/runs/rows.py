@@ -112,7 +112,6 @@ def _row(record: Mapping[str, Any], deployed: str | None) -> Row:
 
 
 def _check(row: Row, methods: Container[str], score: str) -> None:
-    """Refuse a row that no run can have."""
     if score not in row.figures:
         raise ValueError(f"{score} is missing")
     for name, value in row.record.items():

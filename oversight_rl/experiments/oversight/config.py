@@ -104,7 +104,6 @@ class Config(RunConfig):
 
     @property
     def kind(self) -> Kind:
-        """The line of the table of kinds that it is of."""
         return KINDS[self.algo]
 
     def stack_key(self) -> str:
