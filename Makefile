@@ -1,5 +1,5 @@
 # make train   train the default agent and show what steering it does
-# make test    lint, import rules, types and tests with coverage: what CI runs
+# make test    lint, import rules, structure, types and tests with coverage: what CI runs
 # make lowest  tests with every dependency at its lower bound
 # make audit   known vulnerabilities of the installed dependencies
 # make bench   how fast it is here, as ratios
@@ -16,6 +16,7 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tests/structure.py
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --cov
 

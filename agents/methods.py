@@ -342,7 +342,7 @@ def tables(
     Raises:
         ValueError: a method's rewards depend on labels that its overseer does not give.
     """
-    import torch
+    import torch  # takes a second to load
 
     methods = [METHODS[name] for name in names]
     plain = [1.0] * (experts + 1)
@@ -385,7 +385,7 @@ def expected(table: Tensor, chances: Tensor) -> Tensor:
     Returns:
         `[R, T, N, *columns]`.
     """
-    import torch
+    import torch  # takes a second to load
 
     return torch.einsum("rtnb,rb...->rtn...", chances, table[:, LABELED:])
 
@@ -408,7 +408,7 @@ def outcomes(
         outcome `[R, T, N]`, and steps `[R, T, N]` from the sample to its episode's last step, or
         to the end of the window where the episode is unfinished.
     """
-    import torch
+    import torch  # takes a second to load
 
     steps, behaviors = uniform.shape[1], methods.reward.shape[1] - LABELED
     sees_truth = methods.sees_truth[:, None, None]

@@ -25,28 +25,35 @@ from typing import Any
 
 import torch
 import tyro
+from fuzz import fuzz, memory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from oversight_rl import cli
-from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.steering import MIXTURE
-from oversight_rl.envs.settings import UserError
-from oversight_rl.experiments.oversight import reference
-from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
-from oversight_rl.kinds import load_config
-from oversight_rl.reports import page
-from oversight_rl.runs import checkpoint
-from oversight_rl.runs.folder import EVENTS, RunFolder, find_runs
-from oversight_rl.sweeps.plan import load_sweep, plan
+from oversight_rl.runs import checkpoint, loop
+from oversight_rl.runs.folder import EVENTS, find_runs
+from oversight_rl.terminal import STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--device", "cpu", "--no-pictures"]
-SMALL += ["--evaluation.every", "3", "--training.updates", "13", "--evaluation.oversight", "0.1"]
-SMALL_PPO = ["--config", str(ROOT / "configs/minigrid.yaml"), "--device", "cpu", "--no-pictures"]
+COMMON = ["--device", "cpu", "--no-pictures", "--evaluation.every", "3"]
+COMMON += ["--evaluation.oversight", "0.1", "--evaluation.episodes", "16"]
+SMALL = ["--config", str(ROOT / "configs/smoke.yaml"), "--reinforce.updates", "13", *COMMON]
+SMALL_PPO = ["--config", str(ROOT / "configs/minigrid.yaml"), "--ppo.updates", "13", *COMMON]
 SMALL_PPO += ["--agent.hidden", "8", "8", "--ppo.worlds", "8", "--ppo.steps", "8"]
-SMALL_PPO += ["--ppo.batch-size", "32", "--ppo.updates", "13", "--evaluation.every", "3"]
-SMALL_PPO += ["--evaluation.episodes", "16", "--evaluation.oversight", "0.1"]
+SMALL_PPO += ["--ppo.batch-size", "32"]
+VARIANTS = [  # what is killed: between them they keep all that is kept between updates
+    [*SMALL, "--method", "routing"],
+    [*SMALL_PPO, "--method", "imputed_routing"],
+    [*SMALL, "--method", "naive_early_stop"],
+    [*SMALL_PPO, "--env", "OversightGrid-v0", "--oversight", "0.5"],
+    [*SMALL, "--method", "imputed_routing", "--seeds", "0", "1"],
+    [*SMALL_PPO, "--method", "reward_model", "--seeds", "0", "1"],
+    [*SMALL, "--method", "naive_oracle_stop"],
+    [*SMALL_PPO, "--method", "routing", "--env-settings", "reward", "ground_truth"],
+    [*SMALL, "--method", "reward_model", "--world.spurious-oversight", "0.1"],
+    [*SMALL_PPO, "--method", "oracle"],
+    [*SMALL, "--method", "oracle_filtering", "--on-nan", "skip"],
+    [*SMALL_PPO, "--method", "naive", "--on-nan", "skip", "--ppo.label-reach", "20"],
+]
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.truncate"}
 SPEED = "training/env_steps_per_second"  # a time, so never the same twice
 
@@ -180,27 +187,19 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
     """
     torch.set_num_threads(1)  # a forked child has no pool of threads
     draw = random.Random(seed)
-    variants = [
-        [*SMALL, "--method", "routing"],
-        [*SMALL, "--method", "routing", "--seeds", "0", "1"],
-        [*SMALL, "--method", "naive_oracle_stop"],
-        [*SMALL, "--method", "reward_model"],
-        [*SMALL_PPO, "--method", "imputed_routing"],
-        [*SMALL_PPO, "--env", "OversightGrid-v0"],
-    ]
     moments: Counter[str] = Counter()
     begun, runs, done = time.perf_counter(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         wholes: dict[int, tuple[Path, float, int]] = {}
         while done < kills:
-            which = runs % len(variants)
+            which = runs % len(VARIANTS)
             if which not in wholes:
                 whole = Path(folder) / f"whole_{which}"
-                wholes[which] = (whole, *whole_run(variants[which], whole))
+                wholes[which] = (whole, *whole_run(VARIANTS[which], whole))
             whole, seconds, steps = wholes[which]
             path = Path(folder) / f"run_{runs}"
             for _ in range(min(each, kills - done)):
-                args = begin_or_resume(variants[which], path)
+                args = begin_or_resume(VARIANTS[which], path)
                 by_file = draw.random() < 0.5
                 at = draw.randint(1, steps) if by_file else 0
                 child = in_child(lambda a=args: cli.train(a), kill_at_file_event(path, at))
@@ -214,7 +213,7 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
             if not all((run / "result.json").is_file() for run in find_runs(path) or [path]) or (
                 len(find_runs(path)) < len(find_runs(whole))
             ):
-                args = begin_or_resume(variants[which], path)
+                args = begin_or_resume(VARIANTS[which], path)
                 code = ended(in_child(lambda a=args: cli.train(a)))
                 assert code == 0, f"run {runs} (seed {seed}) could not be gone on with: {code}"
             wrong = differences(path, whole)
@@ -225,200 +224,6 @@ def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:
     print(f"{done} kills of {runs} runs, all the same in the end ({seconds:.0f} s)")
     for where, count in moments.most_common():
         print(f"{count:5d}  {where}")
-
-
-# ---- damaged files
-
-POISON = [  # what has made readers of YAML, JSON and numbers stumble
-    b"!!python/object/apply:os.system [ls]", b"&a [*a, *a]", b"*a", b"<<: ", b"!!int x",
-    b"!!float y", b"!!timestamp z", b"!!binary '*'", b"!!set {a}", b"!!omap [1]", b"!!pairs [1]",
-    b"!!bool q", b"0x_", b"0b", b"1e999", b".nan", b"-.inf", b"NaN", b"-Infinity", b"{", b"[",
-    b"? ", b"~", b"2001-13-45", b"1:99:99", b"9" * 5000, b"[" * 3000, b"{a: " * 50, b"\x00",
-    b"\xff\xfe", b"'", b'"', b"|\n", b"---\n", b"%YAML 1.1", b"\xe2\x80\xae", b"\x1b[31m", b"../x",
-    b"<script>alert(1)</script>", b"$\\frac{", b"null", b"true", b"-1", b"0", b"1e308", b'{"a":',
-    (2**60).to_bytes(8, "little"), (2**64 - 1).to_bytes(8, "little"), bytes(8), b"\x80\x02c",
-]  # fmt: skip
-NUMBERS = [float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 2**62, -(2**62), 200, -3, 0]
-
-
-FORGED = ("imputed_routing", "naive_early_stop")  # between them they save all there is to save
-
-
-def damaged(draw: random.Random, content: bytes) -> bytes:
-    """A file with bits flipped, parts lost, repeated, or put in."""
-    data = bytearray(content)
-    for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(len(data) + 1)
-        what = draw.randrange(6)
-        if what == 0 and at < len(data):
-            data[at] ^= 1 << draw.randrange(8)
-        elif what == 1:
-            del data[at : at + draw.randrange(1, 40)]
-        elif what == 2:
-            data[at:at] = draw.choice(POISON)
-        elif what == 3:
-            places = [i + 2 for i in range(len(data)) if data[i : i + 2] in (b": ", b'":')]
-            start = draw.choice(places or [0])
-            end = data.find(b"\n", start)
-            data[start : end if end > 0 else start + 8] = draw.choice(POISON)
-        elif what == 4:
-            del data[at:]
-        else:
-            data[at:at] = data[draw.randrange(len(data) + 1) :][:200]
-    return bytes(data)
-
-
-def readers(folder: Path) -> dict[str, tuple[list[Path], Callable[[], object]]]:
-    """By kind of file: good files to damage, and what reads them."""
-    tiny = ["--world.rows", "2", "--world.cols", "2", "--agent.hidden", "4", "--training.worlds"]
-    tiny += ["4", "--training.updates", "2", "--training.gate-replay", "0"]
-    run = folder / "run"
-    child = in_child(lambda: cli.train([*SMALL, *tiny, "--run-dir", str(run)]))
-    assert ended(child) == 0
-    config = RunFolder.open(run).config()
-    trainer = Trainer([config])
-    newest = run / f"checkpoints/update_{config.training.updates:08d}.json"
-
-    def resume() -> None:
-        tensors, _ = checkpoint.load(newest.parent, 2, trainer.tensors(0))
-        trainer.restore([tensors], 2, 0.0)
-
-    policy = folder / "policy/policy.safetensors"
-    policy.parent.mkdir()
-    saved = RunFolder.open(run).load()
-    checkpoint.write_policy(policy, MIXTURE, saved)
-    state = folder / "state/state.pt"
-    state.parent.mkdir()
-    torch.save(published(saved.agent), state)
-    imported = folder / "imported"
-
-    def bring_in() -> None:
-        shutil.rmtree(imported, ignore_errors=True)
-        reference.import_state_dict(state, imported, 0.1)
-
-    bring_in()
-    sweep = folder / "sweep/sweep.yaml"
-    sweep.parent.mkdir()
-    shutil.copy(ROOT / "configs/compare.yaml", sweep)
-    settings = folder / "settings/config.yaml"
-    settings.parent.mkdir()
-    shutil.copy(run / "config.yaml", settings)
-    pair = [newest, newest.with_suffix(".safetensors")]
-    logs = [run / name for name in ("result.json", "metrics.csv", "training.csv", "config.yaml")]
-    return {
-        "settings": ([settings], lambda: load_config(settings)),
-        "sweep": ([sweep], lambda: plan(load_sweep(sweep), folder)),
-        "checkpoint, evaluated": (pair, lambda: RunFolder.open(run).load()),
-        "checkpoint, resumed": (pair, resume),
-        "exported policy": ([policy], lambda: checkpoint.read_policy(policy)),
-        "state dict": ([state], bring_in),
-        "report": (logs, lambda: page.write(run)),
-    }
-
-
-def published(agent: Agent) -> dict[str, torch.Tensor]:
-    """A state dict as the published code saves it, with this agent's sizes."""
-    width, inputs = agent.trunks[0].weight.shape[-2:]
-    sizes = {f"{name}.layers.0": (width, inputs) for name in reference.EXPERTS}
-    sizes |= {f"{name}.layers.1": (width, width) for name in reference.EXPERTS}
-    sizes |= {reference.HEAD: (agent.n_actions, width)}
-    state = {f"{name}.weight": torch.ones(size) for name, size in sizes.items()}
-    state |= {f"{name}.bias": torch.ones(size[0]) for name, size in sizes.items()}
-    return state | {reference.FIXED_GATE: torch.zeros(1)}
-
-
-def fuzz_kind(kind: str, files: int, seed: int, folder: Path) -> tuple[Counter[str], float, float]:
-    """Read damaged files of one kind; all must be read, or refused in one line.
-
-    Returns:
-        How many of each, the slowest in seconds, and MB that memory grew.
-    """
-    targets, read = readers(folder)[kind]
-    good = {target: target.read_bytes() for target in targets}
-    draw, counts, slowest, before = random.Random(seed), Counter[str](), 0.0, 0.0
-    for number in range(files):
-        target = draw.choice(targets)
-        bad = damaged(draw, good[target])
-        target.write_bytes(bad)
-        begun = time.perf_counter()
-        try:
-            read()
-            counts["read"] += 1
-        except UserError as error:
-            counts["refused" if "\n" not in str(error) else "refused at length"] += 1
-        except BaseException as error:
-            keep = Path(tempfile.mkdtemp()) / target.name
-            keep.write_bytes(bad)
-            raise AssertionError(f"{kind}: {keep} is not refused in one line") from error
-        slowest = max(slowest, time.perf_counter() - begun)
-        target.write_bytes(good[target])
-        if number == files // 4:
-            before = memory()
-    assert "refused at length" not in counts, f"{kind}: some are refused in more than a line"
-    return counts, slowest, memory() - before
-
-
-def fuzz_forged(files: int, seed: int, folder: Path, method: str) -> Counter[str]:
-    """Go on from checkpoints whose numbers were changed and whose checksums were set right."""
-    learner = {"updates": 2, "worlds": 16, "steps": 4, "gate_replay": 8}
-    settings = {"agent": {"hidden": 4}, "world": {"rows": 2, "cols": 2}, "training": learner}
-    settings |= {"method": method, "oversight": 1.0, "device": "cpu"}
-    trainer = Trainer([Config.model_validate(settings)])
-    trainer.update()
-    good = {name: tensor.clone() for name, tensor in trainer.tensors(0).items()}
-    draw, counts = random.Random(seed), Counter[str]()
-    facts = {"env_steps": 0, "wall_seconds": 0.0}
-    for _ in range(files):
-        forged = {name: tensor.clone() for name, tensor in good.items()}
-        integers = [name for name, tensor in good.items() if not tensor.is_floating_point()]
-        for name in draw.sample(draw.choice([integers, list(good)]), draw.randint(1, 3)):
-            flat = forged[name].view(-1)
-            if len(flat):
-                value = draw.choice(NUMBERS)
-                if not flat.is_floating_point():
-                    value = int(value) if abs(value) < 2**63 else 0
-                    info = torch.iinfo(flat.dtype) if flat.dtype != torch.bool else None
-                    value = max(info.min, min(info.max, value)) if info else value % 2
-                flat[draw.randrange(len(flat))] = value
-        target = folder / "forged"
-        shutil.rmtree(target, ignore_errors=True)
-        checkpoint.save(target, 1, forged, facts)
-        try:
-            trainer.restore([checkpoint.load(target, 1, good)[0]], 1, 0.0)
-            trainer.update()
-            counts["gone on with"] += 1
-        except UserError:
-            counts["refused"] += 1
-    return counts
-
-
-def memory(process: int | str = "self") -> float:
-    """Resident memory of a process in MB."""
-    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def fuzz(files: int = 20_000, seed: int = 0) -> None:
-    """Damage files of every kind in thousands of ways; none may do more than be refused.
-
-    Args:
-        files: How many of each kind (a tenth of it of reports, which take longer).
-        seed: Of the damage.
-    """
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        kinds = list(readers(Path(folder)))
-    for kind in kinds:
-        with tempfile.TemporaryDirectory() as folder:
-            share = files // 10 if kind == "report" else files
-            counts, slowest, grown = fuzz_kind(kind, share, seed, Path(folder))
-        print(
-            f"{kind}: {dict(counts)}, slowest {slowest:.2f} s, memory {grown:+.0f} MB", flush=True
-        )
-    for method in FORGED:
-        with tempfile.TemporaryDirectory() as folder:
-            counts = fuzz_forged(files // 10, seed, Path(folder), method)
-        print(f"forged checkpoints of {method}: {dict(counts)}", flush=True)
 
 
 # ---- long runs, and many
@@ -453,24 +258,27 @@ def told(looks: Sequence[tuple[float, float, int]]) -> str:
     )
 
 
-def long(minutes: float = 60.0, pictures: bool = False) -> None:
+def long(minutes: float = 60.0, pictures: bool = False, algo: str = "reinforce") -> None:
     """Train small networks for a while; memory and open files must not grow.
 
     Args:
         minutes: How long.
         pictures: Whether pictures are drawn, and at every evaluation at that.
+        algo: The learner.
     """
     torch.set_num_threads(1)
-    small = ["--agent.hidden", "16", "--training.worlds", "32", "--training.steps", "8"]
-    small += ["--training.updates", str(2**31), "--evaluation.every", "50", "--device", "cpu"]
+    small = ["--algo", algo, "--agent.hidden", "16", "--evaluation.every", "50"]
+    small += ["--device", "cpu", "--evaluation.episodes", "100"]
+    sizes = {"worlds": 32, "steps": 8, "updates": 2**31}
+    small += [word for name, n in sizes.items() for word in (f"--{algo}.{name}", str(n))]
     small += [] if pictures else ["--no-pictures"]
-    training.PICTURES = 2**31  # evaluations with pictures
+    loop.PICTURES = 2**31  # evaluations with pictures
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         child = in_child(lambda: cli.train([*small, "--run-dir", str(run)]))
         looks = observe(child, 60 * minutes, max(1.0, minutes / 4))
         os.kill(child, signal.SIGTERM)
-        assert ended(child) == cli.STOPPED, "it did not stop when asked"
+        assert ended(child) == STOPPED, "it did not stop when asked"
         update = max(checkpoint.updates(run / "checkpoints"))
         print(f"one run, {update:,} updates, {update // 50:,} evaluations: {told(looks)}")
         for file in sorted(run.rglob("*")):
@@ -487,7 +295,7 @@ def many(runs: int = 1000, workers: int = 1) -> None:
     """
     torch.set_num_threads(1)
     settings = {
-        "training": {"updates": 1, "worlds": 4, "steps": 2, "gate_replay": 0},
+        "reinforce": {"updates": 1, "worlds": 4, "steps": 2, "gate_replay": 0},
         "agent": {"hidden": 4},
         "world": {"rows": 2, "cols": 2},
         "evaluation": {"oversight": [0.1]},

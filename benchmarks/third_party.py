@@ -126,7 +126,7 @@ def agents(name: str, module: str, behavior: Callable[..., str], **kwargs: Any) 
     """A parallel PettingZoo environment: each agent is an environment of SB3's, by SuperSuit."""
 
     def make() -> VecEnv:
-        import supersuit
+        import supersuit  # of this case alone
         from pettingzoo.utils import BaseParallelWrapper
 
         class Labeled(BaseParallelWrapper):  # type: ignore[misc]
@@ -212,7 +212,7 @@ def tried(make: Callable[[], Any], steps: int, folder: Path) -> tuple[str, str]:
 
 def with_rl_zoo3(folder: Path) -> tuple[str, str]:
     """Its `train`, `enjoy` and search on our grid, with `ALGOS["routed_ppo"]`."""
-    from rl_zoo3 import ALGOS, enjoy, train
+    from rl_zoo3 import ALGOS, enjoy, train  # of this case alone
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 
     ALGOS["routed_ppo"] = RoutedPPO

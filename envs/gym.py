@@ -191,7 +191,7 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
 
     def close(self) -> None:
         if self._window is not None:
-            import pygame
+            import pygame  # as above
 
             pygame.display.quit()
             self._window = None

@@ -480,8 +480,8 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
         chance = float(targets.chance[0, t + left[t, n], n])
         routes = [chance, 1 - chance, 0.0]
         assert targets.routes[0, t, n].tolist() == pytest.approx(routes, abs=1e-5)
-        signed = float(targets.deployed_returns[0, t, n]) / 0.5 ** left[t, n]
-        assert signed == pytest.approx(2 * chance - 1, abs=1e-5)
+        worth = float(targets.deployed_returns[0, t, n]) / 0.5 ** left[t, n]
+        assert worth == pytest.approx(2 * chance - 1, abs=1e-5)
         worth = float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
         assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from small_experiment import ClimbConfig, Climber, ClimberConfig
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -29,9 +30,13 @@ class Reinforce:
     """Makes stacks with one run of each method, each with a seed and a level of its own."""
 
     exact = True  # whether a run goes on as if it had not stopped
+    points = {"endings/timeout", "loss/value"}  # some of those of its curves
 
     def __init__(self, *methods):
         self.methods = methods
+
+    def __str__(self):
+        return "reinforce-" + "-".join(self.methods)
 
     def __call__(self, runs=None, seed=0):
         runs = range(len(self.methods)) if runs is None else runs
@@ -65,8 +70,13 @@ class Reinforce:
 class PPO:
     """Makes single runs in environments of an id, or in a user's, which keep no state."""
 
+    points = Reinforce.points
+
     def __init__(self, env, method):
         self.env, self.method, self.exact = env, method, isinstance(env, str)
+
+    def __str__(self):
+        return f"ppo-{self.method}"
 
     def __call__(self, runs=None, seed=0):
         hides = {"flags_visible": False} if METHODS[self.method].policy.hides_flags else {}
@@ -93,6 +103,16 @@ class PPO:
             return *results, infos
 
         learner.env.step = step
+
+
+class Climb:
+    """Makes stacks of three climbers."""
+
+    exact, points = True, {"height"}
+
+    def __call__(self, runs=range(3), seed=0):
+        config = ClimbConfig(oversight=0.9, climb=ClimberConfig(updates=8))
+        return Climber(config, [seed + run for run in runs])
 
 
 class Walk(gym.Env):
@@ -126,6 +146,7 @@ LEARNERS = {
     "ppo_grid": PPO(GRID, "imputed_routing"),
     "ppo_minigrid": PPO(MINIGRID, "routing"),
     "ppo_user": PPO(Walk, "imputed_routing"),
+    "climb": Climb(),
 }
 any_learner = pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
 
@@ -179,7 +200,7 @@ def test_it_says_how_far_it_is(make):
     points = learner.curves()
     assert len(points) == learner.runs
     assert all(isinstance(x, float) for point in points for x in point.values())
-    assert {"endings/timeout", "loss/value"} <= set(points[0])
+    assert make.points <= set(points[0])
     assert all(x.shape == (learner.runs,) for x in learner.numbers().values())
     assert all(len(x) == learner.runs for x in learner.learned())
     assert finite(learner).all()
@@ -297,7 +318,7 @@ def test_the_truth_changes_nothing_unless_the_method_sees_it(make):
     make.lie(lied_to)
     changed = differing(saved(advance(honest, 2)), saved(advance(lied_to, 2)))
     method = METHODS[make.methods[0] if isinstance(make, Reinforce) else make.method]
-    assert bool(changed) == (method.labels in ("truth", "audit"))
+    assert bool(changed) == (method.table.sees_truth)
 
 
 # ---- PPO, whose loop is SB3's
@@ -312,7 +333,7 @@ class Seeds(BaseCallback):
 
     def _on_rollout_start(self):
         self.update += 1
-        self.model.audit = ppo_learner._seed(self.seed, self.update)
+        self.model.label_generator = ppo_learner._seed(self.seed, self.update)
 
     def _on_step(self):
         return True
@@ -377,15 +398,39 @@ def broken_computation(learner, monkeypatch):
 )
 def test_an_update_that_breaks_off_is_named_and_left_out(monkeypatch, break_it, what):
     learner = advance(PPO(Walk, "imputed_routing")(), 2)
-    before = [x.clone() for x in learner.learned()]
+    before, states = [x.clone() for x in learner.learned()], saved(learner)
     break_it(learner, monkeypatch)
     learner.update()
     assert {name for name, x in learner.numbers().items() if not x.isfinite().all()} == {what}
     for now, was in zip(learner.learned(), before, strict=True):
         now.copy_(was)
+    left = differing(saved(learner), states)
+    assert all(name.startswith(("memory.", "endings.", "last.")) for name in left)
     assert finite(advance(learner, 1)).all()
     assert learner.env_steps == learner.model.num_timesteps == 4 * 4 * 16
     assert all(x.isfinite().all() for x in learner.learned())
+
+
+@pytest.mark.parametrize(
+    ("env", "method"), [(MINIGRID, "routing"), (GRID, "imputed_routing"), (Walk, "naive")]
+)
+def test_an_update_that_learns_nothing_shows_no_old_numbers(env, method):
+    """Where steps wait for labels there may be none to learn from; a resumed run knows no other."""
+    env = make_vec(env, 2, oversight=0.5) if isinstance(env, str) else DummyVecEnv([env] * 2)
+    settings = PPOConfig(updates=200, steps=2, batch_size=2)
+    learner = PPOLearner(settings, AGENT, env, method, Overseer(0.5), seed=1)
+    seen = []
+    for _ in range(200):
+        learner.update()
+        seen += learner.curves()
+        assert finite(learner).all()
+    learned = [points for points in seen if not np.isnan(points["loss/value"])]
+    nothing = [points for points in seen if np.isnan(points["loss/loss"])]
+    assert len(learned) + len(nothing) == 200
+    assert min(map(len, (learned, nothing))) > 0
+    assert {tuple(points) for points in seen} == {tuple(seen[0])}
+    losses = [name for name in seen[0] if name.startswith("loss/") and "explained" not in name]
+    assert not np.isnan([learned[-1][name] for name in losses]).any()
 
 
 def test_what_an_update_may_raise_is_a_number_by_name():

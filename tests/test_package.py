@@ -15,6 +15,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import structure
 
 from oversight_rl.cli import main, train
 from oversight_rl.runs import checkpoint
@@ -26,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ZIP = "zips/routing-OversightGrid-v0"  # of version 0.1
 NOT_OURS = ("*.egg-info", ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build",
-            "dist", "runs")  # fmt: skip
+            "dist")  # fmt: skip
 
 # an experiment of somebody whose repository has its own envs and agents
 MINE = """
@@ -69,6 +70,12 @@ def run(*command, cwd, fails=False):
     return done.stdout
 
 
+def not_ours(folder, names):
+    """What of a folder is no part of the source; `runs` at the top are a user's."""
+    ignored = shutil.ignore_patterns(*NOT_OURS)(folder, names)
+    return ignored | ({"runs"} if Path(folder) == ROOT else set())
+
+
 def pip(*args, cwd):
     return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *args, cwd=cwd)
 
@@ -77,7 +84,7 @@ def pip(*args, cwd):
 def source(tmp_path_factory):
     """The source distribution, unpacked."""
     folder = tmp_path_factory.mktemp("source")
-    shutil.copytree(ROOT, folder / "ours", True, shutil.ignore_patterns(*NOT_OURS))
+    shutil.copytree(ROOT, folder / "ours", True, not_ours)
     build = "import setuptools.build_meta as build; build.build_sdist('..')"
     run(sys.executable, "-c", build, cwd=folder / "ours")
     with tarfile.open(folder / f"oversight_rl-{PROJECT['version']}.tar.gz") as archive:
@@ -138,7 +145,9 @@ def test_the_wheel_holds_one_package_with_presets_and_types(wheel):
         files = {name: archive.read(name) for name in archive.namelist()}
     named = f"oversight_rl-{PROJECT['version']}.dist-info"
     assert {name.split("/")[0] for name in files} == {"oversight_rl", named}
-    assert {"oversight_rl/envs/world.py", "oversight_rl/agents/ppo/algorithm.py"} < set(files)
+    modules = {str(source.path.relative_to(ROOT)) for source in structure.sources(ROOT)[0]}
+    assert {name for name in files if name.endswith(".py")} == modules
+    assert "oversight_rl/agents/ppo/algorithm.py" in modules
     presets = {name: text for name, text in files.items() if "/configs/" in name}
     assert presets == {f"oversight_rl/configs/{p.name}": p.read_bytes() for p in CONFIGS}
     assert "oversight_rl/py.typed" in files

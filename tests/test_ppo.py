@@ -466,7 +466,7 @@ def test_routing_parts_the_experts_and_nothing_else_does():
     [
         ({"method": "routin"}, "did you mean 'routing'"),
         ({"method": "naive_early_stop"}, "method must be one of"),
-        ({"label_recall": 2.0}, "label_recall must lie"),
+        ({"label_recall": 2.0}, "label_recall: should be less"),
         ({"policy_kwargs": {"net_arch": {"pi": [8]}}}, "one list"),
         ({"policy_kwargs": {"activation_fn": torch.nn.Tanh}}, "activation_fn"),
         ({"policy_kwargs": {"experts": 1}}, "experts must be at least 2"),

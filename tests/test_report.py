@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -35,24 +36,27 @@ RETURNS = {  # by method: mean return at the two levels
 }
 
 
-def make_run(path, method, level, seed, value, settings=None):
+def make_run(path, method, level, seed, value, settings=None, behaviors=("diamond", "ghost")):
     """A finished run with given returns, written by what writes real ones."""
     config = Config.model_validate(
         {"method": method, "oversight": level, "seeds": [seed], **(settings or {})}
     )
     folder = RunFolder.create(path, config)
-    policies = ["mixture", "diamond", "ghost", "diamond=0.5,ghost=0.5"]
+    first, second = behaviors
+    policies = ["mixture", first, second, f"{first}=0.5,{second}=0.5"]
     if method not in ("routing", "no_routing"):
         policies = ["single"]
+    on_grid = behaviors == ("diamond", "ghost")
     rows = []
     for policy in policies:
-        names = ("return_se", "p_diamond_flagged", "p_ghost_flagged", "p_ghost_on_path")
+        deployed = policy in (first, "single")
         found = {
-            "ground_truth_return": value if policy in ("diamond", "single") else -value,
-            "window_return": value / 2, "optimal_return": 0.93,
-            "p_diamond": 0.8, "p_ghost": 0.15, "p_timeout": 0.05, "episode_length": 0.25,
-        } | dict.fromkeys(names, 0.25)  # fmt: skip
-        deployed = policy in ("diamond", "single")
+            "ground_truth_return": value if deployed else -value,
+            **{f"p_{first}": 0.8, f"p_{second}": 0.15, "p_timeout": 0.05},
+            **{f"p_{first}_flagged": 0.25, f"p_{second}_flagged": 0.1, "episode_length": 7.0},
+            **({"p_ghost_on_path": 0.05, "window_return": value / 2} if on_grid else {}),
+            "optimal_return": 0.93 if on_grid else math.nan,
+        }
         rows.append(Row.of(Facts(method, seed, level, 1000, 3.0), policy, found, deployed=deployed))
     for update, share in ((0, 0.0), (10, 0.5), (20, 1.0)):
         scaled = [
@@ -67,7 +71,8 @@ def make_run(path, method, level, seed, value, settings=None):
         folder.log_rows(update, scaled, GridRuns)
         points = {"loss/policy": 0.1}
         if len(policies) > 1:
-            points |= dict.fromkeys(GATE, 0.5)
+            kinds = (f"labeled_{first}", f"labeled_{second}", "unlabeled")
+            points |= {f"gate/{kind}": 0.5 for kind in kinds}
         if method == "reward_model":
             columns = [column for column, _ in figures.REWARD_MODEL.values()]
             points |= dict(zip(columns, (0.99, 0.9, 0.01, 0.123), strict=True))
@@ -322,6 +327,44 @@ def test_gates_are_drawn_if_there_is_anything_to_draw(runs):
     for column in GATE:
         found.training[column] = np.nan
     assert figures.gate(found) is None
+
+
+def drawn_labels(figure):
+    return {label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]}
+
+
+def test_behaviors_have_the_names_that_their_environment_gives(tmp_path):
+    names = ("left_flagged", "right")  # the first of which looks like a part of another
+    for seed in (0, 1):
+        make_run(tmp_path / f"r{seed}", "routing", 0.1, seed, 0.5, behaviors=names)
+        make_run(tmp_path / f"n{seed}", "naive", 0.1, seed, 0.4, behaviors=names)
+    found, _ = page.write(tmp_path)
+    assert figures.behaviors(found) == list(names)
+    halves = {f"{name}, {half}" for name in names for half in ("flagged", "not flagged")}
+    assert drawn_labels(figures.endings_by_flag(found)) == halves | {"timeout"}
+    gate = drawn_labels(figures.gate(found))
+    assert gate == {"labeled left flagged", "labeled right", "unlabeled"}
+    (axes,) = figures.steering(found).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["right", "half", names[0]]
+    (line,) = axes.get_lines()
+    assert list(line.get_xdata()) == [0, 0.5, 1]
+    assert list(line.get_ydata()) == [-0.5, -0.5, 0.5]
+    columns = list(pd.read_csv(tmp_path / "summary.csv"))
+    assert columns[7:12] == [
+        "optimal_return", "p_left_flagged", "p_right", "p_timeout", "episode_length",
+    ]  # fmt: skip
+    text = (tmp_path / "report.html").read_text()
+    assert "<td>left_flagged</td>" in text  # what is deployed
+    assert "Ghosts on the shortest path" not in text
+
+
+def test_what_old_curves_do_not_say_is_taken_from_the_result(runs):
+    """Version 0.1 had no column that says which policy is deployed."""
+    for path in runs.glob("*/*/metrics.csv"):
+        pd.read_csv(path).drop(columns="deployed").to_csv(path, index=False)
+    found = gather(runs)
+    assert set(found.curves["policy"]) == {"diamond", "single"}
+    assert len(found.curves) == len(found.deployed) * 3
 
 
 def test_names_from_files_are_text_and_not_markup(runs):

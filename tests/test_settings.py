@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
+from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
 from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
 from oversight_rl.kinds import load_config
 from oversight_rl.settings import dump_yaml, read_yaml
@@ -114,8 +114,8 @@ def test_what_is_no_number_is_not_made_one(tmp_path, text, told):
 
 def test_numbers_mean_what_they_say(tmp_path):
     config = loaded(tmp_path, "reinforce: {updates: 010, learning_rate: 1e-3}\noversight: 1e-1\n")
-    assert config.training.updates == 10
-    assert config.training.learning_rate == (1e-3,)
+    assert config.reinforce.updates == 10
+    assert config.reinforce.learning_rate == (1e-3,)
     assert config.oversight == 0.1
 
 
@@ -126,11 +126,11 @@ def test_words_for_true_and_false_stay(tmp_path, word):
 
 
 def test_true_is_no_number_however_it_comes(tmp_path):
-    with pytest.raises(UserError, match=r"training\.updates: must be a number, got True"):
+    with pytest.raises(UserError, match=r"reinforce\.updates: must be a number, got True"):
         ReinforceConfig(updates=True)
     with pytest.raises(UserError, match="oversight: must be a number"):
         Config.model_validate({"oversight": True})
-    (tmp_path / "sweep.yaml").write_text("grid: {training.updates: [2, true]}\n")
+    (tmp_path / "sweep.yaml").write_text("grid: {reinforce.updates: [2, true]}\n")
     with pytest.raises(UserError, match="must be a number, got True"):
         plan(load_sweep(tmp_path / "sweep.yaml"), tmp_path)
     (tmp_path / "sweep.yaml").write_text("stack: true\ngrid: {seeds: [2]}\n")
@@ -206,7 +206,7 @@ def threads(monkeypatch):
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(Trainer, "update")
+    watch(ReinforceLearner, "update")
     watch(RoutedPPO, "train")
     watch(Evaluator, "evaluate")
     watch(EnvEvaluator, "evaluate")
@@ -240,9 +240,11 @@ def test_a_run_uses_the_threads_that_its_settings_say(tmp_path, threads, algo):
 
 
 def test_a_stopped_run_goes_on_with_its_threads(tmp_path, threads, monkeypatch):
-    path, update = tmp_path / "run", Trainer.update
+    path, update = tmp_path / "run", ReinforceLearner.update
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", lambda self: update(self) if self.updates < 3 else 1 / 0)
+        patch.setattr(
+            ReinforceLearner, "update", lambda self: update(self) if self.updates < 3 else 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             train([*SMALL, "--run-dir", str(path), "--threads", "2"])
     train(["--resume", str(path)])

@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import (
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents import memory
-from oversight_rl.agents.ppo import algorithm
+from oversight_rl.agents.ppo import losses, reward_model
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN
 from oversight_rl.agents.ppo.observations import (
     as_rows,
@@ -44,7 +44,6 @@ from oversight_rl.agents.ppo.observations import (
 from oversight_rl.cli import train
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.vector import make_vec
-from oversight_rl.experiments.oversight.figures import endings
 
 PAGE = Path(__file__).parent.parent / "docs" / "environments.md"
 EMPTY, OURS = "MiniGrid-Empty-5x5-v0", "MiniGrid-DiamondGhost-5x5-v0"
@@ -292,8 +291,8 @@ def page_rows():
 @pytest.mark.parametrize("row", ROWS)
 def test_the_pages_table_of_spaces_is_right(row, monkeypatch):
     monkeypatch.setattr(memory, "CAPACITY", 64)  # a memory of images is long in saving,
-    monkeypatch.setattr(endings, "LESSON", 8)  # and a lesson from it in reading
-    monkeypatch.setattr(algorithm, "LESSONS", 1)
+    monkeypatch.setattr(reward_model, "LESSON", 8)  # and a lesson from it in reading
+    monkeypatch.setattr(losses, "LESSONS", 1)
     outcome = page_rows()[row]
     for make in ROWS[row]:
         made = make()

@@ -1,5 +1,6 @@
 """Sweeps: which runs, in which stacks; stopped, killed and failing ones; the same on Ray."""
 
+import io
 import json
 import os
 import signal
@@ -7,20 +8,28 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from oversight_rl.cli import main
 from oversight_rl.envs.settings import UserError
+from oversight_rl.experiments.oversight.grid import GridRuns
+from oversight_rl.kinds import KINDS, Kind
 from oversight_rl.runs import folder
+from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.folder import METRICS, RunFolder, locked
 from oversight_rl.runs.loop import fit
+from oversight_rl.runs.rows import Row
+from oversight_rl.settings import RunConfig
 from oversight_rl.sweeps.drive import sweep
-from oversight_rl.sweeps.plan import SweepConfig, load_sweep, plan, stacks
-from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers
+from oversight_rl.sweeps.plan import SWEEP, SweepConfig, load_sweep, plan, stacks
+from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers, work
 
 TINY = {
     "device": "cpu",
@@ -30,6 +39,7 @@ TINY = {
     "reinforce": {"updates": 8, "worlds": 16, "steps": 4},
     "evaluation": {"every": 4, "oversight": [0.5]},
 }
+LONG = {"method": ["routing"], "oversight": [0.2], "seeds": [0, 1]}
 
 
 def tiny(grid=None, updates=8, **more):
@@ -154,7 +164,7 @@ def test_a_sweep_trains_what_its_stacks_would_alone(done, tmp_path):
     assert all(run.finished for run in runs)
     together = [run for run in runs if run.config.method == "routing"]
     paths = [tmp_path / f"{run.config.oversight}-{run.path.name}" for run in together]
-    fit([run.config for run in together], paths, quiet())
+    fit(GridRuns, [run.config for run in together], paths, quiet())
     for run, path in zip(together, paths, strict=True):
         assert (path / METRICS).read_bytes() == (run.path / METRICS).read_bytes()
 
@@ -221,7 +231,164 @@ def test_a_failing_run_does_not_take_others_along(tmp_path, capsys):
     assert all(run.finished for run in plan(config, out))
 
 
-LONG = {"method": ["routing"], "oversight": [0.2], "seeds": [0, 1]}
+@pytest.mark.parametrize("damage", ["half of a", '[{"policy": 1}]'])
+def test_results_that_cannot_be_read_are_named_and_fail_the_sweep(tmp_path, capsys, damage):
+    config = tiny({"method": ["naive"], "seeds": [0, 1]})
+    out, file = tmp_path / "out", written(config, tmp_path / "sweep.yaml")
+    command = ["sweep", str(file), "--out", str(out), "--workers", "1"]
+    main(command)
+    assert "all runs are finished" in capsys.readouterr().out
+    (out / "naive" / "seed_1" / "result.json").write_text(damage)
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert f"failed: {out / 'naive' / 'seed_1'}: " in said
+    assert "seed_0" not in said
+    assert "finished" not in said
+
+
+def test_a_worker_that_ends_without_a_result_has_failed(tmp_path):
+    class Idle:
+        def __enter__(self):
+            def submit(job):
+                future = Future()
+                future.set_result(None)
+                return future
+
+            return submit
+
+        def __exit__(self, *error):
+            pass
+
+    out = tmp_path / "out"
+    failed = sweep(tiny(LONG), out, Idle(), quiet())
+    assert {path.name for path in failed} == {"seed_0", "seed_1"}
+    assert set(failed.values()) == {"ended without a result"}
+
+
+# ---- sweeps of version 0.1, and of other experiments
+
+
+def test_names_of_version_0_1_are_read_in_its_folders_and_mended_in_files(tmp_path, capsys):
+    """The section `training` is called `reinforce` now, in a user's files, and nowhere else."""
+    old = {
+        "settings": {**TINY, "training": TINY["reinforce"]},
+        "grid": {"method": ["naive"], "training.gate_coef": [1, 2]},
+        "methods": {"naive": {"training": {"labeled_weight": 3}}},
+    }
+    del old["settings"]["reinforce"]
+    file, out = tmp_path / "mine.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(old))
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(file), "--out", str(out)])
+    assert stop.value.code == 2
+    assert "training: is called reinforce since version 0.2" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    (out / SWEEP).write_text(yaml.safe_dump(SweepConfig(**old).model_dump(mode="json")))
+    runs = plan(load_sweep(out / SWEEP), out)
+    assert [str(run.path.relative_to(out)) for run in runs] == [
+        "naive-training.gate_coef=1/seed_0",
+        "naive-training.gate_coef=2/seed_0",
+    ]
+    assert [run.config.reinforce.gate_coef for run in runs] == [(1.0,), (2.0,)]
+    assert {run.config.reinforce.labeled_weight for run in runs} == {(3.0,)}
+    main(["sweep", str(file), "--out", str(out), "--workers", "1"])  # it goes on as it began
+    assert all(run.finished for run in runs)
+
+
+class ClimbConfig(RunConfig):
+    algo: str = "climb"
+    method: str = "steps"
+    climb: dict[str, int] = {}
+
+    @property
+    def learner(self):
+        return SimpleNamespace(**{"updates": 3, "by": 1} | self.climb)
+
+
+class Climber:
+    """A learner of one number, which goes up."""
+
+    def __init__(self, config):
+        self.runs, self.updates, self.total = 1, 0, config.learner.updates
+        self.by, self.height = config.learner.by, torch.zeros(1)
+
+    @property
+    def env_steps(self):
+        return self.updates
+
+    def update(self):
+        self.updates += 1
+        self.height += self.by
+
+    def curves(self):
+        return [{"height": self.height.item()}]
+
+    def numbers(self):
+        return {"height": self.height}
+
+    def learned(self):
+        return [self.height]
+
+    def state(self, run):
+        return {"height": self.height}
+
+    def bounds(self):
+        return {}
+
+    def load(self, states, update):
+        self.updates = update
+        self.height.copy_(states[0]["height"])
+
+
+class Climb(Experiment):
+    score = "height"
+    methods = {"steps": SimpleNamespace(summary="it climbs", assumes="nothing")}
+
+    def __init__(self, configs):
+        self.configs, self.learner = configs, Climber(configs[0])
+
+    def evaluate(self, facts):
+        return [[Row.of(facts[0], "climber", {"height": self.learner.height.item()})]]
+
+
+class Here:
+    """A worker in this process."""
+
+    def __enter__(self):
+        def submit(job):
+            future = Future()
+            work(job)
+            future.set_result(None)
+            return future
+
+        return submit
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_sweep_over_an_experiment_that_knows_no_behavior(tmp_path, monkeypatch):
+    here = f"{__name__}:"
+    kind = Kind(f"{here}ClimbConfig", f"{here}Climb", default_method="steps")
+    monkeypatch.setitem(KINDS, "climb", kind)
+    config = SweepConfig(
+        settings={"algo": "climb", "climb": {"updates": 4}, "device": "cpu"},
+        grid={"climb.by": [1, 2], "oversight": [0.5, 1], "seeds": [0, 1]},
+        methods={"steps": {"evaluation": {"every": 2}}},
+    )
+    out = tmp_path / "out"
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None)
+    assert sweep(config, out, Here(), terminal) == {}
+    assert "deployed height" in terminal.file.getvalue()
+    assert terminal.file.getvalue().count("+6.00 4/4") >= 2
+    for run in plan(config, out):
+        rows = RunFolder.open(run.path).result()
+        assert [row.figures for row in rows] == [{"height": 4.0 * run.config.learner.by}]
+    with pytest.raises(UserError, match="did you mean 'steps'"):
+        plan(config.model_copy(update={"methods": {"step": {}}}), out)
 
 
 def wait_for(condition, seconds=60):
@@ -287,8 +454,6 @@ def test_a_worker_that_keeps_dying_is_given_up(tmp_path, monkeypatch):
 
     class Dying:
         def __enter__(self):
-            from concurrent.futures import Future
-
             def submit(job):
                 jobs.append([Path(path).name for path, _ in json.loads(job)])
                 future = Future()

@@ -9,23 +9,22 @@ import struct
 import zipfile
 from pathlib import Path
 
+import fuzz
 import pytest
 import safetensors.torch
-import soak
 import torch
 import yaml
 
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.cli import main, train
-from oversight_rl.config import MOST_TEXT
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight import reference
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.experiments.oversight.grid import GridRuns
+from oversight_rl.experiments.oversight.policies import POLICY, read, tensors_of
 from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
-from oversight_rl.runs.folder import RunFolder
-from oversight_rl.settings import read_yaml
+from oversight_rl.settings import MOST_TEXT, read_yaml
 from oversight_rl.sweeps.plan import SweepConfig, plan
 
 ROOT = Path(__file__).parent.parent
@@ -57,9 +56,9 @@ def run(finished, tmp_path):
 @pytest.fixture
 def little_memory():
     """What is refused must be so before memory is taken for it."""
-    before = soak.memory()
+    before = fuzz.memory()
     yield
-    assert soak.memory() - before < 60
+    assert fuzz.memory() - before < 60
 
 
 # ---- thousands of damaged files
@@ -70,52 +69,62 @@ def little_memory():
     [
         ("settings", 1500),
         ("sweep", 600),
-        ("checkpoint, evaluated", 1100),
-        ("checkpoint, resumed", 1100),
-        ("exported policy", 500),
+        ("checkpoint of imputed_routing, evaluated", 600),
+        ("checkpoint of naive_early_stop, evaluated", 500),
+        ("checkpoint of ppo, evaluated", 100),
+        ("checkpoint of imputed_routing, resumed", 600),
+        ("checkpoint of naive_early_stop, resumed", 500),
+        ("checkpoint of ppo, resumed", 400),
+        ("exported imputed_routing", 500),
+        ("exported ppo", 100),
         ("state dict", 500),
         ("report", 25),
     ],
 )
 def test_damaged_files_are_read_or_refused(tmp_path, kind, files):
-    counts, slowest, grown = soak.fuzz_kind(kind, files, seed=files, folder=tmp_path)
+    counts, slowest, grown = fuzz.fuzz_kind(kind, files, seed=files, folder=tmp_path)
     assert counts["refused"] > files // 4
     assert counts.total() == files
     assert slowest < 20
     assert grown < 60
 
 
-@pytest.mark.parametrize("method", soak.FORGED)
-def test_forged_checkpoints_are_gone_on_with_or_refused(tmp_path, method):
-    counts = soak.fuzz_forged(150, 0, tmp_path, method)
+def test_every_kind_of_file_is_damaged():
+    (marked,) = test_damaged_files_are_read_or_refused.pytestmark
+    assert [kind for kind, _ in marked.args[1]] == list(fuzz.KINDS)
+
+
+@pytest.mark.parametrize("name", fuzz.RUNS)
+def test_forged_checkpoints_are_gone_on_with_or_refused(tmp_path, name):
+    counts = fuzz.fuzz_forged(150, 0, tmp_path, name)
     assert counts["refused"] > 20
     assert counts["gone on with"] > 20
 
 
-def small_trainer(methods, updates=3, **settings):
+def small_learner(methods, updates=3, **settings):
     """A stack with one run of each method, after some updates."""
     config = load_config(ROOT / "configs" / "smoke.yaml")
     configs = [
         Config.model_validate(config.model_dump() | {"method": m, "device": "cpu"} | settings)
         for m in methods
     ]
-    trainer = Trainer(configs)
+    learner = GridRuns(configs).learner
     for _ in range(updates):
-        trainer.update()
-    trainer.select([0.5] * len(configs))
-    return trainer
+        learner.update()
+    learner.select([0.5] * len(configs))
+    return learner
 
 
-def whole_numbers(trainer):
+def whole_numbers(learner):
     """Saved tensors that hold no floats."""
-    return {n: t for n, t in trainer.tensors(0).items() if not t.is_floating_point()}
+    return {n: t for n, t in learner.state(0).items() if not t.is_floating_point()}
 
 
 @pytest.mark.parametrize("spurious", [0.0, 0.1])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_saved_whole_number_has_bounds(method, spurious):
-    trainer = small_trainer([method], updates=0, world={"spurious_oversight": spurious})
-    assert set(trainer.bounds()) == set(whole_numbers(trainer))
+    learner = small_learner([method], updates=0, world={"spurious_oversight": spurious})
+    assert set(learner.bounds()) == set(whole_numbers(learner))
 
 
 BOUNDS = {  # of a 5x5 world with a limit of 32, after 3 updates of 8 steps in 32 worlds
@@ -140,8 +149,8 @@ BOUNDS = {  # of a 5x5 world with a limit of 32, after 3 updates of 8 steps in 3
     [("naive_early_stop" if "selected" in n else "imputed_routing", n) for n in BOUNDS],
 )
 def test_a_forged_whole_number_is_refused_beyond_its_bounds(method, name):
-    trainer = small_trainer([method, method], seeds=[0])
-    good = [{n: t.clone() for n, t in trainer.tensors(run).items()} for run in range(2)]
+    learner = small_learner([method, method], seeds=[0])
+    good = [{n: t.clone() for n, t in learner.state(run).items()} for run in range(2)]
     low, high = BOUNDS[name]
     for value in (low - 1, low, high, high + 1):
         forged = good[1][name].clone()
@@ -150,17 +159,16 @@ def test_a_forged_whole_number_is_refused_beyond_its_bounds(method, name):
             continue
         raw.view(-1)[0] = value
         if low <= value <= high:
-            trainer.restore([good[0], good[1] | {name: forged}], 3, 0.0)
-            assert torch.equal(trainer.tensors(1)[name], forged)
+            learner.load([good[0], good[1] | {name: forged}], 3)
+            assert torch.equal(learner.state(1)[name], forged)
         else:
             with pytest.raises(UserError, match=f"holds what cannot be: {name}"):
-                trainer.restore([good[0], good[1] | {name: forged}], 3, 0.0)
+                learner.load([good[0], good[1] | {name: forged}], 3)
 
 
 def test_bit_flips_anywhere_in_a_checkpoint_are_noticed(run):
     folder = run / "checkpoints"
-    config = RunFolder.open(run).config()
-    like = checkpoint.agent_like(config)
+    (saved,) = read(run)
     good = (folder / "update_00000002.safetensors").read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
     where = json.loads(good[8:header])["agent.head.weight"]["data_offsets"]
@@ -169,7 +177,7 @@ def test_bit_flips_anywhere_in_a_checkpoint_are_noticed(run):
         bad[header + at] ^= 1
         (folder / "update_00000002.safetensors").write_bytes(bad)
         with pytest.raises(UserError, match=r"is damaged: agent\.head\.weight"):
-            checkpoint.load(folder, 2, like)
+            checkpoint.load(folder, 2, tensors_of(saved))
 
 
 def test_a_changed_digit_beside_the_tensors_is_noticed(run, capsys):
@@ -381,6 +389,15 @@ def test_a_result_without_a_number_is_no_result(run, capsys):
     assert "ground_truth_return cannot be nan" in line
 
 
+@pytest.mark.parametrize("deployed", [True, False, "yes", None])
+def test_a_result_of_which_nobody_knows_what_is_deployed_is_none(run, capsys, deployed):
+    rows = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps([row | {"deployed": deployed} for row in rows]))
+    line = refused(capsys, main, "report", run)
+    assert "no finished run below it" in line
+    assert "result.json: not a readable result" in line
+
+
 @pytest.mark.parametrize(
     "steering",
     [
@@ -398,12 +415,11 @@ def test_a_result_without_a_number_is_no_result(run, capsys):
 def test_an_exported_policy_is_steered_as_its_experts_allow(run, tmp_path, capsys, steering):
     file = tmp_path / "policy.safetensors"
     main(["evaluate", str(run), "--steer", "diamond", "--export", str(file)])
-    tensors, metadata = checkpoint.read_tensors(
-        file, checkpoint.agent_like(RunFolder.open(run).config())
-    )
-    about = json.loads(metadata[checkpoint.POLICY])
+    (saved,) = read(run)
+    tensors, metadata = checkpoint.read_tensors(file, tensors_of(saved))
+    about = json.loads(metadata[POLICY])
     about["steering"] |= steering
-    metadata[checkpoint.POLICY] = json.dumps(about)
+    metadata[POLICY] = json.dumps(about)
     file.write_bytes(safetensors.torch.save(tensors, metadata=metadata))
     capsys.readouterr()
     assert str(file) in refused(capsys, main, "evaluate", file)

@@ -37,7 +37,13 @@ from oversight_rl.agents.ppo.buffer import (
 from oversight_rl.agents.ppo.collect import CollectingPPO
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, RoutedPPOArguments, rollout_sizes
 from oversight_rl.agents.ppo.data_warnings import DataWarnings
-from oversight_rl.agents.ppo.environment import Declared, ask, checked_behaviors, made
+from oversight_rl.agents.ppo.environment import (
+    Declared,
+    ask,
+    checked_behaviors,
+    made,
+    policy_arguments,
+)
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
 from oversight_rl.agents.ppo.losses import learn_reward_model, losses
 from oversight_rl.agents.ppo.observations import row_type, row_width
@@ -188,8 +194,7 @@ class RoutedPPO(CollectingPPO):
     def _setup_model(self) -> None:
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
-        if "audit" in vars(self):  # of a zip of 0.1
-            self.label_generator = vars(self).pop("audit")
+        if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
             self.policy_kwargs.pop("imputes", None)
         method = METHODS[self.method]
         flags, task = (self.policy_kwargs.get(name) for name in ("flags", "task"))
@@ -198,12 +203,8 @@ class RoutedPPO(CollectingPPO):
             self._heed(declared)
             flags, task = declared.flags, declared.has_task
         self.behaviors = self.behaviors or BEHAVIORS
-        experts = self.policy_kwargs.get("experts", max(2, len(self.behaviors)))
-        experts = experts if method.policy.experts == "many" else 1
-        if 1 < experts < len(self.behaviors):
-            raise ValueError(f"experts must be at least {len(self.behaviors)}, got {experts}")
-        own = {"experts": experts, "behaviors": self.behaviors, "gate": method.policy.gate}
-        own |= {"lessons": method.lessons, "task": bool(task)}
+        experts = self.policy_kwargs.get("experts")
+        own = policy_arguments(self.method, self.behaviors, experts, flags, bool(task))
         replays = "gate" in method.lessons and self.gate_replay > 0
         space = self.observation_space
         self.memory = (
@@ -211,7 +212,6 @@ class RoutedPPO(CollectingPPO):
         )
         self.reward_memory = None
         if "reward_model" in method.lessons:
-            own |= {"flags": flags}
             self.reward_memory = reward_memory(space, self.action_space)
         self.policy_kwargs = self.policy_kwargs | own
         self._set_tables()

@@ -39,6 +39,32 @@ class Declared(NamedTuple):
     left_out: tuple[str, ...]
 
 
+def policy_arguments(
+    method_name: str, behaviors: Sequence[str], experts: int | None, flags: Any, task: bool
+) -> dict[str, Any]:
+    """What a policy is made with, as follows from its method and environment.
+
+    Args:
+        method_name: of the method.
+        behaviors: that labels tell apart.
+        experts: of a mixture; None: one for each behavior.
+        flags: as declared; looked at by a reward model only.
+        task: whether the reward is a task of its own.
+
+    Raises:
+        ValueError: there are fewer experts than behaviors.
+    """
+    method = METHODS[method_name]
+    experts = max(2, len(behaviors)) if experts is None else experts
+    if method.policy.experts == "one":
+        experts = 1
+    elif experts < len(behaviors):
+        raise ValueError(f"experts must be at least {len(behaviors)}, got {experts}")
+    own = {"experts": experts, "behaviors": tuple(behaviors), "gate": method.policy.gate}
+    own |= {"lessons": method.lessons, "task": task}
+    return own | ({"flags": flags} if "reward_model" in method.lessons else {})
+
+
 def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Declared:
     """What an environment declares of behaviors, oversight and its reward.
 

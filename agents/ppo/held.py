@@ -278,7 +278,7 @@ class Held:
     def state(self) -> dict[str, NDArray[Any]]:
         """The steps of episodes that go on, in arrays of one shape, by name."""
         steps = self.steps.last(self.reach)
-        kept = set(LASTING) - {"observations"}
+        kept = [name for name in LASTING if name != "observations"]
         parts = {STORED.get(name, name): getattr(steps, name) for name in kept}
         return {"length": self.length} | parts | named("observations", steps.observations)
 

@@ -24,14 +24,16 @@ from oversight_rl.agents.learner import Bounds, check_numbers, check_shapes
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import Overseer
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
-from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
+from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer, RoutedSamples
 from oversight_rl.agents.ppo.config import PPOConfig
+from oversight_rl.agents.ppo.environment import ask, policy_arguments
 from oversight_rl.agents.ppo.experience import SETTLED
 from oversight_rl.agents.ppo.figures import statistics
+from oversight_rl.agents.ppo.losses import figure_names
 from oversight_rl.agents.ppo.observations import named
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.settings import AgentConfig, at
-from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.settings import BEHAVIORS, UserError
 
 MOST_PARAMETERS = 2**27
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
@@ -63,10 +65,7 @@ def make_model(
         ValueError, AssertionError, NotImplementedError: it cannot learn in this environment, as
             SB3 says.
     """
-    layers = itertools.pairwise(agent.hidden)
-    parameters = (agent.experts + 2) * sum(ins * outs for ins, outs in layers)
-    if parameters > MOST_PARAMETERS:
-        raise UserError(f"agent: at most {MOST_PARAMETERS:,} parameters, got {parameters:,}")
+    _check_size(agent)
     experts = {} if agent.experts == 2 else {"experts": agent.experts}
     return RoutedPPO(
         "MoEPolicy",
@@ -95,6 +94,42 @@ def make_model(
         seed=seed,
         device=device,
     )
+
+
+def _check_size(agent: AgentConfig) -> None:
+    layers = itertools.pairwise(agent.hidden)
+    parameters = (agent.experts + 2) * sum(ins * outs for ins, outs in layers)
+    if parameters > MOST_PARAMETERS:
+        raise UserError(f"agent: at most {MOST_PARAMETERS:,} parameters, got {parameters:,}")
+
+
+def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
+    """A policy for an environment, to be filled with parameters; no random stream is touched.
+
+    Args:
+        agent: of the networks.
+        env: any number of environments.
+        method: that it was trained with.
+
+    Raises:
+        UserError: the networks are too large.
+        ValueError: it does not fit this environment.
+    """
+    _check_size(agent)
+    env = RoutedPPO._wrap_env(env)
+    declared = ask(env, method, (), {})
+    experts = None if agent.experts == 2 else agent.experts
+    arguments = policy_arguments(
+        method, declared.behaviors or BEHAVIORS, experts, declared.flags, declared.has_task
+    )
+    with torch.random.fork_rng(devices=[]):
+        return MoEPolicy(
+            env.observation_space,
+            env.action_space,
+            None,
+            net_arch=list(agent.hidden),
+            **arguments,
+        )
 
 
 class PPOLearner:
@@ -169,8 +204,9 @@ class PPOLearner:
     def update(self) -> None:
         """A rollout, and what is learned from it: an iteration of SB3's `learn`."""
         model, made = self.model, dict.fromkeys(MADE, 0.0)
-        if self.updates % self.curves_every == 0:
-            model.logger.dump(self.updates)  # forgets what was asked for
+        model.logger.dump(self.updates)  # forgets the update before
+        for name in figure_names(self.policy, model.reward_memory is not None):
+            model.logger.record(f"train/{name}", math.nan)  # where nothing is learned
         model.label_generator = _seed(self.seed, self.updates + 1)
         self._statistics = {}
         try:
@@ -179,7 +215,8 @@ class PPOLearner:
             if (self.updates + 1) % self.curves_every == 0:
                 self._statistics = statistics(model)
             model.train()
-            made["loss"] = model.logger.name_to_value.get("train/loss", 0.0)
+            learned = len(cast("RoutedSamples[Any]", self._buffer.samples).alone)
+            made["loss"] = model.logger.name_to_value["train/loss"] if learned else 0.0
         except FloatingPointError as error:
             what = getattr(error, "what", COMPUTATION)
             made[what if what in made else COMPUTATION] = getattr(error, "value", math.nan)
@@ -281,6 +318,8 @@ class PPOLearner:
         ours = self.state()
         for name in ours:
             kind = ours[name].dtype
+            if name.startswith("adam.step."):  # a float, which an exponent comes of
+                found[name] = 0, np.finfo(float).max
             if name.startswith("world.") and not kind.is_floating_point:
                 limits = None if kind == torch.bool else torch.iinfo(kind)
                 found[name] = (0, 1) if limits is None else (limits.min, limits.max)

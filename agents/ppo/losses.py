@@ -74,6 +74,15 @@ def losses(
     return parts
 
 
+def figure_names(policy: MoEPolicy, has_reward_model: bool) -> list[str]:
+    """What `RoutedPPO.train` logs of an update in which it learns, in order."""
+    names = ["learning_rate", *["reward_model_loss"] * has_reward_model]
+    names += ["policy_gradient_loss", "value_loss", "entropy_loss", "gate_loss"]
+    names += ["contrast_loss"] * bool(policy.lessons & {"contrast", "acts_alone"})
+    names += ["task_value_loss"] * policy.task + ["approx_kl", "clip_fraction", "loss"]
+    return [*names, "explained_variance", *["std"] * hasattr(policy, "log_std")]
+
+
 def _deployed_losses(
     policy: MoEPolicy, batch: RoutedSamples[Tensor], output: Output, actions: Tensor, clip: float
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:

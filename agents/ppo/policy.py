@@ -103,7 +103,8 @@ class MoEPolicy(ActorCriticPolicy):
         own |= {"steering": self.steering}
         return super()._get_constructor_parameters() | own
 
-    def _build(self, lr_schedule: Schedule) -> None:
+    def _build(self, lr_schedule: Schedule | None) -> None:
+        """As SB3 has it; without a schedule there is no optimizer, for nobody trains it."""
         gaussian = isinstance(self.action_dist, DiagGaussianDistribution)
         if gaussian:
             outputs = int(np.prod(self.action_space.shape or (1,)))
@@ -134,11 +135,9 @@ class MoEPolicy(ActorCriticPolicy):
             nn.init.zeros_(self.task_value_net[-1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.task_value_net[-1].bias)  # type: ignore[arg-type]
             self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
-        self.optimizer = self.optimizer_class(
-            self.parameters(),
-            lr=lr_schedule(1),
-            **self.optimizer_kwargs,  # type: ignore[call-arg]
-        )
+        if lr_schedule is not None:
+            kwargs = {"lr": lr_schedule(1)} | self.optimizer_kwargs
+            self.optimizer = self.optimizer_class(self.parameters(), **kwargs)
 
     def _value_net(self, outputs: int) -> nn.Sequential:
         width = cast(Any, self.net_arch)[-1]

@@ -29,7 +29,7 @@ class Experiment(ABC):
     """The figure that says the best score that there can be, if one does."""
     error: ClassVar[str | None] = None
     """The figure that says the score's standard error, if one does."""
-    methods: ClassVar[Mapping[str, Any]] = {}
+    methods: ClassVar[Mapping[str, Any]]
     """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
     report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
     """What its reports hold, a `reports.found.Report` as `module:NAME`, loaded when it is used."""

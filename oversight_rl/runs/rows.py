@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -33,58 +32,32 @@ class Facts:
     """Training time of the stack, evaluation left out, over its number of runs."""
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Facts):
     """One line of a result table: a policy of a run at a deployment oversight level."""
 
-    method: str
-    seed: int
-    train_oversight: float
     deploy_oversight: float
     policy: str
-    deployed: bool
+    deployed: bool = True
     """Whether it is the policy that the method deploys."""
-    greedy: bool
-    temperature: float
+    greedy: bool = False
+    temperature: float = 1.0
     figures: Mapping[str, float]
     """What it was found to do, by name; nan where that is not known."""
-    evaluator: str
+    evaluator: str = "exact"
     """`exact` (dynamic programming) or `rollout` (sampled episodes)."""
-    env_steps: int
-    wall_seconds: float
 
     @classmethod
-    def of(
-        cls,
-        facts: Facts,
-        policy: str,
-        figures: Mapping[str, float],
-        *,
-        deployed: bool = True,
-        deploy_oversight: float | None = None,
-        greedy: bool = False,
-        temperature: float = 1.0,
-        evaluator: str = "exact",
-    ) -> Row:
-        """A row of a run; at its training level if no other is given."""
-        level = facts.train_oversight if deploy_oversight is None else deploy_oversight
-        return cls(
-            **dataclasses.asdict(facts),
-            deploy_oversight=level,
-            policy=policy,
-            deployed=deployed,
-            greedy=greedy,
-            temperature=temperature,
-            figures=dict(figures),
-            evaluator=evaluator,
-        )
+    def of(cls, facts: Facts, policy: str, figures: Mapping[str, float], **others: Any) -> Row:
+        """A row of a run, at its training level if `others` name none."""
+        known = vars(facts) | {"deploy_oversight": facts.train_oversight} | others
+        return cls(policy=policy, figures=dict(figures), **known)
 
     @property
     def record(self) -> dict[str, Any]:
         """The row as files have it: one level of names, figures among them."""
-        facts = {field: getattr(self, field) for field in FACTS}
-        late = {field: facts.pop(field) for field in ("evaluator", "env_steps", "wall_seconds")}
-        return facts | dict(self.figures) | late
+        first, last = ({name: getattr(self, name) for name in part} for part in (BEFORE, AFTER))
+        return first | dict(self.figures) | last
 
     @property
     def as_trained(self) -> bool:
@@ -92,7 +65,11 @@ class Row:
         return not self.greedy and self.deploy_oversight == self.train_oversight
 
 
-FACTS = tuple(field.name for field in dataclasses.fields(Row) if field.name != "figures")
+# in the order of files, before the figures and after them
+BEFORE = ("method", "seed", "train_oversight", "deploy_oversight", "policy", "deployed", "greedy",
+          "temperature")  # fmt: skip
+AFTER = ("evaluator", "env_steps", "wall_seconds")
+FACTS = BEFORE + AFTER
 _ROW = TypeAdapter(Row)  # checks the types of what is read
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.networks import Output
-from oversight_rl.agents.ppo.learner import PPOLearner
+from oversight_rl.agents.ppo.learner import PPOLearner, new_policy
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import Steering
 from oversight_rl.agents.threads import on_threads
@@ -52,7 +54,6 @@ class EnvJudge:
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        """See `runs.Judge`; of one run."""
         deployed = deployed_name((agent.n_experts, agent.behaviors))
         if self.exact is not None:  # a policy is a table there
             forward = _on_active_inputs(agent, self.config)
@@ -61,7 +62,6 @@ class EnvJudge:
         return [self.evaluator.evaluate(agent, own, policies, at, deployed)]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
-        """See `runs.Judge`; none where the environment draws none."""
         animation = env_rollouts(agent, self.config, policies)
         return {} if animation is None else {"rollouts": animation}
 
@@ -88,15 +88,12 @@ class PPORuns(OversightRuns):
 
     @property
     def agent(self) -> MoEPolicy:
-        """The policy in training."""
         return self.learner.policy
 
     def pictures(self, run: int) -> dict[str, bytes]:
-        """Rollouts, where the environment draws pictures."""
         return self.judge.pictures(self.agent, self.standard(self.agent))
 
     def close(self) -> None:
-        """Close the environments."""
         self.learner.close()
 
     @classmethod
@@ -114,54 +111,50 @@ class PPORuns(OversightRuns):
             warnings.simplefilter("ignore")  # the run itself will say so
             try:
                 learner.update()
+                bad = [what for what, x in learner.numbers().items() if not x.isfinite().all()]
+                if bad and config.on_nan == "stop":
+                    raise NotFinite(bad[0])
             except UserError:
                 raise
             except Exception as error:  # whatever a stranger's environment leads to
-                reason = str(error) if isinstance(error, LabelError) else why(error)
+                reason = str(error) if isinstance(error, LabelError | NotFinite) else why(error)
                 raise UserError(f"env: {config.env}: no first update ({reason})") from None
             finally:
                 learner.close()
 
     @classmethod
     def blank(cls, config: Config) -> MoEPolicy:
-        """A policy for the environment, its parameters at random."""
-        learner = new_learner(config, envs=1)
-        learner.close()
-        return learner.policy
+        with _refusing(config), closing(make_env(config, config.oversight, 1)) as env:
+            return new_policy(config.agent, env, config.method)
 
     @classmethod
     def behaviors(cls, agent: MoEPolicy) -> Sequence[str]:
-        """The environment's."""
         return agent.behaviors
 
     @classmethod
     def policy(cls, agent: MoEPolicy, steering: Steering) -> MoEPolicy:
-        """A policy under a steering."""
         return agent.steered(steering)
 
     @classmethod
     def judge_of(cls, config: Config, device: torch.device | str = "cpu") -> EnvJudge:
-        """Who evaluates the policies of a run."""
         return EnvJudge(config)
 
     @classmethod
     def prefix(cls, config: Config) -> str:
-        """What the names of the policy's tensors begin with in a checkpoint."""
         return "policy."
 
 
-def new_learner(config: Config, envs: int | None = None) -> PPOLearner:
+def new_learner(config: Config) -> PPOLearner:
     """A fresh learner of a run.
 
     Args:
         config: with one seed.
-        envs: number of environments; None: as the configuration says.
 
     Raises:
         UserError: the environment cannot be made, or is not one that PPO can train on.
     """
-    env = make_env(config, config.oversight, envs or config.ppo.worlds)
-    try:
+    env = make_env(config, config.oversight, config.ppo.worlds)
+    with _refusing(config):
         return PPOLearner(
             config.ppo,
             config.agent,
@@ -172,5 +165,12 @@ def new_learner(config: Config, envs: int | None = None) -> PPOLearner:
             device=config.torch_device(),
             curves_every=LOG_EVERY,
         )
+
+
+@contextmanager
+def _refusing(config: Config) -> Iterator[None]:
+    """Say in one line that an environment does not fit."""
+    try:
+        yield
     except (ValueError, AssertionError, NotImplementedError) as error:  # as SB3 refuses spaces
         raise UserError(f"env: {config.env}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,24 +32,11 @@ def no_policy(facts: Facts, policy: Steering) -> UserError:
 
 
 def policy_row(
-    facts: Facts,
-    policy: Steering,
-    level: float,
-    figures: dict[str, float],
-    exact: bool,
-    deployed: str,
+    facts: Facts, policy: Steering, level: float, figures: dict[str, float], **others: Any
 ) -> Row:
     """The row of a steered policy at an oversight level."""
-    return Row.of(
-        facts,
-        policy.name,
-        figures,
-        deployed=policy.name == deployed,
-        deploy_oversight=level,
-        greedy=policy.greedy,
-        temperature=policy.temperature,
-        evaluator="exact" if exact else "rollout",
-    )
+    taken = {"greedy": policy.greedy, "temperature": policy.temperature}
+    return Row.of(facts, policy.name, figures, deploy_oversight=level, **taken, **others)
 
 
 class Evaluator:
@@ -128,8 +116,11 @@ class Evaluator:
                 **ends,
                 "optimal_return": self.optimal_return,
             }
-            exact = self.mdp is not None
-            return policy_row(facts[run], policies[q], level, figures, exact, deployed)
+            found_by = "rollout" if self.mdp is None else "exact"
+            deploys = policies[q].name == deployed
+            return policy_row(
+                facts[run], policies[q], level, figures, deployed=deploys, evaluator=found_by
+            )
 
         return [
             [row(run, q, level) for q in range(len(policies)) for level in own]

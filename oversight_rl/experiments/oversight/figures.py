@@ -47,8 +47,8 @@ OTHERS = (("#6d28d9", "#a78bda"), ("#b45309", "#e3b071"), ("#be185d", "#e58ab5")
 
 def behaviors(found: Found) -> list[str]:
     """Names of what episodes can end in, the wanted one first."""
-    flagged = [column for column in map(str, found.results) if column.endswith("_flagged")]
-    return [column.removeprefix("p_").removesuffix("_flagged") for column in flagged]
+    shares = [column for column in map(str, found.results) if column.startswith("p_")]
+    return [share.removeprefix("p_") for share in shares if f"{share}_flagged" in shares]
 
 
 @cache

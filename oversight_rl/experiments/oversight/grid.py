@@ -41,13 +41,11 @@ class GridJudge:
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        """See `runs.Judge`."""
         deployed = deployed_name((agent.n_experts, BEHAVIORS))
         forward = agent.prepare()
         return self.evaluator.evaluate(forward, facts, policies, levels, deployed, paths)
 
     def pictures(self, agent: Agent, policies: Sequence[Steering]) -> dict[str, bytes]:
-        """See `runs.Judge`; the agent is a stack of one run."""
         world = World(self.config.world, self.config.oversight)
         return {
             "policies": render.png(pictures.policies(agent, world, policies)),
@@ -77,12 +75,10 @@ class GridRuns(OversightRuns):
 
     @property
     def agent(self) -> Agent:
-        """The stack in training."""
         return self.learner.agent
 
     @property
     def deployed(self) -> Agent:
-        """The stack of those that are deployed."""
         return self.learner.deployed
 
     def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
@@ -92,7 +88,6 @@ class GridRuns(OversightRuns):
         return tables
 
     def pictures(self, run: int) -> dict[str, bytes]:
-        """Policies as arrows, and rollouts."""
         agent = take_run(self.agent, run)
         return self.judge.pictures(agent, self.standard(agent))
 
@@ -109,20 +104,16 @@ class GridRuns(OversightRuns):
 
     @classmethod
     def behaviors(cls, agent: Agent) -> Sequence[str]:
-        """The world's."""
         return BEHAVIORS
 
     @classmethod
     def policy(cls, agent: Agent, steering: Steering) -> SteeredPolicy:
-        """An agent under a steering, which predicts."""
         return SteeredPolicy(agent, steering)
 
     @classmethod
     def judge_of(cls, config: Config, device: torch.device | str = "cpu") -> GridJudge:
-        """Who evaluates the agents of a run."""
         return GridJudge(config, device)
 
     @classmethod
     def prefix(cls, config: Config) -> str:
-        """What the names of the deployed agent's tensors begin with in a checkpoint."""
         return "agent." if METHODS[config.method].deploys == "last" else "selected.agent."

@@ -59,7 +59,14 @@ class EnvEvaluator:
         """
         with torch.random.fork_rng(devices=[]):
             return [
-                policy_row(facts, p, level, self._figures(agent, facts, p, level), False, deployed)
+                policy_row(
+                    facts,
+                    p,
+                    level,
+                    self._figures(agent, facts, p, level),
+                    deployed=p.name == deployed,
+                    evaluator="rollout",
+                )
                 for p in policies
                 for level in levels
             ]
