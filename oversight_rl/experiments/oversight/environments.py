@@ -61,10 +61,14 @@ class EnvJudge:
         if self.exact is not None:  # a policy is a table there
             forward = _on_active_inputs(agent, self.config)
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
-        (own,), cells = facts, product(policies, *levels)
+        (own,), (at,) = facts, levels
         with torch.random.fork_rng(devices=[]):
-            found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
-        return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
+            return [
+                [
+                    policy_row(own, p, x, self._figures(agent, own, p, x), deployed, "rollout")
+                    for p, x in product(policies, at)
+                ]
+            ]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
         columns = []
