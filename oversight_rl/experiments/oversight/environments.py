@@ -61,8 +61,9 @@ class EnvJudge:
         if self.exact is not None:  # a policy is a table there
             forward = _on_active_inputs(agent, self.config)
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
-        (own,), cells = facts, product(policies, *levels)
+        (own,), (at,) = facts, levels
         with torch.random.fork_rng(devices=[]):
+            cells = product(policies, at)
             found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
         return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
 
