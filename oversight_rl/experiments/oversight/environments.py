@@ -63,12 +63,9 @@ class EnvJudge:
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
         with torch.random.fork_rng(devices=[]):
-            return [
-                [
-                    policy_row(own, p, x, self._figures(agent, own, p, x), deployed, "rollout")
-                    for p, x in product(policies, at)
-                ]
-            ]
+            cells = product(policies, at)
+            found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
+        return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
         columns = []
