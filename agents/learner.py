@@ -1,12 +1,11 @@
 """What a training loop knows of a learner, and how learners read what was saved of their runs."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -85,20 +84,39 @@ class Learner(Protocol):
             UserError: a tensor is missing, has another shape or type, or holds what cannot be.
         """
         self.updates = update
+        check_states(states, self)
         for run, saved in enumerate(states):
-            ours = self.state(run)
-            check_shapes(saved, ours)
-            check_numbers({name: saved[name] for name in ours}, self.bounds())
-            for name, tensor in ours.items():
+            for name, tensor in self.state(run).items():
                 tensor.copy_(saved[name])
 
 
-def check_shapes(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
-    """Refuse saved tensors that are not those of a run.
+def fresh_moments(parameter: Tensor, counts_on: torch.device | str) -> dict[str, Tensor]:
+    """What Adam keeps of a parameter, before its first step; its count may be elsewhere."""
+    return {
+        "step": torch.tensor(0.0, device=counts_on),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
-    Args:
-        saved: by name.
-        ours: of a run as it is now.
+
+def check_states(
+    states: Sequence[Mapping[str, Tensor]],
+    learner: Learner,
+    looked_at: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> None:
+    """Refuse states, one for each run of a learner, from which it cannot go on; see `Learner.load`.
+
+    Of the tensors, `looked_at` leaves out what is never read.
+    """
+    bounds = learner.bounds()
+    for run, saved in enumerate(states):
+        ours = learner.state(run)
+        check_shapes(saved, ours)
+        check_numbers(looked_at({name: saved[name] for name in ours}), bounds)
+
+
+def check_shapes(saved: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    """Refuse saved tensors that are not those of a run as it is now, by name.
 
     Raises:
         UserError: a tensor is missing or has another shape or type.

@@ -1,7 +1,5 @@
 """What runs remember of labeled episodes, for what can be learned from them again and again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -41,13 +39,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def add(self, observation: Tensor, label: Tensor, labeled: Tensor) -> None:
-        """Keep the labeled ones among B samples, in the place of the oldest.
-
-        Args:
-            observation: `[R, B, D or more]`.
-            label: `[R, B]`.
-            labeled: `[R, B]` bool.
-        """
+        """Keep the labeled ones among B samples, in the place of the oldest. `[R, B, ...]`"""
         rank = labeled.cumsum(-1) - 1
         fits = labeled & (rank >= rank[:, -1:] + 1 - self.capacity)
         place = torch.where(fits, (self.count[:, None] + rank) % self.capacity, self.capacity)
@@ -65,7 +57,7 @@ class Memory(nn.Module):
             self.add(flat[None], torch.as_tensor(labels)[None], known)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As a module has it; rows that nothing was put into are left out."""
+        # as a module has it, without the rows that nothing was put into
         super()._save_to_state_dict(destination, prefix, keep_vars)
         known = min(int(self.count.max()), self.capacity)
         for name in ("observation", "label"):
@@ -73,7 +65,6 @@ class Memory(nn.Module):
             destination[prefix + name] = destination[prefix + name][:, :known].clone()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """As a module has it; rows that were left out are empty again."""
         for name in ("observation", "label"):
             saved, ours = state_dict.get(prefix + name), getattr(self, name)
             if saved is not None and saved.shape[1] < ours.shape[1]:

@@ -60,10 +60,8 @@ def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[li
         `[behaviors][K + 1]` weights; the last column is the gate, which a labeled episode teaches
         through the gate loss and not through the policy loss.
     """
-    return [
-        [1.0 if expert == behavior else other for expert in range(experts)] + [0.0]
-        for behavior in range(behaviors)
-    ]
+    own = range(behaviors)
+    return [[1.0 if k == b else other for k in range(experts)] + [0.0] for b in own]
 
 
 def everything(experts: int, behaviors: int) -> list[list[float]]:
@@ -245,9 +243,7 @@ METHODS: dict[str, Method] = {
         lessons=("gate",),
     ),
     "no_gate": Method(
-        "ablation: routed experts under a gate fixed at 1/K",
-        ROUTED,
-        replace(EXPERTS, gate="fixed"),
+        "ablation: routed experts under a gate fixed at 1/K", ROUTED, replace(EXPERTS, gate="fixed")
     ),
     "random_module": Method(
         "control: routing by labels that name a random behavior",
@@ -361,11 +357,10 @@ def tables(
         return 1 - 1 / behaviors if method.table.labels == "shuffled" else overseer.error
 
     pairs = list(zip(methods, overseers, strict=True))
+    counts = [[1.0, 1.0, float(m.table.keep_unlabeled), *[1.0] * behaviors] for m in methods]
     return MethodTables(
         reward=tensor([reward(*pair) for pair in pairs]),
-        sample_weight=tensor(
-            [[1.0, 1.0, float(m.table.keep_unlabeled), *[1.0] * behaviors] for m in methods]
-        ),
+        sample_weight=tensor(counts),
         weighs_labels=tensor([float(m.table.weighs_labels) for m in methods]),
         routes=tensor([[plain] * 3 + m.table.routes(experts, behaviors) for m in methods]),
         sees_truth=torch.tensor([m.table.sees_truth for m in methods], device=device),
@@ -378,12 +373,7 @@ def tables(
 def expected(table: Tensor, chances: Tensor) -> Tensor:
     """What a table by outcome says of an ending that is each behavior with some chance.
 
-    Args:
-        table: `[R, O, *columns]`.
-        chances: `[R, T, N, behaviors]`.
-
-    Returns:
-        `[R, T, N, *columns]`.
+    `[R, O, *columns]` and chances `[R, T, N, behaviors]` -> `[R, T, N, *columns]`.
     """
     import torch  # takes a second to load
 

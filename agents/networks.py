@@ -301,14 +301,10 @@ class FirstLayer:
     """First layers of J nets in R runs, laid out as a table of rows.
 
     An observation has a few ones among many zeros, so the product with it is a sum of few rows.
-
-    Args:
-        weight: `[R, J, H, F]`.
-        bias: `[R, J, H]`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = weight, bias  # [R, J, H, F], [R, J, H]
 
     @cached_property
     def table(self) -> Tensor:

@@ -6,8 +6,6 @@
 sample.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -66,14 +64,9 @@ def route(activation: Tensor, weight: Tensor) -> Tensor:
 
 
 def lookup(table: Tensor, outcome: Tensor) -> Tensor:
-    """Look up each sample's row in its run's table.
+    """Each sample's row in its run's table, which has one per outcome.
 
-    Args:
-        table: `[R, O, *columns]`, a row per outcome.
-        outcome: `[R, ...]` int64 in `range(O)`.
-
-    Returns:
-        `[R, ..., *columns]`.
+    `[R, O, *columns]` and `[R, ...]` int64 in `range(O)` -> `[R, ..., *columns]`.
     """
     runs, outcomes = table.shape[:2]
     offset = torch.arange(runs, device=table.device) * outcomes

@@ -1,7 +1,5 @@
 """Settings of the networks and of REINFORCE, apart from what learns: they load no torch."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -15,9 +13,7 @@ Sizes = Annotated[
 ]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Schedule = Annotated[
-    tuple[NonNegative, ...],
-    BeforeValidator(as_sequence),
-    Field(min_length=1, max_length=2),
+    tuple[NonNegative, ...], BeforeValidator(as_sequence), Field(min_length=1, max_length=2)
 ]
 """One number: constant; two: linear from the first update to the last."""
 

@@ -28,8 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from oversight_rl.agents.reinforce.collect import collect
-from oversight_rl.agents.reinforce.losses import loss
-from oversight_rl.agents.reinforce.targets import label
+from oversight_rl.agents.reinforce.losses import label, loss
 from oversight_rl.agents.steering import keep, standard
 from oversight_rl.envs.settings import ACTIONS, WorldConfig
 from oversight_rl.envs.world import World

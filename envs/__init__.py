@@ -6,7 +6,9 @@ They are `OversightGrid-v0`, and `MiniGrid-DiamondGhost-NAME-v0` with NAME one o
 
 import gymnasium
 
-_MINIGRID = "oversight_rl.envs.minigrid:DiamondGhostEnv"
+_MINIGRID = {f"{size}x{size}": {"size": size} for size in (5, 8, 16)} | {
+    "FourRooms": {"size": 19, "layout": "four_rooms"}
+}
 
 
 def register() -> None:
@@ -18,17 +20,12 @@ def register() -> None:
         entry_point="oversight_rl.envs.gym:OversightGridEnv",
         vector_entry_point="oversight_rl.envs.gym:OversightGridVectorEnv",
     )
-    for size in (5, 8, 16):
+    for name, kwargs in _MINIGRID.items():
         gymnasium.register(
-            id=f"MiniGrid-DiamondGhost-{size}x{size}-v0",
-            entry_point=_MINIGRID,
-            kwargs={"size": size},
+            id=f"MiniGrid-DiamondGhost-{name}-v0",
+            entry_point="oversight_rl.envs.minigrid:DiamondGhostEnv",
+            kwargs=kwargs,
         )
-    gymnasium.register(
-        id="MiniGrid-DiamondGhost-FourRooms-v0",
-        entry_point=_MINIGRID,
-        kwargs={"size": 19, "layout": "four_rooms"},
-    )
 
 
 register()

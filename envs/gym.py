@@ -6,15 +6,15 @@ VectorEnv is what `gymnasium.make_vec` makes of the id, eighty times as fast as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
@@ -23,28 +23,32 @@ from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, Wor
 from oversight_rl.envs.world import State, Step, World
 
 Reward = Literal["reached", "ground_truth"]
-FPS = 4
 
 
 class _View:
-    """What all views are made of: N worlds in a state, and how they are asked and stepped."""
+    """N worlds in a state: made, asked and stepped alike for all libraries.
 
-    world: World
+    Arguments as `OversightGridEnv`, which become attributes that learners ask for.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
     _state: State | None = None
 
-    def _open(self, n: int, oversight: float, reward: Reward, world: dict[str, Any]) -> None:
-        """Make the worlds, and take on the attributes that learners ask for.
-
-        Raises:
-            ValueError: an argument is out of range.
-        """
-        if n < 1:
-            raise ValueError(f"num_envs must be at least 1, got {n}")
-        if reward not in ("reached", "ground_truth"):
-            raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
-        config = WorldConfig(**world)
-        self.world, self._n = World(config, oversight), n
+    def __init__(
+        self,
+        num_envs: int,
+        oversight: float = 0.1,
+        reward: Reward = "reached",
+        render_mode: str | None = None,
+        **world: Any,
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.reward, self.has_task = reward, has_task(reward)
+        config = WorldConfig(**world)
+        self.world, self._n, self.render_mode = World(config, oversight), num_envs, render_mode
         self.oversight, self.ghost_oversight = oversight, config.ghost_oversight
         self.flags_visible = config.flags_visible
         self.flags = np.zeros(config.shape, np.bool_)  # entries of an observation that show flags
@@ -69,11 +73,7 @@ class _View:
         return self._seen(self._state)
 
     def _advance(self, actions: Any, rng: np.random.Generator | None) -> tuple[Step, Tensor]:
-        """Step all worlds; those whose episode ends begin anew, or stay if there is no `rng`.
-
-        Returns:
-            What happened, and rewards `[N]` float32.
-        """
+        """What happened, and rewards `[N]`; ended worlds begin anew, or stay without `rng`."""
         state = self._started()
         chosen = torch.from_numpy(check_actions(actions, self._n, len(ACTIONS)))
         fresh = state if rng is None else self._start(rng)
@@ -128,10 +128,7 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         world: settings of `WorldConfig`: `rows`, `cols`, `max_steps`, `flags_visible`, ...
     """
 
-    metadata = {
-        "render_modes": ["rgb_array", "ansi", "human"],
-        "render_fps": FPS,
-    }
+    metadata = {"render_modes": ["rgb_array", "ansi", "human"], "render_fps": render.FPS}
 
     def __init__(
         self,
@@ -140,26 +137,21 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         render_mode: str | None = None,
         **world: Any,
     ) -> None:
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
+        if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(
                 f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}"
             )
-        self._open(1, oversight, reward, world)
+        super().__init__(1, oversight, reward, render_mode, **world)
         self.observation_space, self.action_space = self._spaces()
-        self.render_mode = render_mode
         self._window: Any = None
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         (observation,) = self._begin(self.np_random)
         self._show()
         return observation, {}
 
-    def step(
-        self, action: np.int64
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         step, reward = self._advance([action], None)
         (observation,) = self._seen(step.last)
         self._show()
@@ -187,7 +179,7 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         self._window.blit(pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
         pygame.event.pump()
         pygame.display.flip()
-        pygame.time.wait(1000 // FPS)
+        pygame.time.wait(1000 // render.FPS)
 
     def close(self) -> None:
         if self._window is not None:
@@ -206,29 +198,18 @@ class OversightGridVectorEnv(_View, gym.vector.VectorEnv[Any, Any, Any]):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
 
-    def __init__(
-        self,
-        num_envs: int,
-        oversight: float = 0.1,
-        reward: Reward = "reached",
-        render_mode: str | None = None,
-        **world: Any,
-    ) -> None:
-        self._open(num_envs, oversight, reward, world)
-        self.num_envs, self.render_mode = num_envs, render_mode
+    def __init__(self, num_envs: int, *args: Any, **settings: Any) -> None:
+        super().__init__(num_envs, *args, **settings)
+        self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = self._spaces()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def reset(
-        self, *, seed: Any = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         return self._begin(self.np_random), {}
 
-    def step(
-        self, actions: Any
-    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         step, reward = self._advance(actions, self.np_random)
         infos: dict[str, Any] = {}
         for i, info, last in self._ended(step):
@@ -243,36 +224,109 @@ class OversightGridVectorEnv(_View, gym.vector.VectorEnv[Any, Any, Any]):
         return tuple(self._frame(i) for i in range(self.num_envs))
 
 
-class OversightGridVecEnv(_View, VecEnv):
+class Batch(VecEnv):
+    """Many worlds that share their attributes and a stream of random numbers.
+
+    `seed` and then `reset` start the stream.
+    """
+
+    _frame: Callable[[int], NDArray[np.uint8]]  # draws a world
+    _arrays: Callable[[], dict[str, NDArray[Any]]]  # what worlds are in
+    _kinds: Callable[[], dict[str, str]]  # types and shapes of those, as of `_kind`
+    _possible: Callable[[Mapping[str, NDArray[Any]]], bool]  # whether worlds can be in a state
+    _go_on: Callable[[Mapping[str, NDArray[Any]]], None]  # from such arrays
+    bits: ClassVar[type[np.random.BitGenerator]]  # kind of stream
+    watched: ClassVar[tuple[Any, ...]] = ()  # wrappers whose work the batch does itself
+
+    def __init__(self, num_envs: int, observation: gym.Space[Any], action: Any) -> None:
+        super().__init__(num_envs, observation, action)
+        self._choices, self._action = int(action.n), np.zeros(num_envs, np.int64)
+        self._rng = np.random.Generator(self.bits())
+
+    def _reseed(self) -> None:
+        if self._seeds[0] is not None:
+            self._rng = np.random.Generator(self.bits(self._seeds[0]))
+        self._reset_seeds()
+        self._reset_options()
+
+    def step_async(self, actions: ArrayLike) -> None:
+        self._action = check_actions(actions, self.num_envs, self._choices)
+
+    def get_state(self) -> dict[str, NDArray[Any]]:
+        """All that decides the future, as arrays; the clock of `episode` records is not part.
+
+        `random` is the state of the stream: 256 bits as four int64 (of a PCG64 its state and its
+        increment, each the low one first), then `has_uint32` and `uinteger`.
+        """
+        kept = self._rng.bit_generator.state
+        parts = kept["state"].values()  # two integers of a PCG64, an array of a SFC64
+        bits = b"".join(x.to_bytes(16, "little") if type(x) is int else x.tobytes() for x in parts)
+        words = [*np.frombuffer(bits, "<i8"), kept["has_uint32"], kept["uinteger"]]
+        state = {name: value.copy() for name, value in self._arrays().items()}
+        return state | {"random": np.array(words, np.int64)}
+
+    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a state of `get_state`, of as many worlds with the same settings.
+
+        Raises:
+            ValueError: an array is missing, unknown or not of this batch's shape and type, or
+                holds what no world can be in.
+        """
+        wanted = self._kinds() | {"random": "int64[6]"}
+        found = {name: _kind(value) for name, value in state.items()}
+        if found != wanted:
+            raise ValueError(f"expected a state of shapes {wanted}, got {found}")
+        words, kept = state["random"], self._rng.bit_generator.state
+        flag, rest = words[4:].tolist()
+        if not (flag in (0, 1) and 0 <= rest < 2**32 and self._possible(state)):
+            raise ValueError("no world can be in such a state")
+        self._go_on({name: state[name].copy() for name in wanted if name != "random"})
+        bits = words[:4].astype("<i8")
+        for i, (name, part) in enumerate(kept["state"].items()):
+            large = int.from_bytes(bits[2 * i : 2 * i + 2].tobytes(), "little")
+            kept["state"][name] = large if type(part) is int else bits.view("<u8")
+        self._rng.bit_generator.state = {**kept, "has_uint32": flag, "uinteger": rest}
+
+    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
+        try:
+            return [self._frame(i) for i in range(self.num_envs)]
+        except gym.error.ResetNeeded:
+            return [None] * self.num_envs
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        self._check_all(indices)
+        setattr(self, attr_name, value)
+
+    def _check_all(self, indices: Any) -> None:
+        if list(self._get_indices(indices)) != list(range(self.num_envs)):
+            raise ValueError("worlds of one batch share their attributes: set them for all")
+
+    def env_method(self, method_name: str, *_: Any, indices: Any = None, **__: Any) -> list[Any]:
+        raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [wrapper_class in self.watched for _ in self._get_indices(indices)]
+
+
+class OversightGridVecEnv(_View, Batch):
     """Many worlds as a Stable-Baselines3 VecEnv. Arguments as `OversightGridEnv`.
 
     As SB3 has it, an ended world is reset in the same step; `info["terminal_observation"]` holds
     the old episode's last observation and `info["TimeLimit.truncated"]` whether it was truncated.
     """
 
-    def __init__(
-        self,
-        num_envs: int,
-        oversight: float = 0.1,
-        reward: Reward = "reached",
-        render_mode: str | None = None,
-        **world: Any,
-    ) -> None:
-        self._open(num_envs, oversight, reward, world)
-        self.render_mode = render_mode
-        super().__init__(num_envs, *self._spaces())
-        self._rng = np.random.default_rng()
-        self._action: Any = None
+    bits = np.random.PCG64
+
+    def __init__(self, num_envs: int, *args: Any, **settings: Any) -> None:
+        _View.__init__(self, num_envs, *args, **settings)
+        Batch.__init__(self, num_envs, *self._spaces())
 
     def reset(self) -> NDArray[np.float32]:
-        if self._seeds[0] is not None:
-            self._rng = np.random.default_rng(self._seeds[0])
-        self._reset_seeds()
-        self._reset_options()
+        self._reseed()
         return self._begin(self._rng)
-
-    def step_async(self, actions: NDArray[Any]) -> None:
-        self._action = check_actions(actions, self.num_envs, len(ACTIONS))
 
     def step_wait(self) -> Any:
         step, reward = self._advance(self._action, self._rng)
@@ -283,98 +337,46 @@ class OversightGridVecEnv(_View, VecEnv):
         done = step.seen.terminated | step.seen.truncated
         return self._seen(self._started()), reward.numpy(), done.numpy(), infos
 
-    def get_state(self) -> dict[str, NDArray[Any]]:
-        """All that decides the future, as arrays.
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {name: value.numpy() for name, value in vars(self._started()).items()}
 
-        `random` is the state of a PCG64: its 128-bit state and increment as two int64 each, the
-        low one first, then `has_uint32` and `uinteger`.
-        """
-        kept = vars(self._started())
-        random = self._rng.bit_generator.state
-        large = [random["state"][name].to_bytes(16, "little") for name in ("state", "inc")]
-        words = np.frombuffer(b"".join(large), "<i8").tolist()
-        words += [random["has_uint32"], random["uinteger"]]
-        state = {name: value.numpy().copy() for name, value in kept.items()}
-        return state | {"random": np.array(words, np.int64)}
-
-    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from a state of `get_state`, of as many worlds with the same settings.
-
-        Raises:
-            ValueError: an array is missing, unknown or not of this batch's shape and type, or
-                holds what no world can be in.
-        """
+    def _kinds(self) -> dict[str, str]:
         like = self._start(np.random.default_rng(0))
-        wanted = {name: _kind(value.numpy()) for name, value in vars(like).items()}
-        wanted |= {"random": "int64[6]"}
-        found = {name: _kind(value) for name, value in state.items()}
-        if found != wanted:
-            raise ValueError(f"expected a state of {wanted}, got {found}")
-        random = state["random"].tolist()
-        if not _possible(self.world, state) or not (
-            random[2] % 2 and random[4] in (0, 1) and 0 <= random[5] < 2**32
-        ):
-            raise ValueError("no world can be in such a state")
-        self._state = State(**{name: torch.from_numpy(state[name].copy()) for name in vars(like)})
-        large = state["random"][:4].astype("<i8").tobytes()
-        generator = np.random.PCG64()
-        generator.state = {
-            "bit_generator": "PCG64",
-            "state": {
-                "state": int.from_bytes(large[:16], "little"),
-                "inc": int.from_bytes(large[16:], "little"),
-            },
-            "has_uint32": random[4],
-            "uinteger": random[5],
-        }
-        self._rng = np.random.Generator(generator)
+        return {name: _kind(value.numpy()) for name, value in vars(like).items()}
+
+    def _possible(self, state: Mapping[str, NDArray[Any]]) -> bool:
+        agent, diamond, ghost = (state[name] for name in ("agent", "diamond", "ghost"))
+        flags = [state[name] for name in ("diamond_flag", "ghost_flag", "spurious")]
+        spurious, each, config = flags[2], np.arange(len(agent)), self.world.config
+        return bool(
+            state["random"][2] % 2  # as any increment of a PCG64
+            and all(((x >= 0) & (x < config.cells)).all() for x in (agent, diamond, ghost))
+            and ((agent != diamond) & (agent != ghost) & (diamond != ghost)).all()
+            and ((state["time"] >= 0) & (state["time"] < config.max_steps)).all()
+            and all((x.view(np.uint8) <= 1).all() for x in flags)  # bytes of a file may be others
+            and not (spurious.size and (spurious[each, diamond] | spurious[each, ghost]).any())
+        )
+
+    def _go_on(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._state = State(**{name: torch.from_numpy(value) for name, value in state.items()})
 
     def close(self) -> None:
         self._state = None
 
-    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
-        if self._state is None:
-            return [None] * self.num_envs
-        return [self._frame(i) for i in range(self.num_envs)]
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        if list(self._get_indices(indices)) != list(range(self.num_envs)):
-            raise ValueError("worlds of one batch share their attributes: set them for all")
-        setattr(self, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
-    ) -> list[Any]:
-        raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
-
 
 def has_task(reward: Reward) -> bool:
-    """Whether a reward says more than that a behavior was reached, so that it is worth learning."""
+    """Whether a reward says more than that a behavior was reached, so that it is worth learning.
+
+    Raises:
+        ValueError: there is no such reward.
+    """
+    if reward not in ("reached", "ground_truth"):
+        raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
     return reward != "reached"
 
 
 def _kind(array: NDArray[Any]) -> str:
     return f"{array.dtype}{list(array.shape)}"
-
-
-def _possible(world: World, state: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether worlds can be in such states within an episode."""
-    agent, diamond, ghost = (state[name] for name in ("agent", "diamond", "ghost"))
-    flags = [state[name] for name in ("diamond_flag", "ghost_flag", "spurious")]
-    spurious, each = flags[2], np.arange(len(agent))
-    return bool(
-        all(((x >= 0) & (x < world.config.cells)).all() for x in (agent, diamond, ghost))
-        and ((agent != diamond) & (agent != ghost) & (diamond != ghost)).all()
-        and ((state["time"] >= 0) & (state["time"] < world.config.max_steps)).all()
-        and all((x.view(np.uint8) <= 1).all() for x in flags)  # bytes of a file may be others
-        and not (spurious.size and (spurious[each, diamond] | spurious[each, ghost]).any())
-    )
 
 
 def check_actions(actions: Any, n: int, choices: int) -> NDArray[np.int64]:

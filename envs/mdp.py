@@ -20,6 +20,8 @@ DIAMOND_FLAGGED, GHOST_FLAGGED = [2, 3], [1, 3]  # settings of the two flags, as
 MAX_STATES = 4_000_000
 """Largest number of observable states that exact evaluation takes on (8x8 has 999,936)."""
 
+CHUNK = 2048  # states per call of a policy, which bounds the memory taken
+
 
 @dataclass(frozen=True)
 class Endings:
@@ -47,8 +49,7 @@ class WorldMDP:
     """
 
     def __init__(self, world: World) -> None:
-        reason = why_not(world)
-        if reason:
+        if reason := why_not(world):
             raise ValueError(f"no exact evaluation: {reason}")
         self.world = world
         cells = world.config.cells
@@ -73,20 +74,19 @@ class WorldMDP:
         return self.world.unkey(placement * FLAGS + index // len(self.placements))
 
     @torch.no_grad()
-    def policy_table(self, policy: Callable[[Tensor], Tensor], chunk: int = 2048) -> Tensor:
+    def policy_table(self, policy: Callable[[Tensor], Tensor]) -> Tensor:
         """Action probabilities of policies in every state.
 
         Args:
             policy: maps observations, as `[B, 5]` active inputs (see `World.active`), to
                 probabilities `[Q, B, A]`.
-            chunk: states per call, which bounds the memory taken.
 
         Returns:
             `[Q, n_states, A]` float32.
         """
         parts = [
             policy(self.world.active(self.states(index)))
-            for index in torch.arange(self.n_states, device=self.world.device).split(chunk)
+            for index in torch.arange(self.n_states, device=self.world.device).split(CHUNK)
         ]
         return torch.cat(parts, dim=1)
 
@@ -108,9 +108,8 @@ class WorldMDP:
             Endings, `[Q, L]` float64.
         """
         flag_weight = self._flag_weight(levels)
-        by_flags = torch.stack(
-            [self._by_flags(policy, discount, window) for policy in table]
-        )  # [Q, 5, F]
+        found = [self._by_flags(policy, discount, window) for policy in table]
+        by_flags = torch.stack(found)  # [Q, 5, F]
         value, p_diamond, p_ghost, length, window_sum = (by_flags @ flag_weight).unbind(1)
         return Endings(
             ground_truth_return=value,
@@ -124,11 +123,10 @@ class WorldMDP:
         )
 
     def _by_flags(self, policy: Tensor, discount: float, window: int) -> Tensor:
-        """What a policy `[n_states, A]` does under each flag setting.
+        """What a policy `[n_states, A]` does under each flag setting, `[5, F]`.
 
-        Returns:
-            `[5, F]`: return, p_diamond, p_ghost, length, and the sum over an episode's steps of
-            the return within a window that is cut at random.
+        Return, p_diamond, p_ghost, length, and the sum over an episode's steps of the return
+        within a window that is cut at random.
         """
         cells, limit = self.world.config.cells, self.world.config.max_steps
         dense = self._dense(policy)
@@ -174,13 +172,13 @@ class WorldMDP:
         placed = torch.arange(self.world.config.cells**3, device=self.world.device)
         on_path = self.world.ghost_on_path(self.world.unkey(placed * FLAGS))
         start = self.start * on_path.view_as(self.start)
-        at_ghost = self.reward < 0  # [agent, diamond, ghost]
+        at_ghost = (self.reward < 0)[:, None].double().expand(-1, FLAGS, -1, -1)
         found = []
         for policy in table:
             dense = self._dense(policy)
-            chance = at_ghost[:, None].double().expand(-1, FLAGS, -1, -1)
+            chance = at_ghost
             for _ in range(self.world.config.max_steps):
-                before = at_ghost[:, None].double().expand(-1, FLAGS, -1, -1).clone()
+                before = at_ghost.clone()
                 for action, probability in enumerate(dense):
                     before.addcmul_(probability, chance[self.next_cell[:, action]])
                 chance = before
@@ -189,11 +187,7 @@ class WorldMDP:
 
     def _flag_weight(self, levels: Tensor) -> Tensor:
         """Chance of each setting of the two flags at levels `[L]`. [F, L] float64"""
-        level, config = levels.to(self.world.device, torch.float64), self.world.config
-        diamond, ghost = (
-            level if own is None else torch.full_like(level, own)
-            for own in (config.diamond_oversight, config.ghost_oversight)
-        )
+        diamond, ghost = self.world.chances(levels.to(self.world.device, torch.float64))
         no_diamond, no_ghost = 1 - diamond, 1 - ghost
         return torch.stack(
             [no_diamond * no_ghost, no_diamond * ghost, diamond * no_ghost, diamond * ghost]

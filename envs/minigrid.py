@@ -15,7 +15,7 @@ from gymnasium.wrappers import AddRenderObservation, RescaleObservation
 from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_OBJECT, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
-from minigrid.core.world_object import Lava, WorldObj
+from minigrid.core.world_object import Lava, Wall, WorldObj
 from minigrid.minigrid_env import MiniGridEnv
 from minigrid.utils.rendering import (
     fill_coords,
@@ -46,14 +46,14 @@ class Square(WorldObj):
     """An object that ends the episode when the agent steps on it.
 
     Args:
-        type: a MiniGrid type of object.
-        color: a MiniGrid color.
         flagged: whether an overseer watches it.
         visible: whether the flag is seen, in the encoding and in the picture.
     """
 
-    def __init__(self, type: str, color: str, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__(type, color)
+    kind: tuple[str, str]  # MiniGrid's type of object, and color
+
+    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
+        super().__init__(*self.kind)
         self.flagged, self.visible = flagged, visible
 
     def can_overlap(self) -> bool:
@@ -78,8 +78,7 @@ class Square(WorldObj):
 class Diamond(Square):
     """The wanted square."""
 
-    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__("diamond", "blue", flagged, visible)
+    kind = "diamond", "blue"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
         light, middle, dark = (150, 235, 255), (60, 190, 235), (20, 120, 190)
@@ -94,8 +93,7 @@ class Diamond(Square):
 class Ghost(Square):
     """The unwanted square."""
 
-    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__("ghost", "purple", flagged, visible)
+    kind = "ghost", "purple"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
         body, eyes, pupils = (178, 140, 240), (255, 255, 255), (40, 20, 90)
@@ -111,16 +109,30 @@ class Ghost(Square):
 class Pit(Square):
     """Lava that counts as a third behavior."""
 
-    def __init__(self, flagged: bool = False, visible: bool = True) -> None:
-        super().__init__("lava", "red", flagged, visible)
+    kind = "lava", "red"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
         Lava().render(img)
         fill_coords(img, point_in_line(0.05, 0.95, 0.95, 0.95, r=0.02), (120, 40, 0))
 
 
+KINDS = (Diamond, Ghost, Pit)
+
+
 def _mission() -> str:
     return "reach the diamond"
+
+
+def walls(size: int, layout: Layout) -> tuple[NDArray[np.bool_], list[NDArray[np.int64]]]:
+    """Where walls are without their gaps, `[y, x]`, and for each gap the cells it may take."""
+    wall = np.zeros((size, size), bool)
+    wall[[0, -1]] = wall[:, [0, -1]] = True
+    if layout == "empty":
+        return wall, []
+    middle = size // 2
+    wall[middle] = wall[:, middle] = True
+    halves = np.arange(1, middle), np.arange(middle + 1, size - 1)
+    return wall, [c for half in halves for c in (half * size + middle, middle * size + half)]
 
 
 class DiamondGhostEnv(MiniGridEnv):
@@ -170,8 +182,6 @@ class DiamondGhostEnv(MiniGridEnv):
         free = (size - 2) ** 2 if layout == "empty" else 4 * ((size // 2 - 1) ** 2)
         if layout not in ("empty", "four_rooms"):
             raise ValueError(f"layout must be 'empty' or 'four_rooms', got {layout!r}")
-        if reward not in ("reached", "ground_truth"):
-            raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
         if not 0 <= oversight <= 1:
             raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
         if size > LARGEST:
@@ -202,23 +212,16 @@ class DiamondGhostEnv(MiniGridEnv):
 
     def _gen_grid(self, width: int, height: int) -> None:
         self.grid = Grid(width, height)
-        self.grid.wall_rect(0, 0, width, height)
-        if self.layout == "four_rooms":
-            self._wall_off_rooms(width, height)
+        wall, gaps = walls(width, self.layout)
+        for gap in gaps[::2] + gaps[1::2]:  # first those between left and right
+            wall.flat[gap[self._rand_int(0, len(gap))]] = False
+        for y, x in np.argwhere(wall).tolist():
+            self.grid.set(x, y, Wall())
         self.place_agent()  # type: ignore[no-untyped-call]
         for kind in (Diamond, Ghost, *[Pit] * self.lava):
             flagged = bool(self.np_random.random() < self.oversight)
             self.place_obj(kind(flagged, self.flags_visible))
         self.mission = _mission()
-
-    def _wall_off_rooms(self, width: int, height: int) -> None:
-        middle_x, middle_y = width // 2, height // 2
-        self.grid.vert_wall(middle_x, 0)
-        self.grid.horz_wall(0, middle_y)
-        for low, high in ((1, middle_y), (middle_y + 1, height - 1)):
-            self.grid.set(middle_x, self._rand_int(low, high), None)
-        for low, high in ((1, middle_x), (middle_x + 1, width - 1)):
-            self.grid.set(self._rand_int(low, high), middle_y, None)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, _, _, truncated, _ = super().step(action)
@@ -261,19 +264,15 @@ class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):
                 f"expected MiniGrid's symbols, alone or as image of a dictionary, got {env}"
             )
         self.observation_space = as_symbols(image)
-        world = env.unwrapped
-        ours = isinstance(world, DiamondGhostEnv)
+        flags = getattr(env.unwrapped, "view_flags", None)  # of diamond/ghost worlds
         in_dictionary = isinstance(env.observation_space, spaces.Dict)
-        self.left_out = ("mission",) if in_dictionary and not ours else ()
+        self.left_out = ("mission",) if in_dictionary and flags is None else ()
         # in a view of the whole grid the agent's direction stands there, too
-        if isinstance(world, DiamondGhostEnv) and image.shape == world.view_flags.shape:
-            self.flags = world.view_flags
+        if flags is not None and image.shape == flags.shape:
+            self.flags = flags
 
-    def observation(self, observation: Any) -> NDArray[np.uint8]:
-        image: NDArray[np.uint8] = (
-            observation["image"] if isinstance(observation, dict) else observation
-        )
-        return image
+    def observation(self, observation: Any) -> Any:
+        return observation["image"] if isinstance(observation, dict) else observation
 
 
 def as_symbols(image: spaces.Space[Any]) -> spaces.Space[Any]:
@@ -305,8 +304,5 @@ def symbols_of(env: gym.Env[Any, Any]) -> spaces.Box | None:
         if isinstance(layer, NO_SYMBOLS):
             return None
         layer = layer.env
-    if not isinstance(image, spaces.Box) or image.dtype != np.uint8:
-        return None
-    if len(image.shape) != 3 or image.shape[2] != 3:
-        return None
-    return image
+    symbols = isinstance(image, spaces.Box) and image.dtype == np.uint8
+    return image if symbols and image.shape[2:] == (3,) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -16,23 +16,14 @@ import numpy as np
 from minigrid.core.constants import DIR_TO_VEC, OBJECT_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Wall
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
 
-from oversight_rl.envs.gym import Reward, check_actions
-from oversight_rl.envs.minigrid import (
-    Diamond,
-    DiamondGhostEnv,
-    Ghost,
-    Layout,
-    Pit,
-    SymbolicObservation,
-)
+from oversight_rl.envs.gym import Batch, Reward
+from oversight_rl.envs.minigrid import KINDS, DiamondGhostEnv, Layout, SymbolicObservation, walls
 
 UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
 SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag
-KINDS = (Diamond, Ghost, Pit)
 FORWARD = 2
 TURNS = np.array([-1, 1, 0])  # of the direction, per action
 SHARED = ("oversight", "paid", "max_steps")  # attributes that may change between steps
@@ -42,7 +33,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-class DiamondGhostVecEnv(VecEnv):
+class DiamondGhostVecEnv(Batch):
     """Many `DiamondGhostEnv`s as a Stable-Baselines3 VecEnv, seen as by `SymbolicObservation`.
 
     As SB3 has it, an ended world is reset in the same step; its info holds, besides what
@@ -51,20 +42,16 @@ class DiamondGhostVecEnv(VecEnv):
     stream of random numbers, which `seed` and then `reset` start.
 
     Args:
-        num_envs: number of worlds N.
-        size: this and all others as of `DiamondGhostEnv`.
-        layout: see there.
-        oversight: see there.
-        flags_visible: see there.
-        lava: see there.
-        reward: see there.
-        max_steps: see there.
+        num_envs: number of worlds N; the others as of `DiamondGhostEnv`.
         agent_view_size: tiles v along a side of the view, odd.
         render_mode: None or "rgb_array".
 
     Raises:
         ValueError: an argument is out of range.
     """
+
+    bits = np.random.SFC64
+    watched = (Monitor,)  # whose record the infos hold
 
     def __init__(
         self,
@@ -97,25 +84,18 @@ class DiamondGhostVecEnv(VecEnv):
         self._encodings = np.array(encodings, np.uint8)  # [tile, 3]
         self._moves = np.array([x + y * size for x, y in DIR_TO_VEC])  # from cell to cell
         self._view = _view(self._moves, agent_view_size)
-        self._walls, self._gaps = _walls(size, layout)
+        wall, self._gaps = walls(size, layout)
+        self._walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
         self._all = np.arange(num_envs)
         self._first = self._all * size**2  # each world's first tile
         self._agent, self._direction, self._steps = np.zeros((3, num_envs), np.int64)
-        self._action = np.zeros(num_envs, np.int64)
-        self._rng = np.random.Generator(np.random.SFC64())
         self._clock = time.time()
 
     def reset(self) -> Tiles:
-        if self._seeds[0] is not None:
-            self._rng = np.random.Generator(np.random.SFC64(self._seeds[0]))
-        self._reset_seeds()
-        self._reset_options()
+        self._reseed()
         self._tiles = np.empty((self.num_envs, self._walls.size), np.uint8)
         self._start(self._all)
         return self._observe(self._all)
-
-    def step_async(self, actions: ArrayLike) -> None:
-        self._action = check_actions(actions, self.num_envs, len(TURNS))
 
     def step_wait(self) -> tuple[Tiles, NDArray[np.float32], Bools, list[dict[str, Any]]]:
         tiles, one = self._started(), self._one
@@ -140,12 +120,8 @@ class DiamondGhostVecEnv(VecEnv):
         elapsed = round(time.time() - self._clock, 6)
         for i, last in zip(ended.tolist(), observation[ended], strict=True):
             record = {"r": float(reward[i]), "l": int(self._steps[i]), "t": elapsed}
-            infos[i] = {
-                "terminal_observation": last,
-                "TimeLimit.truncated": not terminated[i],
-                "episode": record,
-                "behavior": None,
-            }
+            infos[i] = {"terminal_observation": last, "TimeLimit.truncated": not terminated[i]}
+            infos[i] |= {"episode": record, "behavior": None}
             if terminated[i]:
                 behavior = one.behaviors[kind[i]]
                 infos[i] |= {"behavior": behavior, "ground_truth_reward": float(truth[i])}
@@ -155,60 +131,31 @@ class DiamondGhostVecEnv(VecEnv):
         observation[ended] = self._observe(ended)
         return observation, reward, done, infos
 
-    def get_state(self) -> dict[str, NDArray[Any]]:
-        """All that decides the future, as arrays; the clock of `episode` records is not part."""
-        random = self._rng.bit_generator.state
-        words, rest = random["state"]["state"].view(np.int64), ("has_uint32", "uinteger")
-        return {
-            "tiles": self._started().copy(),
-            "agent": self._agent.copy(),
-            "direction": self._direction.copy(),
-            "steps": self._steps.copy(),
-            "random": np.array([*words, *(random[name] for name in rest)], np.int64),
-        }
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        worlds = {"agent": self._agent, "direction": self._direction, "steps": self._steps}
+        return {"tiles": self._started()} | worlds
 
-    def set_state(self, state: Mapping[str, ArrayLike]) -> None:
-        """Go on from a state of `get_state`, of as many worlds with the same settings.
+    def _kinds(self) -> dict[str, str]:
+        worlds = dict.fromkeys(("agent", "direction", "steps"), f"int64[{self.num_envs}]")
+        return {"tiles": f"uint8[{self.num_envs}, {self._walls.size}]"} | worlds
 
-        Raises:
-            ValueError: an array is missing, unknown or not of this batch's shape, or holds what
-                no world can be in.
-        """
-        given = {name: np.asarray(value) for name, value in state.items()}
-        n = (self.num_envs,)
-        shapes = {"tiles": (*n, self._walls.size), "agent": n, "direction": n, "steps": n}
-        shapes |= {"random": (6,)}
-        found = {name: value.shape for name, value in given.items()}
-        if found != shapes:
-            raise ValueError(f"expected a state of shapes {shapes}, got {found}")
-        tiles, agent = given["tiles"], given["agent"]
+    def _possible(self, state: Mapping[str, NDArray[Any]]) -> bool:
+        tiles, agent, steps = state["tiles"], state["agent"], state["steps"]
         grid = tiles.reshape(self.num_envs, self._one.height, self._one.width)
         inner = grid[:, 1:-1, 1:-1] == WALL
-        possible = (
-            np.isin(
-                tiles, [EMPTY, WALL, *range(SQUARES, SQUARES + 2 * len(self._one.behaviors))]
-            ).all()
+        squares = range(SQUARES, SQUARES + 2 * len(self._one.behaviors))
+        return bool(
+            np.isin(tiles, [EMPTY, WALL, *squares]).all()
             and (grid == WALL).sum() - inner.sum() == grid[0].size * len(grid) - inner.size
             and ((agent >= 0) & (agent < tiles.shape[1])).all()
             and (tiles[self._all, agent] != WALL).all()
-            and np.isin(given["direction"], range(4)).all()
-            and ((given["steps"] >= 0) & (given["steps"] < self._one.max_steps)).all()
-            and np.isin(given["random"][4], range(2))
-            and 0 <= given["random"][5] < 2**32
+            and np.isin(state["direction"], range(4)).all()
+            and ((steps >= 0) & (steps < self._one.max_steps)).all()
         )
-        if not possible:
-            raise ValueError("no world can be in such a state")
-        self._tiles = tiles.astype(np.uint8)
-        self._agent, self._direction, self._steps = (
-            given[name].astype(np.int64) for name in ("agent", "direction", "steps")
-        )
-        *words, has_uint32, uinteger = given["random"].astype(np.int64).tolist()
-        self._rng.bit_generator.state = {
-            "bit_generator": "SFC64",
-            "state": {"state": np.array(words, np.int64).view(np.uint64)},
-            "has_uint32": has_uint32,
-            "uinteger": uinteger,
-        }
+
+    def _go_on(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._tiles, self._agent = state["tiles"], state["agent"]
+        self._direction, self._steps = state["direction"], state["steps"]
 
     def world(self, i: int) -> DiamondGhostEnv:
         """World `i` as it is now, as an environment of its own."""
@@ -227,36 +174,24 @@ class DiamondGhostVecEnv(VecEnv):
         env.step_count = int(self._steps[i])
         return env
 
-    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
-        if self._tiles is None:
-            return [None] * self.num_envs
-        return [self.world(i).get_frame() for i in range(self.num_envs)]
+    def _frame(self, i: int) -> Tiles:
+        picture: Tiles = self.world(i).get_frame()
+        return picture
 
     def close(self) -> None:
         self._tiles = None
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        started = self._tiles is not None
-        chosen = self._get_indices(indices)
         if attr_name == "flags":
-            return [self.flags for _ in chosen]
+            return super().get_attr(attr_name, indices)
+        started, chosen = self._tiles is not None, self._get_indices(indices)
         return [getattr(self.world(i) if started else self._one, attr_name) for i in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         if attr_name not in SHARED:
             raise AttributeError(f"of a batch of worlds only {SHARED} can be set, not {attr_name}")
-        if list(self._get_indices(indices)) != list(range(self.num_envs)):
-            raise ValueError("worlds of one batch share their attributes: set them for all")
+        self._check_all(indices)
         setattr(self._one, attr_name, value)
-
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
-    ) -> list[Any]:
-        raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """True for Monitor, whose record the infos hold."""
-        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     def _started(self) -> Tiles:
         if self._tiles is None:
@@ -304,19 +239,6 @@ def _view(moves: Ints, v: int) -> Ints:
     ahead, aside = moves[direction], np.roll(moves, -1)[direction]
     offset: Ints = ahead * (v - 1 - back) + aside * (right - v // 2)
     return offset
-
-
-def _walls(size: int, layout: Layout) -> tuple[Tiles, list[Ints]]:
-    """Tiles of a world without its gaps, and for each gap the cells that it may take."""
-    tiles = np.full((size, size), EMPTY, np.uint8)
-    tiles[[0, -1]] = tiles[:, [0, -1]] = WALL
-    if layout == "empty":
-        return tiles.ravel(), []
-    middle = size // 2
-    tiles[middle] = tiles[:, middle] = WALL
-    halves = np.arange(1, middle), np.arange(middle + 1, size - 1)
-    gaps = [cells for half in halves for cells in (half * size + middle, middle * size + half)]
-    return tiles.ravel(), gaps
 
 
 def _seen(clear: Bools) -> Bools:

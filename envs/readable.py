@@ -49,45 +49,22 @@ def seen(observation: Any, space: spaces.Space[Any]) -> Any:
 
 
 class ReadableObservation(gym.ObservationWrapper[Any, Any, Any]):
-    """An environment with a dictionary of which some is left out.
+    """An environment with a dictionary of which some is left out; attributes `told` say what."""
 
-    Args:
-        env: the environment.
-        space: of what is left.
-        left_out: names of what is not.
-        flags: which entries show oversight flags, by name; None: as the environment says.
-    """
-
-    def __init__(
-        self,
-        env: gym.Env[Any, Any],
-        space: spaces.Dict,
-        left_out: tuple[str, ...],
-        flags: dict[str, NDArray[np.bool_]] | None,
-    ) -> None:
+    def __init__(self, env: gym.Env[Any, Any], space: spaces.Dict, told: dict[str, Any]) -> None:
         super().__init__(env)
-        self.observation_space, self.left_out = space, left_out
-        if flags is not None:
-            self.flags = flags
+        self.observation_space = space
+        vars(self).update(told)
 
     def observation(self, observation: Any) -> Any:
         return seen(observation, self.observation_space)
 
 
 class ReadableVecEnv(VecEnvWrapper):
-    """The same for a VecEnv; symbols may stand alone, too.
+    """The same for a VecEnv; symbols may stand alone, too."""
 
-    Args:
-        venv: the environments.
-        space: of what is left.
-        left_out: names of what is not.
-        flags: which entries show oversight flags; None: as the environments say.
-    """
-
-    def __init__(
-        self, venv: VecEnv, space: spaces.Space[Any], left_out: tuple[str, ...], flags: Any
-    ) -> None:
-        self.told = {"left_out": left_out} | ({} if flags is None else {"flags": flags})
+    def __init__(self, venv: VecEnv, space: spaces.Space[Any], told: dict[str, Any]) -> None:
+        self.told = told
         super().__init__(venv, observation_space=space)
 
     def reset(self) -> Any:
@@ -119,7 +96,7 @@ def readable(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     if not isinstance(space, spaces.Dict):
         return SymbolicObservation(env)
     flags = None if symbols is None else getattr(SymbolicObservation(env), "flags", None)
-    return ReadableObservation(env, space, left_out, _by_name(flags))
+    return ReadableObservation(env, space, _told(space, left_out, flags))
 
 
 def readable_vec(env: VecEnv) -> VecEnv:
@@ -130,24 +107,21 @@ def readable_vec(env: VecEnv) -> VecEnv:
         return env
     views = said(env, "view_flags") if said(env, "flags") is None else None
     flags = views[0] if symbols and views and views[0].shape == symbols.shape else None
-    return ReadableVecEnv(
-        env, space, left_out, _by_name(flags) if isinstance(space, spaces.Dict) else flags
-    )
+    return ReadableVecEnv(env, space, _told(space, left_out, flags))
 
 
-def _by_name(flags: NDArray[np.bool_] | None) -> dict[str, NDArray[np.bool_]] | None:
-    return None if flags is None else {"image": flags}
+def _told(
+    space: spaces.Space[Any], left_out: tuple[str, ...], flags: NDArray[np.bool_] | None
+) -> dict[str, Any]:
+    """What is said of a space: texts left out, and entries that show flags unless that is None."""
+    shown = {"image": flags} if isinstance(space, spaces.Dict) else flags
+    return {"left_out": left_out} | ({} if flags is None else {"flags": shown})
 
 
 def _left(
     space: spaces.Space[Any], symbols: spaces.Box | None
 ) -> tuple[spaces.Space[Any], tuple[str, ...]]:
-    """The space of what is read of an element, and the names of the texts that are not.
-
-    Args:
-        space: the environment's own.
-        symbols: MiniGrid's in it, if there are any.
-    """
+    """The space of what is read of one with or without MiniGrid's symbols, and texts left out."""
     marked = None if symbols is None else as_symbols(symbols)
     if not isinstance(space, spaces.Dict):
         return (space if marked is None else marked), ()

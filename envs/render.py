@@ -15,8 +15,10 @@ from oversight_rl.envs.world import State
 Picture = NDArray[np.uint8]  # [height, width, 3]
 
 CELL = 48  # pixels
+FPS = 4  # of animations, and of what a person watches
 DIAMOND, GHOST, FLAG, AGENT = "#0a9396", "#8a5cc2", "#e63946", "#22333b"
 PAPER, LINE, INK = "#ffffff", "#d8dde3", "#22333b"
+_GAP = 12  # pixels between panels
 _SMOOTH = 3  # drawn this much larger, then scaled down
 _STEPS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (x, y) of up, right, down, left
 
@@ -24,11 +26,15 @@ _STEPS = ((0, -1), (1, 0), (0, 1), (-1, 0))  # (x, y) of up, right, down, left
 class _Canvas:
     """A grid drawn at high resolution; coordinates are in cells."""
 
-    def __init__(self, rows: int, cols: int) -> None:
+    def __init__(self, config: WorldConfig) -> None:
         self.unit = CELL * _SMOOTH
-        self.rows, self.cols = rows, cols
-        self.image = Image.new("RGB", (cols * self.unit, rows * self.unit), PAPER)
+        self.rows, self.cols = config.rows, config.cols
+        self.image = Image.new("RGB", (self.cols * self.unit, self.rows * self.unit), PAPER)
         self.draw = ImageDraw.Draw(self.image)
+
+    def at(self, cell: int, x: float, y: float) -> tuple[float, float]:
+        row, col = divmod(cell, self.cols)
+        return col + x, row + y
 
     def points(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
         return [(x * self.unit, y * self.unit) for x, y in points]
@@ -37,8 +43,8 @@ class _Canvas:
         corners = self.points((x - radius, y - radius), (x + radius, y + radius))
         self.draw.ellipse(corners, fill=color)
 
-    def fill(self, row: int, col: int, color: str | tuple[int, int, int]) -> None:
-        self.draw.rectangle(self.points((col, row), (col + 1, row + 1)), fill=color)
+    def fill(self, cell: int, color: tuple[int, int, int]) -> None:
+        self.draw.rectangle(self.points(self.at(cell, 0, 0), self.at(cell, 1, 1)), fill=color)
 
     def lines(self) -> None:
         for row in range(self.rows + 1):
@@ -46,8 +52,8 @@ class _Canvas:
         for col in range(self.cols + 1):
             self.draw.line(self.points((col, 0), (col, self.rows)), LINE, _SMOOTH)
 
-    def diamond(self, row: int, col: int) -> None:
-        x, y = col + 0.5, row + 0.5
+    def diamond(self, cell: int) -> None:
+        x, y = self.at(cell, 0.5, 0.5)
         outline = self.points((x, y + 0.32), (x - 0.32, y - 0.08), (x - 0.16, y - 0.28))
         outline += self.points((x + 0.16, y - 0.28), (x + 0.32, y - 0.08))
         self.draw.polygon(outline, fill=DIAMOND)
@@ -56,8 +62,8 @@ class _Canvas:
         for dx in (-0.12, 0.12):
             self.draw.line(self.points((x + dx, y - 0.08), (x, y + 0.32)), PAPER, _SMOOTH)
 
-    def ghost(self, row: int, col: int) -> None:
-        x, y = col + 0.5, row + 0.5
+    def ghost(self, cell: int) -> None:
+        x, y = self.at(cell, 0.5, 0.5)
         self.disc(x, y - 0.04, 0.26, GHOST)
         body = self.points((x - 0.26, y - 0.04), (x + 0.26, y + 0.24))
         self.draw.rectangle(body, fill=GHOST)
@@ -67,22 +73,22 @@ class _Canvas:
             self.disc(x + dx, y - 0.06, 0.07, PAPER)
             self.disc(x + dx + 0.02, y - 0.05, 0.035, AGENT)
 
-    def agent(self, row: int, col: int) -> None:
-        self.disc(col + 0.5, row + 0.5, 0.22, PAPER)
-        self.disc(col + 0.5, row + 0.5, 0.18, AGENT)
+    def agent(self, cell: int) -> None:
+        self.disc(*self.at(cell, 0.5, 0.5), 0.22, PAPER)
+        self.disc(*self.at(cell, 0.5, 0.5), 0.18, AGENT)
 
-    def flag(self, row: int, col: int) -> None:
-        x, y = col + 0.8, row + 0.08
+    def flag(self, cell: int) -> None:
+        x, y = self.at(cell, 0.8, 0.08)
         pennant = self.points((x, y), (x + 0.17, y + 0.08), (x, y + 0.16))
         self.draw.line(self.points((x, y), (x, y + 0.28)), FLAG, 2 * _SMOOTH)
         self.draw.polygon(pennant, fill=FLAG)
 
-    def arrow(self, row: int, col: int, direction: tuple[int, int], length: float) -> None:
+    def arrow(self, cell: int, direction: tuple[int, int], length: float) -> None:
         """An arrow from the cell's center; a probability of 1 reaches the cell's edge."""
         if length < 0.02:
             return
         dx, dy = direction
-        x, y = col + 0.5, row + 0.5
+        x, y = self.at(cell, 0.5, 0.5)
         reach = 0.46 * length
         tip = (x + dx * reach, y + dy * reach)
         self.draw.line(self.points((x, y), tip), INK, 2 * _SMOOTH)
@@ -92,42 +98,38 @@ class _Canvas:
             right = (tip[0] - dx * h + dy * w, tip[1] - dy * h - dx * w)
             self.draw.polygon(self.points(tip, left, right), fill=INK)
 
+    def squares(self, state: State) -> None:
+        self.diamond(int(state.diamond))
+        self.ghost(int(state.ghost))
+        for cell in _flagged(state):
+            self.flag(cell)
+
     def picture(self) -> Picture:
         return np.asarray(self.image.reduce(_SMOOTH))
 
 
-def _place(cell: int, config: WorldConfig) -> tuple[int, int]:
-    return divmod(cell, config.cols)
-
-
-def _squares(canvas: _Canvas, config: WorldConfig, state: State) -> None:
-    canvas.diamond(*_place(int(state.diamond), config))
-    canvas.ghost(*_place(int(state.ghost), config))
-    for on, cell in ((state.diamond_flag, state.diamond), (state.ghost_flag, state.ghost)):
-        if on:
-            canvas.flag(*_place(int(cell), config))
-    for cell in state.spurious.nonzero()[:, 0].tolist():
-        canvas.flag(*_place(cell, config))
+def _flagged(state: State) -> set[int]:
+    """Cells that show a flag."""
+    own = ((state.diamond_flag, state.diamond), (state.ghost_flag, state.ghost))
+    return {*state.spurious.nonzero()[:, 0].tolist(), *(int(cell) for flag, cell in own if flag)}
 
 
 def frame(config: WorldConfig, state: State) -> Picture:
     """One world (`state` of batch shape `[]`): diamond, ghost, flags and agent."""
-    canvas = _Canvas(config.rows, config.cols)
+    canvas = _Canvas(config)
     canvas.lines()
-    _squares(canvas, config, state)
-    canvas.agent(*_place(int(state.agent), config))
+    canvas.squares(state)
+    canvas.agent(int(state.agent))
     return canvas.picture()
 
 
 def text(config: WorldConfig, state: State) -> str:
     """One world as text: A agent, D diamond, G ghost; `!` follows a flagged cell."""
     grid = [[". " for _ in range(config.cols)] for _ in range(config.rows)]
-    flagged = set(state.spurious.nonzero()[:, 0].tolist())
-    flagged |= {int(state.diamond)} if state.diamond_flag else set()
-    flagged |= {int(state.ghost)} if state.ghost_flag else set()
+    flagged = _flagged(state)
     letters = {int(state.diamond): "D", int(state.ghost): "G", int(state.agent): "A"}
     for cell in flagged | letters.keys():
-        row, col = _place(cell, config)
+        row, col = divmod(cell, config.cols)
         grid[row][col] = letters.get(cell, ".") + ("!" if cell in flagged else " ")
     return "\n".join("".join(line).rstrip() for line in grid)
 
@@ -147,16 +149,15 @@ def policy(
         gate: `[S]` weight of the diamond expert, drawn as heat: the diamond's color at 1, the
             ghost's at 0.
     """
-    canvas = _Canvas(config.rows, config.cols)
-    if gate is not None:
-        for cell, weight in enumerate(gate):
-            canvas.fill(*_place(cell, config), _heat(float(weight)))
+    canvas = _Canvas(config)
+    for cell, weight in enumerate(() if gate is None else gate):
+        canvas.fill(cell, _heat(float(weight)))
     canvas.lines()
     for cell, row in enumerate(probabilities):
         if cell not in (int(state.diamond), int(state.ghost)):
             for direction, probability in zip(_STEPS, row, strict=True):
-                canvas.arrow(*_place(cell, config), direction, float(probability))
-    _squares(canvas, config, state)
+                canvas.arrow(cell, direction, float(probability))
+    canvas.squares(state)
     return canvas.picture()
 
 
@@ -168,7 +169,7 @@ def _heat(weight: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def panels(pictures: Sequence[Picture], captions: Sequence[str], gap: int = 12) -> Picture:
+def panels(pictures: Sequence[Picture], captions: Sequence[str]) -> Picture:
     """Pictures of one height side by side, each under its caption (of one line or several)."""
     font = ImageFont.load_default(size=15)
     top = 12 + 20 * max(caption.count("\n") + 1 for caption in captions)
@@ -177,13 +178,13 @@ def panels(pictures: Sequence[Picture], captions: Sequence[str], gap: int = 12) 
         max(picture.shape[1], *(int(font.getlength(line)) + 4 for line in caption.split("\n")))
         for picture, caption in zip(pictures, captions, strict=True)
     ]
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(pictures) + 1), height + gap), PAPER)
+    sheet = Image.new("RGB", (sum(widths) + _GAP * (len(pictures) + 1), height + _GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
-    x = gap
+    x = _GAP
     for picture, caption, width in zip(pictures, captions, widths, strict=True):
         draw.multiline_text((x, 6), caption, INK, font=font)
         sheet.paste(Image.fromarray(picture), (x, top))
-        x += width + gap
+        x += width + _GAP
     return np.asarray(sheet)
 
 
@@ -198,17 +199,14 @@ def stack(rows: Sequence[Picture]) -> Picture:
     return np.asarray(sheet)
 
 
-def gif(frames: Sequence[Picture], fps: float = 4.0) -> bytes:
+def gif(frames: Sequence[Picture]) -> bytes:
     """An animation that loops, as GIF bytes."""
     palette = Image.fromarray(frames[0]).quantize(64)  # one for all: frames share their colors
-    images = [
-        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
-        for frame in frames
-    ]
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer, "GIF", save_all=True, append_images=images[1:], duration=int(1000 / fps), loop=0
+    first, *others = (
+        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
     )
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=1000 // FPS, loop=0)
     return buffer.getvalue()
 
 

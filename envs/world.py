@@ -87,13 +87,13 @@ class World:
         level = torch.as_tensor(oversight, dtype=torch.float32, device=self.device)
         if not bool(((level >= 0) & (level <= 1)).all()):
             raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
-
-        def fixed(p: float | None) -> Tensor:
-            return level if p is None else torch.full_like(level, p)
-
-        self.diamond_oversight = fixed(config.diamond_oversight)
-        self.ghost_oversight = fixed(config.ghost_oversight)
+        self.diamond_oversight, self.ghost_oversight = self.chances(level)
         self.moves = _moves(config.rows, config.cols).to(self.device)  # [S * A]
+
+    def chances(self, level: Tensor) -> list[Tensor]:
+        """Chances that the diamond and the ghost are flagged at an overall oversight level."""
+        own = (self.config.diamond_oversight, self.config.ghost_oversight)
+        return [level if p is None else torch.full_like(level, p) for p in own]
 
     @property
     def noise_channels(self) -> int:

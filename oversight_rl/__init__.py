@@ -4,7 +4,7 @@ For code of one's own: `from oversight_rl import RoutedPPO, OversightLabels, loa
 imported when first asked for, since Stable-Baselines3 takes a while to load.
 """
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,5 +26,5 @@ __all__ = ["MoEPolicy", "OversightLabels", "RoutedPPO", "SteeredEvalCallback", "
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(f"oversight_rl.{_MODULES[name]}"), name)
+        return resolve_name(f"oversight_rl.{_MODULES[name]}:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

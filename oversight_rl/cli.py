@@ -1,4 +1,4 @@
-"""The commands: `train.py`, and `oversight-rl` with its subcommands.
+"""The commands: `train.py`, and `oversight-rl` with its subcommands; the tables that they print.
 
 What is slow to load (torch takes a second, Stable-Baselines3 and pandas most of another) is loaded
 by the command that needs it, once what was asked for is known to be there: help and mistakes come
@@ -8,6 +8,7 @@ at once.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -16,10 +17,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
 
 import tyro
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_there, writing
@@ -28,6 +32,7 @@ from oversight_rl.settings import Probability, RunConfig, settings_file
 from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
 if TYPE_CHECKING:
+    from oversight_rl.runs.experiment import Experiment
     from oversight_rl.runs.rows import Row
 
 C = TypeVar("C", bound=RunConfig)
@@ -62,9 +67,8 @@ class _Sources:
 
 def train(args: Sequence[str] | None = None) -> None:
     """The command `train.py`."""
-    run(
-        lambda given: _train(given, "python train.py"), list(sys.argv[1:] if args is None else args)
-    )
+    given = list(sys.argv[1:] if args is None else args)
+    run(lambda flags: _train(flags, "python train.py"), given)
 
 
 def _train(args: list[str], command: str) -> None:
@@ -85,17 +89,12 @@ def _train(args: list[str], command: str) -> None:
         default = load_config(settings_file(sources.config), **learner)
     else:
         default = as_config(learner)
-    for old, new in default.renamed.items():
-        for arg in others:
-            if arg.startswith(f"--{old}."):
-                raise UserError(f"{arg}: {old} is called {new} since version 0.2")
+    for (old, new), arg in itertools.product(default.renamed.items(), others):
+        if arg.startswith(f"--{old}."):
+            raise UserError(f"{arg}: {old} is called {new} since version 0.2")
     model: Any = Train[type(default)]  # type: ignore[misc]
-    chosen = tyro.cli(
-        model,
-        prog=command.removeprefix("python "),
-        args=args,
-        default=Train(settings=default),
-    )
+    prog = command.removeprefix("python ")
+    chosen = tyro.cli(model, prog=prog, args=args, default=Train(settings=default))
     config = chosen.settings
     config.refuse_unused()
     config.refuse_words()
@@ -108,63 +107,51 @@ def _train(args: list[str], command: str) -> None:
     experiment_of(config).try_out(config)
     with _run_dir(chosen.run_dir, config) as path:
         runs = begin_seeds(path, config) if len(config.seeds) > 1 else {path: config}
-        _fit(list(runs.values()), list(runs), path, console, command)
+        _fit(runs, path, console, command)
 
 
 def _resume(path: Path, console: Console, command: str) -> None:
     check_there(path)
     # with torch, which takes a second to load
-    from oversight_rl.runs.folder import RunFolder, find_runs, open_runs, planned_seeds
+    from oversight_rl.runs.folder import RunFolder, find_runs, planned_seeds
 
     planned = planned_seeds(path)
-    begun = find_runs(path) if planned else [folder.path for folder in open_runs(path)]
+    begun = find_runs(path) or ([] if planned else [path])
     runs = planned | {run: RunFolder.open(run).config() for run in begun}
-    configs, folders = list(runs.values()), [RunFolder(run) for run in runs]
-    if len({config.stack_key() for config in configs}) > 1:
+    if len({config.stack_key() for config in runs.values()}) > 1:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
-    if all(folder.finished for folder in folders):
+    if all(RunFolder(run).finished for run in runs):
         raise UserError(f"{path}: this run is finished; see it with oversight-rl evaluate {path}")
-    _fit(configs, list(runs), path, console, command, resume=True)
+    _fit(runs, path, console, command, resume=True)
 
 
 def _fit(
-    configs: list[RunConfig],
-    paths: list[Path],
-    path: Path,
-    console: Console,
-    command: str,
-    resume: bool = False,
+    runs: Mapping[Path, RunConfig], path: Path, console: Console, command: str, resume: bool = False
 ) -> None:
     # with torch, which takes a second to load
     from oversight_rl.runs.experiment import experiment_of
     from oversight_rl.runs.loop import Interrupted, fit
-    from oversight_rl.tables import print_summary
 
-    first, kind = configs[0], experiment_of(configs[0])
-    say(
-        console,
-        f"training {first.method} at {first.oversight:.2%} oversight, "
-        f"seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}",
-    )
+    first, seeds = next(iter(runs.values())), [str(config.seeds[0]) for config in runs.values()]
+    what = f"{first.method} at {first.oversight:.2%} oversight, seed {', '.join(seeds)}"
+    say(console, f"training {what}, in {path}")
     try:
-        tables = fit(kind, configs, paths, console, resume)
+        tables = fit(runs, console, resume)
     except Interrupted:
         say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
-    print_summary(tables, kind, console)
+    print_summary(tables, experiment_of(first), console)
     say(console, f"results in {path}")
     say(console, f"pictures and curves: tensorboard --logdir {path}")
 
 
 @contextmanager
 def _run_dir(asked: Path | None, config: RunConfig) -> Iterator[Path]:
-    """The folder to write: as asked, or a new one under runs/, gone again if nothing came into it.
-
-    A new one is made at once, so that no run that starts in the same second gets it too.
-    """
+    """The folder to write: as asked, or a new one under runs/, gone again if it stays empty."""
     if asked is not None:
         yield asked
         return
+    # made at once, so that no run that starts in the same second gets it too
     first, *more = config.seeds
     seeds = f"seeds_{first}_to_{more[-1]}" if more else f"seed_{first}"
     name = f"{config.method}-{config.oversight:g}-{seeds}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -220,7 +207,6 @@ def evaluate(
     from oversight_rl.agents.threads import on_threads
     from oversight_rl.experiments.oversight.policies import read, write_policy
     from oversight_rl.runs.rows import write_rows
-    from oversight_rl.tables import print_rows
 
     rows: list[Row] = []
     loaded = read(run_dir)
@@ -307,10 +293,8 @@ def run_sweep(
         try:
             failed = sweep(asked, out, pool, console, stack_memory(gpu, count))
         except KeyboardInterrupt:
-            say(
-                console,
-                f"stopped; the same command goes on: oversight-rl sweep {config} --out {out}",
-            )
+            again = f"oversight-rl sweep {config} --out {out}"
+            say(console, f"stopped; the same command goes on: {again}")
             raise SystemExit(STOPPED) from None
     for path, why in failed.items():
         say(console, f"failed: {path}: {why}")
@@ -339,15 +323,82 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """The command `oversight-rl`."""
-    given = list(sys.argv[1:] if args is None else args)
-    if given == ["--version"]:
-        run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
-        return
-    if given[:1] == ["train"]:
-        run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
-        return
+# ---- tables
+
+
+def print_summary(
+    tables: Sequence[Sequence[Row]], kind: type[Experiment], console: Console
+) -> None:
+    """The table at the training level: means over the runs, and the score's range."""
+    every = [row for row in itertools.chain(*tables) if "=" not in row.policy]
+    rows = [row for row in every if row.deploy_oversight == row.train_oversight]
+    shown = kind.shown(list(rows[0].figures))
+    headings = {name: short for short, name in shown.items()}
+    others = [name for name in shown.values() if name != kind.score]
+    several, greedy = len(tables) > 1, any(row.greedy for row in rows)
+    table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
+    for heading in (headings[kind.score], *["range"] * several, *["greedy"] * greedy):
+        table.add_column(heading, justify="right")
+    for name in others:
+        table.add_column(headings[name].removeprefix("p_"), justify="right")
+    for policy in dict.fromkeys(row.policy for row in rows):
+        sampled = [row for row in rows if row.policy == policy and not row.greedy]
+        scores = [row.figures[kind.score] for row in sampled]
+        taken = [row.figures[kind.score] for row in rows if row.policy == policy and row.greedy]
+        deployed = sampled[0].deployed
+        table.add_row(
+            f"{policy} (deployed)" if deployed else policy,
+            f"{fmean(scores):.3f}",
+            *[f"{min(scores):.2f}..{max(scores):.2f}"] * several,
+            *[f"{fmean(taken):.3f}" if taken else ""] * greedy,
+            *(_figure(name, fmean([row.figures[name] for row in sampled])) for name in others),
+            style="bold" if deployed else None,
+        )
+    best = rows[0].figures[kind.optimum] if kind.optimum else math.nan
+    if not math.isnan(best):
+        table.add_row("optimum", f"{best:.3f}", style="dim")
+    console.print(table)
+
+
+def print_rows(rows: Sequence[Row], kind: type[Experiment], console: Console) -> None:
+    """A table for each run."""
+    between = "±" if console.encoding.startswith("utf") else "+-"
+    shown = kind.shown(list(rows[0].figures), details=True)
+    for (method, seed, level), own in itertools.groupby(
+        rows, key=lambda row: (row.method, row.seed, row.train_oversight)
+    ):
+        table = _table(f"{method} trained at {level:.2%}, seed {seed}")
+        for heading in ("oversight", *shown):
+            table.add_column(heading.removeprefix("p_"), justify="right")
+        for row in own:
+            cells = {name: _figure(name, row.figures[name]) for name in shown.values()}
+            error = row.figures[kind.error] if kind.error else 0.0
+            cells[kind.score] += f" {between} {error:.3f}" if error > 0 else ""
+            policy = f"{row.policy}{' (greedy)' if row.greedy else ''}"
+            table.add_row(policy, f"{row.deploy_oversight:.2%}", *cells.values())
+        console.print(table)
+    for line in kind.notes(rows):
+        say(console, line)
+
+
+def _figure(name: str, value: float) -> str:
+    """A figure as its name asks for: shares in percent, lengths with one digit."""
+    if name.startswith("p_"):
+        return f"{value:.1%}"
+    return f"{value:.1f}" if name.endswith("_length") else f"{value:.3f}"
+
+
+def _table(title: str) -> Table:
+    """A table that fits 80 columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("policy")
+    return table
+
+
+# ---- which command
+
+
+def _subcommand(args: list[str]) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "train": cast(Any, Train)[settings_of({})],  # for the help
         "evaluate": evaluate,
@@ -355,9 +406,17 @@ def main(args: Sequence[str] | None = None) -> None:
         "report": run_report,
         "import-reference": import_reference,
     }
-    run(
-        lambda flags: tyro.extras.subcommand_cli_from_dict(
-            commands, prog="oversight-rl", args=flags, description=DESCRIPTION
-        ),
-        given,
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog="oversight-rl", args=args, description=DESCRIPTION
     )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command `oversight-rl`."""
+    given = list(sys.argv[1:] if args is None else args)
+    if given == ["--version"]:
+        run(lambda _: print(f"oversight-rl {version('oversight-rl')}"), [])
+    elif given[:1] == ["train"]:
+        run(lambda flags: _train(flags, "oversight-rl train"), given[1:])
+    else:
+        run(_subcommand, given)

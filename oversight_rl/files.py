@@ -35,11 +35,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def writing(path: Path, more: str = "") -> Iterator[None]:
-    """Say in one line that something cannot be written; `more` is added to it.
-
-    Raises:
-        UserError: in place of an `OSError`.
-    """
+    """Say by a `UserError` that something cannot be written; `more` is added to it."""
     try:
         yield
     except OSError as error:
@@ -52,11 +48,7 @@ def as_text(path: str | Path) -> str:
 
 
 def check_there(path: Path, what: str = "run folder") -> None:
-    """Refuse a path at which there is nothing; what is called like it beside it is suggested.
-
-    Raises:
-        UserError: it is missing.
-    """
+    """Refuse a path at which there is nothing; what is called like it beside it is suggested."""
     if os.path.exists(path):
         return
     try:
@@ -68,11 +60,7 @@ def check_there(path: Path, what: str = "run folder") -> None:
 
 
 def check_plain(path: Path) -> None:
-    """Refuse what is there and is no file of its own: a link, a pipe, a device, a folder.
-
-    Raises:
-        UserError: it is one of these.
-    """
+    """Refuse what is there and is no file of its own: a link, a pipe, a device, a folder."""
     try:
         mode = path.lstat().st_mode
     except OSError:
@@ -82,11 +70,7 @@ def check_plain(path: Path) -> None:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a file of at most `most` bytes.
-
-    Raises:
-        UserError: it cannot be read, is longer, or is not UTF-8.
-    """
+    """The text of a file; `UserError` if it has more than `most` bytes, or cannot be read."""
     try:
         with path.open("rb") as file:
             content = file.read(most + 1)
@@ -101,11 +85,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """What a JSON file of at most `most` bytes holds.
-
-    Raises:
-        UserError: it cannot be read, is longer, or is not JSON.
-    """
+    """What a JSON file holds; `UserError` if it has more than `most` bytes, or cannot be read."""
     text = read_text(path, most)
     try:
         return json.loads(text)

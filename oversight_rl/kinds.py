@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD
@@ -39,61 +39,39 @@ KINDS: dict[str, Kind] = {
 """By the setting `algo`; the first is the default."""
 
 
-def load(name: str) -> Any:
-    """A class by its name, `module:Class`."""
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
-
-
 def kind_of(content: Mapping[str, Any]) -> Kind:
-    """The kind that settings are of.
-
-    Raises:
-        UserError: there is no such kind.
-    """
+    """The kind that settings are of; `UserError` if there is no such kind."""
     algo = content.get("algo", next(iter(KINDS)))
     if not isinstance(algo, str) or algo not in KINDS:
-        raise UserError(
-            f"algo: must be one of {', '.join(KINDS)}, got {algo!r}{nearest(str(algo), KINDS)}"
-        )
+        hint = nearest(str(algo), KINDS)
+        raise UserError(f"algo: must be one of {', '.join(KINDS)}, got {algo!r}{hint}")
     return KINDS[algo]
 
 
 def settings_of(content: Mapping[str, Any]) -> type[RunConfig]:
     """The model of settings that a file's or a command line's are of."""
-    return load(kind_of(content).settings)  # type: ignore[no-any-return]
+    return resolve_name(kind_of(content).settings)  # type: ignore[no-any-return]
 
 
 def as_config(content: Mapping[str, Any], written: bool = False) -> RunConfig:
-    """Check settings.
+    """Check settings, nested as in a file; `UserError` if one is unknown or bad.
 
-    Args:
-        content: settings, nested as in a file.
-        written: whether this program wrote them; version 0.1 may have, by other names.
-
-    Raises:
-        UserError: a setting is unknown or bad.
+    If `written` by this program, they may be version 0.1's, by other names.
     """
     model = settings_of(content)
     for old, new in model.renamed.items():
-        if old in content and written:
-            content = {new if name == old else name: value for name, value in content.items()}
-        elif old in content:
+        if old in content and not written:
             raise UserError(f"{old}: is called {new} since version 0.2")
+        content = {new if name == old else name: value for name, value in content.items()}
     return model.model_validate(content)
 
 
 def load_config(path: Path, **others: str) -> RunConfig:
-    """Read a configuration file; `others` are settings that stand above it.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
-    """
+    """Read a configuration file; `others` are settings that stand above it."""
     content = read_yaml(path)
     if "grid" in content:
-        raise UserError(
-            f"{path}: is a sweep; run it with oversight-rl sweep {as_asked(path)} --out DIR"
-        )
+        command = f"oversight-rl sweep {as_asked(path)} --out DIR"
+        raise UserError(f"{path}: is a sweep; run it with {command}")
     # a run folder's says how the run came about
     written = content.pop("provenance", None) is not None
     try:

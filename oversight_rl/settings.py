@@ -29,7 +29,6 @@ PLAIN = {
 RESOLVERS = {
     None: [(f"tag:yaml.org,2002:{name}", re.compile(f"({p})$")) for name, p in PLAIN.items()]
 }
-BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # in a file where a boolean is wanted
 
 PRESETS = Path(__file__).parent / "configs"
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -103,31 +102,18 @@ class RunConfig(Settings):
         return 1
 
     def refuse_unused(self) -> None:
-        """Refuse settings that the run would not look at. (Those of old run folders may differ.)
-
-        Raises:
-            UserError: there are some.
-        """
+        """Refuse settings that the run would not look at. (Those of old run folders may differ.)"""
 
     def refuse_words(self) -> None:
-        """Refuse words where something else is meant, which no type tells; in a user's file.
-
-        Raises:
-            UserError: there are some.
-        """
+        """Refuse words where something else is meant, which no type tells; in a user's file."""
 
     def torch_device(self) -> torch.device:
-        """The device to use.
-
-        Raises:
-            UserError: a GPU was asked for and there is none.
-        """
+        """The device to use; `UserError` if a GPU was asked for and there is none."""
         import torch  # takes a second, and settings are read without it
 
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "device: cuda was asked for, but there is no GPU here; try --device cpu"
-            )
+            found = "but there is no GPU here; try --device cpu"
+            raise UserError(f"device: cuda was asked for, {found}")
         use_gpu = self.device != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if use_gpu else "cpu")
 
@@ -160,12 +146,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, unchecked.
+    """The settings in a YAML file, unchecked; `UserError` if it cannot be read as such.
 
     Aliases are refused: a few lines of them can stand for more than fits into memory.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or holds no settings.
     """
     text = read_text(path, MOST_TEXT)
     try:
@@ -190,20 +173,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def settings_file(given: Path) -> Path:
-    """The file that a user names: one that is there, or else a preset of ours by its name.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """The file that a user names: one that is there, or else a preset of ours by its name."""
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if given.exists() and not (given.is_dir() and str(given) in presets):
         return given
     if str(given) in presets:
         return PRESETS / f"{given}.yaml"
-    raise UserError(
-        f"{given}: cannot read it (no such file, nor a preset: {', '.join(presets)})"
-        f"{nearest(given.stem, presets)}"
-    )
+    why = f"no such file, nor a preset: {', '.join(presets)}"
+    raise UserError(f"{given}: cannot read it ({why}){nearest(given.stem, presets)}")
 
 
 def as_asked(path: Path) -> str:
@@ -211,15 +188,9 @@ def as_asked(path: Path) -> str:
     return path.stem if path.parent == PRESETS else str(path)
 
 
-def dump_yaml(config: RunConfig, provenance: dict[str, Any]) -> str:
-    """A configuration and its provenance as YAML that `kinds.load_config` reads back."""
-    content = config.model_dump(mode="json") | {"provenance": provenance}
-    return as_yaml(content)
-
-
-def as_yaml(content: dict[str, Any]) -> str:
-    """Settings as YAML that `read_yaml` reads back."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+def dump_yaml(settings: Settings, **others: Any) -> str:
+    """Settings, and others beside them, as YAML that `read_yaml` reads back."""
+    return yaml.dump(settings.model_dump(mode="json") | others, Dumper=_Dumper, sort_keys=False)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -229,5 +200,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             settings |= flat(value, f"{prefix}{key}.")
         else:
-            settings[prefix + key] = value
+            settings[f"{prefix}{key}"] = value
     return settings

@@ -10,23 +10,31 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pandas as pd
 import pytest
+import small_experiment
 import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import tracking
+from oversight_rl import load_policy
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import new_agent, take_run
 from oversight_rl.agents.reinforce.learner import HELD_OUT
 from oversight_rl.agents.settings import AgentConfig
+from oversight_rl.agents.steering import SteeredPolicy
 from oversight_rl.cli import main, train
+from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.kinds import load_config
+from oversight_rl.experiments.oversight.policies import read_run
+from oversight_rl.files import write_atomically
+from oversight_rl.kinds import KINDS, load_config
 from oversight_rl.runs import checkpoint
+from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import RunFolder, find_runs
 from oversight_rl.runs.loop import _stop_requested
 from oversight_rl.sweeps.plan import load_sweep, plan
@@ -35,7 +43,7 @@ from oversight_rl.terminal import plain
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
 COLUMNS = {
-    "method", "seed", "train_oversight", "deploy_oversight", "policy", "greedy",
+    "method", "seed", "train_oversight", "deploy_oversight", "policy", "deployed", "greedy",
     "ground_truth_return", "p_diamond", "p_ghost", "p_timeout", "episode_length",
     "optimal_return", "evaluator", "env_steps", "wall_seconds",
 }  # fmt: skip
@@ -90,7 +98,7 @@ def test_every_step_that_a_run_takes_is_counted(tmp_path, monkeypatch, method, u
     small = ["--world.max-steps", "4", "--reinforce.updates", str(updates), "--evaluation.every"]
     train([*SMOKE, *small, "2", "--method", method, "--run-dir", str(tmp_path / "run")])
     assert result(tmp_path / "run")[0]["env_steps"] == taken[0]
-    assert RunFolder.open(tmp_path / "run").load().env_steps == taken[0]
+    assert read_run(RunFolder.open(tmp_path / "run")).env_steps == taken[0]
     looks = 0 if method != "naive_early_stop" else 3 if updates == 4 else 4
     assert taken[0] == updates * 32 * 8 + looks * HELD_OUT * 4
 
@@ -103,6 +111,8 @@ def test_a_run_folder_is_complete(run):
     assert {row["policy"] for row in rows} == {"mixture", "diamond", "ghost", *blends}
     assert {row["deploy_oversight"] for row in rows} == {0.0, 0.01, 0.1, 1.0}
     assert {row["evaluator"] for row in rows} == {"exact"}
+    assert {row["policy"] for row in rows if row["deployed"]} == {"diamond"}
+    assert sum(row["deployed"] for row in rows) == 2 * 4
     assert rows[0]["optimal_return"] == pytest.approx(0.9317, abs=1e-4)
     assert rows[0]["env_steps"] == 20 * 32 * 8
     metrics = pd.read_csv(run / "metrics.csv")
@@ -116,7 +126,7 @@ def test_a_run_folder_is_complete(run):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["provenance"]["versions"]["torch"]
     assert saved["seeds"] == [0]
-    assert load_config(run / "config.yaml").training.updates == 20
+    assert load_config(run / "config.yaml").learner.updates == 20
     assert checkpoint.updates(run / "checkpoints") == [10, 20]
     assert not list(run.rglob("*.tmp"))
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
@@ -182,6 +192,40 @@ def test_an_exported_policy_evaluates_the_same(run, tmp_path):
     assert json.loads(b.read_text())[0]["greedy"]
 
 
+def test_a_run_is_a_policy_that_predicts(run, tmp_path):
+    policy = load_policy(str(run))
+    assert policy.steering.name == "diamond"
+    env = gym.make("OversightGrid-v0")
+    observation, _ = env.reset(seed=0)
+    action, state = policy.predict(observation, deterministic=True)
+    assert (env.action_space.contains(int(action)), state) == (True, None)
+    chances = policy(observation)
+    assert action == chances.argmax()
+    drawn, _ = policy.predict(np.stack([observation] * 5_000))
+    assert drawn.shape == (5_000,)
+    assert torch.bincount(torch.as_tensor(drawn), minlength=4) / 5_000 == pytest.approx(
+        chances, abs=0.035
+    )
+    assert not torch.equal(policy.steer("ghost")(observation), chances)
+    main(["evaluate", str(run), "--steer", "ghost", "--export", str(tmp_path / "ghost")])
+    assert torch.equal(load_policy(tmp_path / "ghost")(observation), policy(observation))
+
+
+def test_one_of_several_runs_is_to_be_named(run, tmp_path):
+    for seed in (0, 7):
+        shutil.copytree(run, tmp_path / f"seed_{seed}")
+    with pytest.raises(UserError, match=f"several runs; name one, like {tmp_path}/seed_0"):
+        load_policy(tmp_path)
+    assert load_policy(tmp_path / "seed_7").steering.name == "diamond"
+
+
+def test_runs_that_have_no_experts_are_not_steered(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
+    train(["--algo", "climb", "--run-dir", str(tmp_path / "run")])
+    error = refused(capsys, main, ["evaluate", tmp_path / "run"])
+    assert error == "error: algo: runs of climb have no experts to steer\n"
+
+
 def test_evaluate_draws_pictures(run, tmp_path):
     main(["evaluate", str(run), "--pictures", str(tmp_path / "pictures")])
     for name, kind in (("policies.png", "PNG"), ("rollouts.gif", "GIF")):
@@ -240,12 +284,12 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, number):
 def set_updates(folder, updates):
     file = folder / "config.yaml"
     content = yaml.safe_load(file.read_text())
-    content["training"]["updates"] = updates
+    content["reinforce"]["updates"] = updates
     file.write_text(yaml.safe_dump(content))
 
 
 def same_run(path, whole):
-    ours, theirs = (RunFolder.open(p).load().agent.state_dict() for p in (path, whole))
+    ours, theirs = (read_run(RunFolder.open(p)).agent.state_dict() for p in (path, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert timeless(result(path)) == timeless(result(whole))
     assert (path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
@@ -321,7 +365,7 @@ def test_what_cannot_be_gone_on_with_is_refused(run, tmp_path, capsys):
     assert "not of a checkpoint" in refused(capsys, main, ["evaluate", facts])
     other = copy("other")
     content = yaml.safe_load((other / "config.yaml").read_text())
-    content["training"]["worlds"] = 7
+    content["reinforce"]["worlds"] = 7
     (other / "config.yaml").write_text(yaml.safe_dump(content))
     assert "does not fit" in refused(capsys, train, ["--resume", other])
     both = tmp_path / "both"
@@ -360,14 +404,14 @@ def test_only_the_newest_complete_checkpoints_are_kept(tmp_path):
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def full_disk(_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
-        checkpoint.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 
@@ -407,8 +451,8 @@ def test_a_run_that_is_being_trained_is_not_resumed(run, tmp_path, capsys, monke
     busy = tmp_path / "busy"
     shutil.copytree(run, busy)
     (busy / "result.json").unlink()
-    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
-    with tracking.locked(busy):
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
+    with folders.locked(busy):
         assert "another process" in refused(capsys, train, ["--resume", busy])
     train(["--resume", str(busy)])  # nobody holds it any more
 
@@ -476,13 +520,11 @@ def published(single=False, fixed_gate=False):
     [({}, "routing"), ({"fixed_gate": True}, "no_gate"), ({"single": True}, "naive")],
 )
 def test_a_published_policy_is_imported(tmp_path, kind, method):
-    from oversight_rl.agents.steering import SteeredPolicy
-
     state, policies = published(**kind)
     torch.save(state, tmp_path / "state.pt")
     target = tmp_path / "imported"
     main(["import-reference", str(tmp_path / "state.pt"), str(target), "--oversight", "0.1"])
-    saved = RunFolder.open(target).load()
+    saved = read_run(RunFolder.open(target))
     assert saved.config.method == method
     observation = torch.rand(9, 4, 5, 5)
     for name, logits in policies.items():
@@ -532,12 +574,12 @@ def test_what_is_not_a_published_policy_is_refused(tmp_path, capsys):
         (["--world.ghost-oversight", "-0.5"], "world.ghost_oversight"),
         (["--world.rows", "1"], "world.rows: should be greater than or equal to 2, got 1"),
         (["--world.cols", "0"], "world.cols"),
-        (["--reinforce.worlds", "0"], "training.worlds"),
-        (["--reinforce.worlds", "1000000000"], "training.worlds"),
+        (["--reinforce.worlds", "0"], "reinforce.worlds"),
+        (["--reinforce.worlds", "1000000000"], "reinforce.worlds"),
         (["--agent.hidden", "10000000"], "agent.hidden"),
         (["--world.max-steps", "1000000"], "world.max_steps"),
         (["--reinforce.updates", "-3"], "reinforce.updates"),
-        (["--reinforce.learning-rate", "1", "2", "3"], "training.learning_rate"),
+        (["--reinforce.learning-rate", "1", "2", "3"], "reinforce.learning_rate"),
         (["--reinforce.updates", "many"], "many"),
         (["--agent.hidden", "0"], "agent.hidden"),
         (["--agent.experts", "1"], "agent.experts"),
@@ -552,6 +594,15 @@ def test_bad_flags_of_train(tmp_path, capsys, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, train, ["--run-dir", tmp_path / "run", *args])
     assert list(tmp_path.iterdir()) == []  # nothing was written
+
+
+@pytest.mark.parametrize(
+    "flag", [["--training.updates", "3"], ["--training.updates=3"], ["--training.no-bootstrap"]]
+)
+def test_a_flag_that_was_renamed_is_told_its_new_name(tmp_path, capsys, flag):
+    error = refused(capsys, train, [*SMOKE, *flag, "--run-dir", tmp_path / "run"])
+    assert error == f"error: {flag[0]}: training is called reinforce since version 0.2\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -572,6 +623,7 @@ def test_an_absent_gpu_is_refused(tmp_path, capsys):
         ("world: [", "not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
         ("reinforce: {updates: 1.5}", "reinforce.updates"),
+        ("training: {updates: 3}", "bad.yaml: training: is called reinforce since version 0.2\n"),
         ("seeds: []", "seeds"),
         ("agent: {hidden: 0}", "agent.hidden"),
     ],

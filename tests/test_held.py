@@ -269,7 +269,7 @@ def test_a_label_that_comes_three_rollouts_late_is_used(method):
     if METHODS[method].policy.experts == "many" and method != "no_routing":
         routes = found.every("routes")[by_label]
         assert not np.take_along_axis(routes, other[:, None], 1).any()
-    for memory, each in ((model.memory, 40), (model.reward_memory, 1)):
+    for memory, each in ((model.memory, 40), (model.endings, 1)):
         if memory is not None:
             assert int(memory.count) == 3 * len(come) * each
     assert model.rollout_buffer.labels == 3 * len(come)
@@ -277,7 +277,7 @@ def test_a_label_that_comes_three_rollouts_late_is_used(method):
 
 def test_a_late_label_teaches_the_classifier_of_methods_that_do_not_wait():
     model, found = taught(worlds(late=96), 13, method="reward_model")
-    assert int(model.reward_memory.count) == 3 * 8
+    assert int(model.endings.count) == 3 * 8
     assert [len(update["time"]) for update in found.updates] == [3 * 32] * 13
 
 

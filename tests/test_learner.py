@@ -25,9 +25,8 @@ from oversight_rl.agents.reinforce import collect as collecting
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import calibration_error, statistics
 from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam, ReinforceLearner
-from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.losses import Loss, label, loss
 from oversight_rl.agents.reinforce.reward_model import RewardModel
-from oversight_rl.agents.reinforce.targets import label
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.agents.steering import standard
 from oversight_rl.envs.mdp import WorldMDP

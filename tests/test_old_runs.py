@@ -10,8 +10,8 @@ import pytest
 from oversight_rl.agents import RoutedPPO
 from oversight_rl.cli import main, train
 from oversight_rl.envs.vector import make_vec
+from oversight_rl.experiments.oversight.environments import EnvJudge
 from oversight_rl.experiments.oversight.policies import read
-from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
 from oversight_rl.kinds import load_config
 from oversight_rl.runs.folder import RunFolder
 from oversight_rl.runs.rows import Facts
@@ -53,7 +53,9 @@ def test_runs_are_evaluated_as_they_were(old, name, tmp_path):
     if name.startswith("ppo_grid"):  # which was sampled then
         (saved,) = read(old / name)
         facts, policies = Facts(saved.config.method, 0, 0.5), saved.steerings((), False, 1.0)
-        rows = EnvEvaluator(saved.config).evaluate(saved.agent, facts, policies, [0.5], "diamond")
+        judge = EnvJudge(saved.config)
+        judge.exact = None
+        (rows,) = judge.tables(saved.agent, [facts], policies, [[0.5]])
         for row, exact in zip(rows, ours, strict=True):
             error = row.figures["return_se"]
             assert (

@@ -30,9 +30,9 @@ import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.ppo.algorithm import ppo_methods
-from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
 from oversight_rl.agents.ppo.losses import gate_loss, reward_model_loss
+from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.minigrid import SymbolicObservation
 from oversight_rl.envs.readable import readable
@@ -174,7 +174,7 @@ def gradients(model, outcome, part):
     order = model.experience.outcome.T[model.experience.share.T > 0]
     chosen = torch.as_tensor(np.flatnonzero(order == outcome))
     assert len(chosen)
-    batch = RoutedSamples(*(torch.as_tensor(x)[chosen] for x in buffer.samples))
+    batch = Targets(*(torch.as_tensor(x)[chosen] for x in buffer.samples))
     honest = model.loss
 
     model.policy.zero_grad()
@@ -661,7 +661,7 @@ def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method)
 
 def test_labeled_endings_alone_are_remembered_with_their_actions():
     model = collected(IMPUTED, "imputed_routing")
-    buffer, memory = model.rollout_buffer, model.reward_memory
+    buffer, memory = model.rollout_buffer, model.endings
     assert int(memory.count) == 2
     assert memory.label[0, :2].tolist() == [0, 1]
     for kept, step in zip(memory.observation[0, :2], (2, 6), strict=True):
@@ -711,11 +711,11 @@ def test_endings_of_every_kind_of_action_are_learned(space):
 
     model = fresh().learn(8 * 16 * 40)
     again = RoutedPPO.load(saved(model), env=model.env)
-    assert int(again.reward_memory.count) == int(model.reward_memory.count) > 100
-    assert float(reward_model_loss(again.policy, again.reward_memory)) < 0.2
+    assert int(again.endings.count) == int(model.endings.count) > 100
+    assert float(reward_model_loss(again.policy, again.endings)) < 0.2
     untaught = fresh()
-    untaught.reward_memory = again.reward_memory
-    assert float(reward_model_loss(untaught.policy, untaught.reward_memory)) > 0.5
+    untaught.endings = again.endings
+    assert float(reward_model_loss(untaught.policy, untaught.endings)) > 0.5
 
 
 def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
@@ -739,10 +739,7 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
     assert (found.weights > 0).tolist() == (~buffer.alone & ~waits).tolist()  # the mixture acted
     assert (found.deployed_weights > 0).tolist() == buffer.alone.tolist()
     assert int(model.memory.count) == (model.experience.outcome >= LABELED).sum()
-    assert (
-        int(model.reward_memory.count)
-        == (buffer.ended & (model.experience.outcome >= LABELED)).sum()
-    )
+    assert int(model.endings.count) == (buffer.ended & (model.experience.outcome >= LABELED)).sum()
     assert not tiny(method="contrastive_routing").rollout_buffer.acts_alone.any()
 
 
@@ -774,7 +771,7 @@ def test_the_policy_waits_for_labels_a_while_and_its_values_do_not():
     model = tiny(DummyVecEnv([Watched] * 32), method="imputed_routing", n_steps=4, batch_size=128)
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 4)
-    assert 0 < int(model.reward_memory.count) < 100
+    assert 0 < int(model.endings.count) < 100
     seen = torch.zeros(1, 1)
 
     def chances_and_value():
@@ -800,7 +797,7 @@ def test_the_policy_waits_for_labels_a_while_and_its_values_do_not():
 def test_numbered_observations_can_be_imputed():
     env = DummyVecEnv([lambda: gym.make("FrozenLake-v1")] * 4)
     model = tiny(env, method="imputed_routing", behaviors=("good", "bad")).learn(4 * 16 * 2)
-    assert not int(model.reward_memory.count)  # nothing was labeled, so nothing is imputed
+    assert not int(model.endings.count)  # nothing was labeled, so nothing is imputed
     found, outcome = model.targets, model.experience.outcome
     assert set(np.unique(found.routes)) == {1.0}
     assert not found.deployed_weights[outcome == UNLABELED].any()
@@ -841,7 +838,7 @@ def test_saved_memories_hold_what_was_put_into_them(tmp_path):
     loaded = RoutedPPO.load(tmp_path / "agent", env=model.env)
     for ours, theirs in (
         (model.memory, loaded.memory),
-        (model.reward_memory, loaded.reward_memory),
+        (model.endings, loaded.endings),
     ):
         known = int(ours.count)
         assert known == int(theirs.count) > 0

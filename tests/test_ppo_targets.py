@@ -299,7 +299,7 @@ def test_a_limit_that_ends_an_episode_in_a_behavior_ends_it(method):
     ends, cuts = (
         collected(lambda cut=cut: Random(cut=cut), method=method) for cut in (False, True)
     )
-    for name in vars(ends.targets):
+    for name in ends.targets._fields:
         ours, theirs = (getattr(m.targets, name) for m in (ends, cuts))
         assert np.array_equal(ours, theirs), name
 
@@ -338,7 +338,7 @@ class Numbered(gym.Env):
 def wrong(model):
     """Remembered observations that have another episode's label."""
     found = []
-    for memory in (model.memory, model.reward_memory):
+    for memory in (model.memory, model.endings):
         count = int(memory.count)
         number, label = memory.observation[0, :count, 0].long(), memory.label[0, :count].long()
         found += number[label != number % 2].tolist()

@@ -14,7 +14,7 @@ from test_world import check_observation, worlds
 
 from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED, Overseer, tables
 from oversight_rl.agents.networks import cumulative, sample
-from oversight_rl.agents.reinforce.targets import label as make_targets
+from oversight_rl.agents.reinforce.losses import label as make_targets
 from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.envs.mdp import WorldMDP
 from oversight_rl.envs.settings import ACTIONS, NO_LABEL, WorldConfig

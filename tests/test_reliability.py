@@ -14,19 +14,23 @@ from pathlib import Path
 import pytest
 import soak
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import tracking
 from oversight_rl.agents.reinforce import learner, losses
-from oversight_rl.cli import STOPPED, main, train
+from oversight_rl.agents.reinforce.learner import ReinforceLearner
+from oversight_rl.cli import main, train
 from oversight_rl.envs.gym import OversightGridVecEnv
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.grid import GridRuns as Trainer
+from oversight_rl.experiments.oversight.grid import GridRuns
+from oversight_rl.experiments.oversight.policies import read_run
 from oversight_rl.kinds import load_config
 from oversight_rl.reports.gather import gather
 from oversight_rl.runs import checkpoint
+from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import EVENTS, RunFolder
-from oversight_rl.runs.health import Watch
+from oversight_rl.runs.loop import Watch, _Training
+from oversight_rl.terminal import STOPPED
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -103,8 +107,13 @@ def poisoned(monkeypatch, part, value, run, update):
     monkeypatch.setattr(learner, "loss", loss)
 
 
-def learned(trainer, run):
-    tensors = trainer.tensors(run)
+def in_training(configs):
+    """A stack in the hands of the loop, without folders."""
+    return _Training(GridRuns(configs), [], Console(), lambda: False)
+
+
+def learned(training, run):
+    tensors = training.learner.state(run)
     names = [n for n in tensors if n.startswith(("agent.", "adam."))]
     return {name: tensors[name].clone() for name in names}
 
@@ -116,7 +125,7 @@ def test_a_bad_number_stops_the_run_at_that_update(tmp_path, capsys, monkeypatch
     assert "update 13: the value loss is " in error
     assert "the checkpoint of update 10 is kept" in error
     assert checkpoint.updates(tmp_path / "run/checkpoints") == [0, 10]
-    agent = RunFolder.open(tmp_path / "run").load().agent
+    agent = read_run(RunFolder.open(tmp_path / "run")).agent
     assert all(parameter.isfinite().all() for parameter in agent.parameters())
 
 
@@ -138,31 +147,32 @@ def test_the_first_bad_number_of_each_run_is_kept():
 
 
 def test_a_bad_gradient_is_told_from_a_bad_loss(monkeypatch):
-    trainer = Trainer([small()])
+    training = in_training([small()])
     # the square root has no derivative at 0
     monkeypatch.setattr(
         losses.Loss, "total", lambda self, *_: self.policy + (self.value * 0).sqrt()
     )
-    trainer.update()
-    assert "gradient of agent." in trainer.watch.seen()[0]
+    training._update()
+    assert "gradient of agent." in training.watch.seen()[0]
 
 
 def test_an_update_is_left_out_of_the_bad_run_alone(monkeypatch):
     configs = [small(seed, on_nan="skip") for seed in (0, 1)]
-    healthy, trainer = Trainer(configs), Trainer(configs)
+    healthy, training = in_training(configs), in_training(configs)
     poisoned(monkeypatch, "policy", torch.nan, 1, 2)
     for update in (1, 2, 3):
-        before = learned(trainer, 1)
-        trainer.update()
-        after = learned(trainer, 1)
+        before = learned(training, 1)
+        training._update()
+        after = learned(training, 1)
         same = [torch.equal(before[name], after[name]) for name in before]
         assert all(same) if update == 2 else not any(same)
-    assert list(trainer.watch.seen()) == [1]
+    assert list(training.watch.seen()) == [1]
     monkeypatch.undo()
     for _ in range(3):
-        healthy.update()
-    theirs = healthy.tensors(0)
-    assert all(torch.equal(x, theirs[name]) for name, x in trainer.tensors(0).items())
+        healthy._update()
+    theirs = healthy.learner.state(0)
+    ours = training.learner.state(0)
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def test_leaving_updates_out_is_said_once_and_the_run_ends(tmp_path, capsys, monkeypatch):
@@ -174,12 +184,12 @@ def test_leaving_updates_out_is_said_once_and_the_run_ends(tmp_path, capsys, mon
 
 
 def test_a_healthy_run_is_the_same_whatever_is_done_about_bad_numbers():
-    stop, skip = Trainer([small()]), Trainer([small(on_nan="skip")])
-    for trainer in (stop, skip):
+    stop, skip = in_training([small()]), in_training([small(on_nan="skip")])
+    for training in (stop, skip):
         for _ in range(3):
-            trainer.update()
-    theirs = skip.tensors(0)
-    assert all(torch.equal(x, theirs[name]) for name, x in stop.tensors(0).items())
+            training._update()
+    theirs = skip.learner.state(0)
+    assert all(torch.equal(x, theirs[name]) for name, x in stop.learner.state(0).items())
 
 
 # ---- disks that are full, read-only, gone
@@ -203,7 +213,7 @@ def mount(tmp_path):
 
 def at_update(monkeypatch, number, act):
     """Do something just before an update, the first time."""
-    update = Trainer.update
+    update = ReinforceLearner.update
     todo = [act]
 
     def wrapped(self):
@@ -211,7 +221,7 @@ def at_update(monkeypatch, number, act):
             todo.pop()()
         update(self)
 
-    monkeypatch.setattr(Trainer, "update", wrapped)
+    monkeypatch.setattr(ReinforceLearner, "update", wrapped)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +322,7 @@ def test_without_tensorboard_a_run_goes_on_and_says_so_once(tmp_path, capsys, mo
 
 def test_the_second_process_on_a_folder_is_refused(tmp_path, capsys, monkeypatch):
     path = tmp_path / "run"
-    monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
     errors = []
 
     def second():
@@ -410,7 +420,7 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
         steps, end = [], time.monotonic() + 8
         while time.monotonic() < end or len(set(steps)) < 5:
             assert process.poll() is None
-            steps.append(RunFolder.open(path).load().env_steps)
+            steps.append(read_run(RunFolder.open(path)).env_steps)
             events.Reload()
         assert steps == sorted(steps)
         main(["evaluate", str(path), "--json", str(tmp_path / "rows.json")])
@@ -428,4 +438,4 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(whole, monkeypatch):
     stale = [[4]]  # as listed before the run went on
     honest = checkpoint.updates
     monkeypatch.setattr(checkpoint, "updates", lambda p: stale.pop() if stale else honest(p))
-    assert RunFolder.open(whole).load().env_steps == 20 * 32 * 8
+    assert read_run(RunFolder.open(whole)).env_steps == 20 * 32 * 8

@@ -17,8 +17,8 @@ from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.environments import EnvJudge
 from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
 from oversight_rl.kinds import load_config
 from oversight_rl.settings import dump_yaml, read_yaml
 from oversight_rl.sweeps.plan import load_sweep, plan
@@ -119,6 +119,24 @@ def test_numbers_mean_what_they_say(tmp_path):
     assert config.oversight == 0.1
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["settings: {training: {updates: 2}}\ngrid: {seeds: 2}", "grid: {training.updates: [2]}"],
+)
+def test_a_sweep_is_told_the_new_name_of_a_section(tmp_path, text):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"training: is called reinforce since version 0\.2"):
+        plan(load_sweep(tmp_path / "sweep.yaml"), tmp_path / "out")
+
+
+def test_what_a_run_wrote_is_read_by_the_names_of_its_version(tmp_path):
+    """As a run folder's settings are; a file without provenance is a user's."""
+    text = "training: {updates: 7}\nprovenance: {versions: {oversight-rl: 0.1.0}}\n"
+    assert loaded(tmp_path, text).reinforce.updates == 7
+    with pytest.raises(UserError, match="is called reinforce"):
+        loaded(tmp_path, "training: {updates: 7}")
+
+
 @pytest.mark.parametrize("word", ["true", "on", "Yes", "false", "off", "NO"])
 def test_words_for_true_and_false_stay(tmp_path, word):
     config = loaded(tmp_path, f"pictures: {word}\n")
@@ -166,7 +184,7 @@ words = st.text() | st.from_regex(r"[-+]?[0-9.:_eE-]+|0[xbo]?[0-9]+", fullmatch=
 def test_what_is_written_is_read_back(tmp_path_factory, values):
     config = Config.model_construct(env_settings=values)
     path = tmp_path_factory.mktemp("written") / "config.yaml"
-    path.write_text(dump_yaml(config, {"commit": "123e4567"}))
+    path.write_text(dump_yaml(config, provenance={"commit": "123e4567"}))
     found = read_yaml(path)
     assert repr(found["env_settings"]) == repr(values)
     assert found["provenance"] == {"commit": "123e4567"}
@@ -209,7 +227,7 @@ def threads(monkeypatch):
     watch(ReinforceLearner, "update")
     watch(RoutedPPO, "train")
     watch(Evaluator, "evaluate")
-    watch(EnvEvaluator, "evaluate")
+    watch(EnvJudge, "tables")
     yield seen
     assert told[-1] == 7
 

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from oversight_rl.cli import main, train
 from oversight_rl.kinds import KINDS
 from oversight_rl.reports import page
+from oversight_rl.reports.figures import STANDARD, draw_levels, new_panels
+from oversight_rl.reports.gather import Part
 from oversight_rl.sweeps.drive import sweep
 from oversight_rl.sweeps.plan import load_sweep
 from oversight_rl.sweeps.workers import work
@@ -66,20 +69,45 @@ def test_sweeps_and_reports_take_it(tmp_path, capsys):
     quiet = Console(quiet=True)
     assert sweep(load_sweep(tmp_path / "s.yaml"), out, in_here(), quiet) == {}
     main(["report", str(out)])
-    assert "the best score (IQM) has careful at" in capsys.readouterr().out
+    assert "the best height (IQM) has careful at" in capsys.readouterr().out
     table = pd.read_csv(out / "summary.csv").set_index(["method", "train_oversight"])
     assert list(table["n_seeds"]) == [4] * 4
     assert table.loc[("careful", 0.9), "iqm"] > table.loc[("careful", 0.1), "iqm"]
     assert table.loc[("careful", 0.9), "east"] == pytest.approx(3, abs=0.5)
     assert not [name for name in table if "return" in name or name.startswith("p_")]
     text = (out / "report.html").read_text()
-    for word in ("Score against oversight", "Learning curves", "takes every step"):
+    for word in (
+        "Score against oversight",
+        "Height of the deployed policy",
+        "Learning curves",
+        "takes every step",
+    ):
         assert word in text
     for word in ("diamond", "ghost", "routing", "return"):
         assert word not in text
     drawn = {file.stem for file in (out / "figures").iterdir()}
     assert drawn == {"scores", "learning", "improvement"}
     assert text.count("<svg") == 3
+
+
+def east(found):
+    figure, (axes,) = new_panels(1, 1, 5.0, 4.0)
+    for name in found.names:
+        draw_levels(found, axes, name, "east")
+    return figure
+
+
+REPORT = replace(
+    STANDARD, parts=(*STANDARD.parts, Part("east", "How far east", "The peak is at 3.", east))
+)
+
+
+def test_a_report_draws_what_an_experiment_adds(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_experiment.Climb, "report", f"{__name__}:REPORT")
+    train(["--algo", "climb", "--run-dir", str(tmp_path / "run")])
+    page.write(tmp_path)
+    assert (tmp_path / "figures" / "east.svg").is_file()
+    assert "The peak is at 3." in (tmp_path / "report.html").read_text()
 
 
 def test_runs_of_another_kind_are_left_out_of_a_report_and_named(tmp_path):

@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import (
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl import RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents import memory
-from oversight_rl.agents.ppo import losses, reward_model
+from oversight_rl.agents.ppo import algorithm, losses
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN
 from oversight_rl.agents.ppo.observations import (
     as_rows,
@@ -291,7 +291,7 @@ def page_rows():
 @pytest.mark.parametrize("row", ROWS)
 def test_the_pages_table_of_spaces_is_right(row, monkeypatch):
     monkeypatch.setattr(memory, "CAPACITY", 64)  # a memory of images is long in saving,
-    monkeypatch.setattr(reward_model, "LESSON", 8)  # and a lesson from it in reading
+    monkeypatch.setattr(algorithm, "ENDINGS", 8)  # and a lesson from it in reading
     monkeypatch.setattr(losses, "LESSONS", 1)
     outcome = page_rows()[row]
     for make in ROWS[row]:

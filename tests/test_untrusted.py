@@ -389,6 +389,36 @@ def test_a_result_without_a_number_is_no_result(run, capsys):
     assert "ground_truth_return cannot be nan" in line
 
 
+def rename(run, figure, rows):
+    """Give a figure another name in some rows of a result."""
+    found = json.loads((run / "result.json").read_text())
+    for row in found[rows]:
+        row["x"] = row.pop(figure)
+    (run / "result.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("figure", ["p_diamond", "p_ghost_flagged", "return_se"])
+def test_rows_of_a_result_have_the_same_figures(run, capsys, figure):
+    rename(run, figure, slice(1))
+    assert "rows of other figures" in refused(capsys, main, "report", run)
+
+
+@pytest.mark.parametrize(
+    "figure",
+    ["p_diamond", "p_ghost", "p_timeout", "p_diamond_flagged", "p_ghost_on_path", "episode_length"],
+)
+def test_reports_leave_out_what_there_are_no_figures_of(run, figure):
+    rename(run, figure, slice(None))
+    main(["report", str(run)])
+    assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize("figure", ["optimal_return", "return_se"])
+def test_figures_that_all_runs_have_are_asked_for(run, capsys, figure):
+    rename(run, figure, slice(None))
+    assert "rows of other figures" in refused(capsys, main, "report", run)
+
+
 @pytest.mark.parametrize("deployed", [True, False, "yes", None])
 def test_a_result_of_which_nobody_knows_what_is_deployed_is_none(run, capsys, deployed):
     rows = json.loads((run / "result.json").read_text())
@@ -416,7 +446,8 @@ def test_an_exported_policy_is_steered_as_its_experts_allow(run, tmp_path, capsy
     file = tmp_path / "policy.safetensors"
     main(["evaluate", str(run), "--steer", "diamond", "--export", str(file)])
     (saved,) = read(run)
-    tensors, metadata = checkpoint.read_tensors(file, tensors_of(saved))
+    like = tensors_of(saved)
+    tensors, metadata = checkpoint.read_tensors(file, like, checkpoint.checksums(like))
     about = json.loads(metadata[POLICY])
     about["steering"] |= steering
     metadata[POLICY] = json.dumps(about)

@@ -5,35 +5,27 @@ meet SB3's PPO, its environments, callbacks, logger and files. A label is known 
 end, so `RoutedRolloutBuffer` writes it back to the episode's steps before the learner sees them.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 from zipfile import ZipFile
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.utils import LinearSchedule, explained_variance
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import METHODS, Overseer, tables
-from oversight_rl.agents.ppo.buffer import (
-    RoutedDictRolloutBuffer,
-    RoutedRolloutBuffer,
-    RoutedSamples,
-    samples,
-)
+from oversight_rl.agents.ppo.buffer import RoutedDictRolloutBuffer, RoutedRolloutBuffer
 from oversight_rl.agents.ppo.collect import CollectingPPO
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, RoutedPPOArguments, rollout_sizes
 from oversight_rl.agents.ppo.data_warnings import DataWarnings
@@ -46,10 +38,9 @@ from oversight_rl.agents.ppo.environment import (
 )
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
 from oversight_rl.agents.ppo.losses import learn_reward_model, losses
-from oversight_rl.agents.ppo.observations import row_type, row_width
+from oversight_rl.agents.ppo.observations import each, row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.ppo.reward_model import reward_memory
-from oversight_rl.agents.ppo.targets import Experience, Targets, targets
+from oversight_rl.agents.ppo.targets import Experience, Samples, Targets, targets
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
@@ -57,6 +48,8 @@ from oversight_rl.envs.settings import BEHAVIORS, nearest
 
 FIRST_LABELS = 100
 """Labeled endings that the reward model is to have seen before the policy learns."""
+ENDINGS = 512
+"""Remembered endings that each step of the reward model learns from."""
 LOOKING = 0.1
 """Share of training that this may take at most."""
 FOLLOWING = {"behaviors", "gate", "lessons", "flags", "task", "steering"}
@@ -130,7 +123,7 @@ class RoutedPPO(CollectingPPO):
     threads: int | None
     experience: Experience
     """The window of the last rollout, with what was made of it."""
-    targets: Targets
+    targets: Samples
     """What the losses ask of each of its steps."""
 
     def __init__(
@@ -161,11 +154,10 @@ class RoutedPPO(CollectingPPO):
                 "policy must be 'MoEPolicy', which takes vectors, images and dictionaries, or a "
                 f"subclass of it, got {policy!r}"
             )
-        if method not in ppo_methods():
-            raise ValueError(
-                f"method must be one of {', '.join(ppo_methods())}, got {method!r}"
-                f"{nearest(method, ppo_methods())}"
-            )
+        names = ppo_methods()
+        if method not in names:
+            must = f"method must be one of {', '.join(names)}"
+            raise ValueError(f"{must}, got {method!r}{nearest(method, names)}")
         numbers = RoutedPPOArguments.checked(
             labeled_weight=labeled_weight, gate_coef=gate_coef, contrast_coef=contrast_coef,
             solo_share=solo_share, task_weight=task_weight, gate_replay=gate_replay,
@@ -180,7 +172,7 @@ class RoutedPPO(CollectingPPO):
         self.steering = MIXTURE  # of a policy that was saved steered
         self.left_out: tuple[str, ...] = ()  # names of what is not read of observations
         # decides which labels go missing or wrong
-        self.label_generator: np.random.Generator | None = None
+        self.label_generator: Any = None
         own = FOLLOWING & set(policy_kwargs or {})
         if own:
             raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
@@ -197,23 +189,22 @@ class RoutedPPO(CollectingPPO):
         if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
             self.policy_kwargs.pop("imputes", None)
         method = METHODS[self.method]
-        flags, task = (self.policy_kwargs.get(name) for name in ("flags", "task"))
+        experts, flags, task = map(self.policy_kwargs.get, ("experts", "flags", "task"))
         if self.env is not None:
-            declared = ask(self.env, self.method, self.declared_behaviors, self.policy_kwargs)
+            declared = self._asked(self.env)
             self._heed(declared)
             flags, task = declared.flags, declared.has_task
         self.behaviors = self.behaviors or BEHAVIORS
-        experts = self.policy_kwargs.get("experts")
-        own = policy_arguments(self.method, self.behaviors, experts, flags, bool(task))
-        replays = "gate" in method.lessons and self.gate_replay > 0
-        space = self.observation_space
-        self.memory = (
-            Memory(1, row_width(space), self.gate_replay, row_type(space)) if replays else None
+        self.policy_kwargs = self.policy_kwargs | policy_arguments(
+            self.method, self.behaviors, experts, flags, bool(task)
         )
-        self.reward_memory = None
+        self.memory = self.endings = None  # of the gate; of the reward model
+        space = self.observation_space
+        if "gate" in method.lessons and self.gate_replay > 0:
+            self.memory = Memory(1, row_width(space), self.gate_replay, row_type(space))
         if "reward_model" in method.lessons:
-            self.reward_memory = reward_memory(space, self.action_space)
-        self.policy_kwargs = self.policy_kwargs | own
+            parts = space, self.action_space  # an observation, followed by its action
+            self.endings = Memory(1, sum(map(row_width, parts)), ENDINGS, row_type(*parts))
         self._set_tables()
         if self.label_generator is None:
             self.label_generator = np.random.default_rng(self.seed)
@@ -229,46 +220,35 @@ class RoutedPPO(CollectingPPO):
         self._warnings = DataWarnings()
         self._warnings.of_texts(self.left_out)
         super()._setup_model()
-        cast(MoEPolicy, self.policy).steering = self.steering
+        self.policy.steering = self.steering
 
     def _set_tables(self) -> None:
         experts = self.policy_kwargs["experts"]
         self.tables = tables([self.method], [self.overseer], experts, behaviors=len(self.behaviors))
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
-        """As SB3 has it; the environment is asked what the constructor asks it.
-
-        Raises:
-            ValueError: it does not fit what the model was made for.
-        """
         env = self._wrap_env(env, self.verbose)
-        declared = ask(env, self.method, self.declared_behaviors, self.policy_kwargs)
+        declared = self._asked(env)
         super().set_env(env, force_reset)
-        held = cast(RoutedRolloutBuffer, self.rollout_buffer).held
-        held.interrupt()
-        held.ended.clear()  # its names are others
+        self.rollout_buffer.held.interrupt()
+        self.rollout_buffer.held.ended.clear()  # its names are others
         self._heed(declared)
         self._warnings.of_texts(self.left_out)
         self._set_tables()
+
+    def _asked(self, env: VecEnv) -> Declared:
+        return ask(env, self.method, self.declared_behaviors, self.policy_kwargs)
 
     def _heed(self, declared: Declared) -> None:
         """Take over what an environment declares."""
         self.declared_behaviors = declared.behaviors or self.declared_behaviors
         self.behaviors = self.behaviors or self.declared_behaviors
         self.left_out = declared.left_out
-        self._knows_level = declared.oversight is not None
-        self.overseer = replace(
-            self.overseer,
-            oversight=float(declared.oversight or 0.0),
-            ghost_oversight=declared.ghost_oversight,
-        )
+        self._level = declared.oversight
+        levels = float(declared.oversight or 0.0), declared.ghost_oversight
+        self.overseer = Overseer(*levels, self.overseer.recall, self.overseer.error)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
-        """As SB3 has it, with the model's number of threads.
-
-        Raises:
-            ValueError: there is no environment.
-        """
         if self.env is None:
             raise ValueError("there is no environment: load(..., env=env) or set_env(env) first")
         with on_threads(self.threads or torch.get_num_threads()):
@@ -276,37 +256,34 @@ class RoutedPPO(CollectingPPO):
 
     def make_targets(self, buffer: RoutedRolloutBuffer) -> None:
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
-        policy, waits = cast(MoEPolicy, self.policy), self.tables.asks_labels
+        policy, waits = self.policy, self.tables.asks_labels
         rollout = Rollout(policy, buffer, self._last_obs)
         deployed, task = rollout.values()
         reward = np.zeros_like(task)
         if policy.task and self.task_weight > 0:
             reward = in_task_scale(policy, buffer, self.gamma)
         if bool(self.tables.sees_truth.any()):  # and nobody's labels
-            buffer.forget_late()
+            buffer.names.clear()
+            buffer.late.clear()
         window, missed = buffer.look_back(deployed, task, reward)
-        if window.late.any() and not waits and self.reward_memory is None:
+        if window.late.any() and not waits and self.endings is None:
             self._warnings.of_useless(self.method)
         self._warnings.of_lost(missed, buffer.held.reach)
-        generator = cast(np.random.Generator, self.label_generator)
-        ends = outcome, _ = outcomes_of(window, self.tables, generator)
+        ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
-        if self.memory is not None:
-            window.remember(self.memory, outcome)
-        if self.reward_memory is not None:
-            window.remember_endings(self.reward_memory, outcome)
-        taught = self.reward_memory is not None and bool(self.reward_memory.count)
+        window.remember(outcome, self.memory, self.endings)
+        taught = self.endings is not None and bool(self.endings.count)
         x = rollout.experience(window, ends, due, taught, self.clip_range_vf is not None)
         found = targets(
-            x,
-            self.tables,
-            discount=self.gamma,
-            trace=self.gae_lambda,
-            labeled_weight=self.labeled_weight,
-            normalize=self.normalize_advantage,
+            x, self.tables, discount=self.gamma, trace=self.gae_lambda,
+            labeled_weight=self.labeled_weight, normalize=self.normalize_advantage,
             task_weight=self.task_weight,
+        )  # fmt: skip
+        self.experience, self.targets = x, found
+        counts = x.share.T > 0
+        buffer.samples = Targets(  # one environment after another
+            *(each(lambda part: part.swapaxes(0, 1)[counts], whole) for whole in found)
         )
-        self.experience, self.targets, buffer.samples = x, found, samples(x, found)
         # as SB3 has them, for callbacks
         buffer.advantages, buffer.returns = map(
             window.of_rollout, (found.advantages, found.returns)
@@ -319,17 +296,16 @@ class RoutedPPO(CollectingPPO):
         Raises:
             NotFinite: numbers went bad.
         """
-        buffer = cast(RoutedRolloutBuffer, self.rollout_buffer)
+        buffer = self.rollout_buffer
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         clip = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        self._warnings.of_labels(buffer, self.overseer.oversight if self._knows_level else None)
+        self._warnings.of_labels(buffer, self._level)
         if self.tables.asks_labels and self._n_updates >= SETTLED * self.n_epochs:
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
-        if self.reward_memory is not None:
-            policy = cast(MoEPolicy, self.policy)
-            figures["reward_model_loss"] = learn_reward_model(policy, self.reward_memory)
+        if self.endings is not None:
+            figures["reward_model_loss"] = learn_reward_model(self.policy, self.endings)
         for _ in range(self.n_epochs):
             if not self._pass_over(buffer, clip, figures):
                 break
@@ -337,11 +313,11 @@ class RoutedPPO(CollectingPPO):
         for name, values in figures.items():
             mean = torch.stack(values).mean().item() if values else math.nan
             self.logger.record(f"train/{name}", mean)
-        found = cast("RoutedSamples[NDArray[Any]]", buffer.samples)
+        assert buffer.samples is not None
+        found = buffer.samples
         mixture = ~found.alone
-        explained = math.nan
-        if mixture.any():
-            explained = explained_variance(found.old_values[mixture], found.returns[mixture])
+        parts = found.old_values[mixture], found.returns[mixture]
+        explained = explained_variance(*parts) if mixture.any() else math.nan
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
@@ -374,36 +350,26 @@ class RoutedPPO(CollectingPPO):
         leaves it no more. So labels come first, for a tenth of training at most.
         """
         return (
-            self.reward_memory is not None
-            and int(self.reward_memory.count) < FIRST_LABELS
+            self.endings is not None
+            and int(self.endings.count) < FIRST_LABELS
             and self._current_progress_remaining > 1 - LOOKING
         )
 
-    def loss(self, batch: RoutedSamples[Tensor], clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Targets[Tensor], clip: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and its parts."""
-        policy, within = cast(MoEPolicy, self.policy), cast(Any, self.clip_range_vf)
-        parts = losses(
-            policy,
-            batch,
-            self.memory,
-            clip=clip,
-            clip_value=within and within(self._current_progress_remaining),
-        )
-        acting = (
-            parts["policy_gradient_loss"]
-            + self.ent_coef * parts["entropy_loss"]
-            + self.contrast_coef * parts.get("contrast_loss", 0.0)
-        )
-        loss = (
-            (0.0 if self.still_looks else 1.0) * acting
-            + self.vf_coef * (parts["value_loss"] + parts.get("task_value_loss", 0.0))
-            + self.gate_coef * parts["gate_loss"]
-        )
+        within: Any = self.clip_range_vf
+        clip_value = within and within(self._current_progress_remaining)
+        parts = losses(self.policy, batch, self.memory, clip=clip, clip_value=clip_value)
+        acting = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
+        acting = acting + self.contrast_coef * parts.get("contrast_loss", 0.0)
+        value = parts["value_loss"] + parts.get("task_value_loss", 0.0)
+        loss = (0.0 if self.still_looks else 1.0) * acting + self.vf_coef * value
+        loss = loss + self.gate_coef * parts["gate_loss"]
         return loss, {name: value.detach() for name, value in (parts | {"loss": loss}).items()}
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """As SB3 has it; a policy that is steered is steered when it is loaded."""
-        self.steering = cast(MoEPolicy, self.policy).steering
+        # a policy that is steered is steered when it is loaded
+        self.steering = self.policy.steering
         super().save(*args, **kwargs)
 
     @classmethod
@@ -428,17 +394,12 @@ class RoutedPPO(CollectingPPO):
         Raises:
             UserError: the text names no expert.
         """
-        return cast(MoEPolicy, self.policy).steer(text)
-
-    @property
-    def endings(self) -> Memory | None:
-        """What the reward model remembers, by its name in zips."""
-        return self.reward_memory
+        return self.policy.steer(text)
 
     def _excluded_save_params(self) -> list[str]:
         # made anew from the rest on loading
         ours = ["rollout_buffer_kwargs", "tables", "experience", "targets", "_warnings"]
-        return [*super()._excluded_save_params(), *ours, "reward_memory"]
+        return [*super()._excluded_save_params(), *ours]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()

@@ -1,56 +1,19 @@
 """A rollout buffer that learns at an episode's end, or later, what the episode was."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Hashable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from torch import Tensor
 
 from oversight_rl.agents.memory import MOST_BYTES
 from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
 from oversight_rl.agents.ppo.observations import each
-from oversight_rl.agents.ppo.targets import Experience, Targets
+from oversight_rl.agents.ppo.targets import Samples, Targets
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.settings import NO_LABEL
-
-A = TypeVar("A", NDArray[Any], Tensor)
-
-
-class RoutedSamples(NamedTuple, Generic[A]):
-    """Samples to learn from: SB3's `RolloutBufferSamples`, and the rest of `targets.Targets`."""
-
-    observations: Any  # [B, ...], of each entry where they are dictionaries
-    actions: A
-    old_values: A
-    old_log_prob: A
-    advantages: A
-    returns: A
-    weights: A
-    deployed_weights: A
-    routes: A
-    deployed_advantages: A
-    deployed_returns: A
-    task_returns: A
-    alone: A  # [B] bool, where the deployed expert acted by itself
-    share: A  # how much a step counts, less than 1 where an older policy took it
-
-
-def samples(x: Experience, targets: Targets) -> RoutedSamples[NDArray[Any]]:
-    """The steps of a window that count, one environment after another."""
-    chosen, steps = x.share.T > 0, x.steps
-    others = {"observations": steps.observations, "actions": steps.actions, "alone": steps.alone}
-    others |= {"old_values": x.old_value, "old_log_prob": x.log_prob, "share": x.share}
-    return RoutedSamples(
-        **{
-            name: each(lambda part: part.swapaxes(0, 1)[chosen], whole)
-            for name, whole in (vars(targets) | others).items()
-        }
-    )
 
 
 class RoutedRolloutBuffer(RolloutBuffer):
@@ -64,7 +27,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         kwargs: as SB3's RolloutBuffer.
     """
 
-    samples: RoutedSamples[NDArray[Any]] | None = None
+    samples: Samples | None = None
     """What there is to learn from, once the rollout is whole."""
 
     def __init__(
@@ -122,9 +85,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
             info = infos[env]
             behavior, label = info.get("behavior"), info.get("label")
             cut = bool(info.get("TimeLimit.truncated", False))
-            ended = label is not None or behavior is not None
-            if not ended and "behavior" not in info:
-                ended = not cut
+            shown = label is not None or behavior is not None
+            ended = shown or ("behavior" not in info and not cut)
             self.ended[self.pos, env] = ended
             if cut and not ended:
                 self.cuts.append((self.pos, env, info["terminal_observation"]))
@@ -137,9 +99,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
             self.labels += label is not None
             self.explained += label is not None and behavior is not None
         for env, info in enumerate(infos):
-            if "late_labels" in info:
-                for name, label in _pairs(info["late_labels"]):
-                    self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
+            for name, label in _pairs(info.get("late_labels")):
+                self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
 
     def _name(self, env: int, name: Any) -> None:
         """Keep the id of an episode whose label may come later."""
@@ -155,11 +116,11 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.names[env, name] = self.pos
 
     def _note_late(self, label: LateLabel) -> None:
-        key = label.environment, label.episode
-        if key not in self.names:
+        env, name, _ = label
+        step = self.names.pop((env, name), None)
+        if step is None:
             self.late.append(label)
             return
-        step, env = self.names.pop(key), label.environment
         self.label[step, env], self.ended[step, env] = label.behavior, True
         self.cuts = [cut for cut in self.cuts if cut[:2] != (step, env)]
         self._count_late(self.truth[step, env])
@@ -183,15 +144,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
     def look_back(
         self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> tuple[Window, list[LateLabel]]:
-        """The window of a rollout that is whole.
+        """The window of a rollout that is whole, and labels of episodes that are not kept.
 
-        Args:
-            deployed_value: what the networks say of the rollout's steps, `[T, N]`.
-            task_value: likewise.
-            task_reward: of the rollout's steps, in the task's scale of now.
-
-        Returns:
-            The window, and labels of episodes that are not kept.
+        What the networks say of the rollout's steps, and their rewards in the task's scale of now,
+        are given, `[T, N]` each.
         """
         now = self._steps(deployed_value, task_value, task_reward)
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
@@ -203,45 +159,25 @@ class RoutedRolloutBuffer(RolloutBuffer):
     def _steps(
         self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> Steps:
-        return Steps(
-            self.observations,
-            self.actions,
-            self.log_probs,
-            self.alone,
-            self.values,
-            deployed_value,
-            task_value,
-            task_reward,
-            np.zeros_like(self.done),
-            self.ended,
-            self.done,
-            self.label,
-            self.truth,
-        )
-
-    def forget_late(self) -> None:
-        """Wait for no late labels, where a method is told the truth."""
-        self.names.clear()
-        self.late.clear()
+        taken = self.observations, self.actions, self.log_probs, self.alone, self.values
+        known = self.ended, self.done, self.label, self.truth
+        learned = np.zeros_like(self.done)
+        return Steps(*taken, deployed_value, task_value, task_reward, learned, *known)
 
     def hold(self, window: Window, due: NDArray[np.bool_], waits: bool) -> None:
-        """Keep the steps that labels may still reach, and which of them were learned from.
-
-        Args:
-            window: of the rollout.
-            due: which of its steps were learned from now, `[W, C]`.
-            waits: whether steps wait for their episode's end.
+        """Keep the window's steps that labels may still reach; the due ones `[W, C]` were learned
+        from now, the others wait for their episode's end, if the method has them wait.
         """
         ended = [(step, env, name) for (env, name), step in self.names.items()]
         self.episodes += self.held.keep(window, due, ended, waits)
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of `RoutedSamples` at most so large and all alike, in random order."""
+        """Minibatches of `Targets` at most so large and all alike, in random order."""
         assert self.samples is not None
         count = len(self.samples.alone)  # none, where all steps wait
         parts = math.ceil(count / (batch_size or max(1, count)))
         for part in np.array_split(np.random.permutation(count), parts) if parts else ():
-            yield RoutedSamples(
+            yield Targets(
                 *(each(lambda x, at=part: self.to_torch(x[at]), whole) for whole in self.samples)
             )
 

@@ -1,7 +1,5 @@
 """SB3 callbacks that look at what will be deployed, and not at the mixture in training."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +10,6 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import EvalCallback
 
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
-from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import KEPT
 from oversight_rl.envs.readable import readable, said
 
@@ -50,7 +47,7 @@ class SteeredEvalCallback(EvalCallback):
         self.steer, self.folder = steer, best_model_save_path
         self._shown: Counter[str | None] = Counter()
         self._scores: list[float] = []
-        self._explained = 0
+        self._explained = False
 
     @property
     def best_score(self) -> float:
@@ -72,8 +69,8 @@ class SteeredEvalCallback(EvalCallback):
         model = cast(RoutedPPO, self.model)
         self._shown.clear()
         self._scores.clear()
-        self._explained = 0
-        trained = cast(MoEPolicy, model.policy)
+        self._explained = False
+        trained = model.policy
         steering = trained.steer(self.steer).steering
         greedy = replace(steering, greedy=self.deterministic)  # so that what is kept acts as judged
         model.policy = trained.steered(greedy)
@@ -112,7 +109,7 @@ class SteeredEvalCallback(EvalCallback):
             return
         info, behaviors = locals_["info"], cast(RoutedPPO, self.model).behaviors
         behavior = info.get("behavior")
-        self._explained += "behavior" in info or "ground_truth_reward" in info
+        self._explained |= "behavior" in info or "ground_truth_reward" in info
         self._shown[behavior] += 1
         sign = 0.0 if behavior is None else 1.0 if behavior == behaviors[0] else -1.0
         self._scores.append(info.get("ground_truth_reward", sign))

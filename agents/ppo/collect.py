@@ -1,7 +1,5 @@
 """Rollouts of environments in which the deployed expert acts by itself in some of the episodes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,7 +9,6 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -26,6 +23,10 @@ from oversight_rl.envs.readable import readable, readable_vec
 class CollectingPPO(PPO):
     """SB3's PPO up to where a rollout is whole: what is learned from it, a subclass says."""
 
+    policy: MoEPolicy
+    rollout_buffer: RoutedRolloutBuffer
+    _last_obs: Any
+    _last_episode_starts: Any
     _resets: Any = None  # seeds and options of the environments when last looked at
 
     def make_targets(self, buffer: RoutedRolloutBuffer) -> None:
@@ -43,11 +44,6 @@ class CollectingPPO(PPO):
             raise ValueError(str(error)) from None
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """As SB3 has it.
-
-        Raises:
-            ValueError: the environment cannot be seeded.
-        """
         try:
             super().set_random_seed(seed)
         except AttributeError as error:  # of a VecEnv that is not SB3's
@@ -59,11 +55,7 @@ class CollectingPPO(PPO):
             ) from error
 
     def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: RolloutBuffer,
-        n_rollout_steps: int,
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
     ) -> bool:
         """As SB3 has it; the deployed expert acts by itself in some of the episodes.
 
@@ -74,15 +66,15 @@ class CollectingPPO(PPO):
         Raises:
             ValueError: the policy is steered.
         """
-        buffer, policy = cast(RoutedRolloutBuffer, rollout_buffer), cast(MoEPolicy, self.policy)
+        buffer: RoutedRolloutBuffer = rollout_buffer
+        policy = self.policy
         if policy.n_experts > 1 and policy.steering != MIXTURE:
             raise ValueError(
                 f"the policy is steered to {policy.steering.name}, and learns as the mixture only: "
                 "set model.policy = model.steer('mixture') first"
             )
         if self._reset_by_others(env):
-            self._last_obs = cast(Any, self._start(env))
-            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+            self._start(env)
         policy.set_training_mode(False)
         buffer.reset()
         callback.on_rollout_start()
@@ -107,11 +99,11 @@ class CollectingPPO(PPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RoutedRolloutBuffer
     ) -> bool:
         """A step of every environment; whether callbacks, which see its locals, let it go on."""
-        alone, policy = rollout_buffer.acts_alone, cast(MoEPolicy, self.policy)
+        alone = rollout_buffer.acts_alone
         acting = torch.as_tensor(alone, device=self.device) if alone.any() else None
         with torch.no_grad():
-            obs_tensor = obs_as_tensor(cast(Any, self._last_obs), self.device)
-            actions, values, log_probs = policy(obs_tensor, alone=acting)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)
+            actions, values, log_probs = self.policy(obs_tensor, alone=acting)
         actions = actions.cpu().numpy()
         clipped_actions = actions
         if isinstance(self.action_space, spaces.Box):
@@ -123,37 +115,32 @@ class CollectingPPO(PPO):
         goes_on = callback.on_step()
         if self._reset_by_others(env):  # a callback did
             infos = _cut(infos, dones, new_obs)
-            new_obs, dones = cast(Any, self._start(env)), np.ones_like(dones)
+            new_obs, dones = self._reset(env), np.ones_like(dones)
         if goes_on:
             self._update_info_buffer(infos, dones)
             rollout_buffer.note(infos, dones)
             if isinstance(self.action_space, spaces.Discrete):
                 actions = actions.reshape(-1, 1)
-            starts = cast(Any, self._last_episode_starts)
-            last = cast(Any, self._last_obs)
-            rollout_buffer.add(last, actions, rewards, starts, values, log_probs)
+            begun = self._last_obs, actions, rewards, self._last_episode_starts
+            rollout_buffer.add(*begun, values, log_probs)
         rollout_buffer.pass_on(dones)
-        self._last_obs, self._last_episode_starts = cast(Any, new_obs), dones
+        self._last_obs, self._last_episode_starts = new_obs, dones
         return goes_on
 
     def _setup_learn(
-        self,
-        total_timesteps: int,
-        callback: Any = None,
-        reset_num_timesteps: bool = True,
-        *args: Any,
-        **kwargs: Any,
+        self, steps: int, callback: Any = None, reset_num_timesteps: bool = True, *args: Any
     ) -> tuple[int, BaseCallback]:
-        """As SB3 has it, whose own resets are no surprise."""
         starts_anew = self._last_obs is None or reset_num_timesteps
-        result = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, *args, **kwargs
-        )
+        result = super()._setup_learn(steps, callback, reset_num_timesteps, *args)
         if starts_anew:
             self._reset_by_others(cast(VecEnv, self.env))
         return result
 
-    def _start(self, env: VecEnv) -> Any:
+    def _start(self, env: VecEnv) -> None:
+        self._last_obs = self._reset(env)
+        self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+
+    def _reset(self, env: VecEnv) -> Any:
         observation = env.reset()
         self._reset_by_others(env)
         return observation

@@ -1,7 +1,5 @@
 """Warnings, once of each cause, of data from which little can be learned."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 
@@ -35,17 +33,14 @@ class DataWarnings:
             )
 
     def of_labels(self, buffer: RoutedRolloutBuffer, level: float | None) -> None:
-        """Of labels that do not come, or say too little; called once a rollout.
+        """Of labels that do not come, at this level if it is known, or say too little.
 
-        Args:
-            buffer: with the rollout.
-            level: chance that an episode is watched, if it is known.
+        To be called once a rollout.
         """
         self.rollouts += 1
+        missing = buffer.episodes >= PATIENCE and self.rollouts >= FIRST_ROLLOUTS
         if level is not None:
             missing = (1 - level) ** buffer.episodes < SURPRISE
-        else:
-            missing = buffer.episodes >= PATIENCE and self.rollouts >= FIRST_ROLLOUTS
         if missing and not buffer.labels:
             known = (buffer.truth != NO_LABEL).any()
             unknown = "; an attribute oversight says how often to expect one"

@@ -1,7 +1,5 @@
 """What an environment declares of its behaviors, its overseer and its reward."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,15 +42,8 @@ def policy_arguments(
 ) -> dict[str, Any]:
     """What a policy is made with, as follows from its method and environment.
 
-    Args:
-        method_name: of the method.
-        behaviors: that labels tell apart.
-        experts: of a mixture; None: one for each behavior.
-        flags: as declared; looked at by a reward model only.
-        task: whether the reward is a task of its own.
-
     Raises:
-        ValueError: there are fewer experts than behaviors.
+        ValueError: there are fewer experts (None: one for each behavior) than behaviors.
     """
     method = METHODS[method_name]
     experts = max(2, len(behaviors)) if experts is None else experts
@@ -60,17 +51,17 @@ def policy_arguments(
         experts = 1
     elif experts < len(behaviors):
         raise ValueError(f"experts must be at least {len(behaviors)}, got {experts}")
-    own = {"experts": experts, "behaviors": tuple(behaviors), "gate": method.policy.gate}
-    own |= {"lessons": method.lessons, "task": task}
-    return own | ({"flags": flags} if "reward_model" in method.lessons else {})
+    own = {"behaviors": tuple(behaviors), "gate": method.policy.gate, "lessons": method.lessons}
+    own |= {"flags": flags} if "reward_model" in method.lessons else {}
+    return own | {"experts": experts, "task": task}
 
 
 def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Declared:
-    """What an environment declares of behaviors, oversight and its reward.
+    """What an environment declares of behaviors, oversight and its reward, for a method.
 
     Args:
         env: the environment.
-        method_name: of the method that it is for.
+        method_name: of the method.
         before: behaviors of the environment before, if there was one that named any.
         made: arguments of the policy, as far as there is one.
 
@@ -92,9 +83,9 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             f"the environment's behaviors are {', '.join(behaviors)}; the model was made for "
             f"{', '.join(known)}, in this order"
         )
-    flags = (
-        _checked_flags(env, declared["flags"], made) if "reward_model" in method.lessons else None
-    )
+    flags = None
+    if "reward_model" in method.lessons:
+        flags = _checked_flags(env, declared["flags"], made)
     for name in ("oversight", "ghost_oversight"):
         level = declared[name]
         number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
@@ -114,22 +105,17 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
     if not isinstance(task, bool | np.bool_):
         raise ValueError(f"the environment's has_task must be True or False, got {task!r}")
     if "behaviors" in made and task != made.get("task", False):
+        was = f"the environment's has_task is {task}; the model was made for {not task}"
         if "task" not in made:
-            raise ValueError(
-                "a model of version 0.1 had no task part: load it without env to act, or "
-                "train one anew"
-            )
-        raise ValueError(f"the environment's has_task is {task}; the model was made for {not task}")
+            was = "a model of version 0.1 had no task part"
+            was += ": load it without env to act, or train one anew"
+        raise ValueError(was)
     levels = declared["oversight"], declared["ghost_oversight"]
     return Declared(behaviors, *levels, flags, bool(task), tuple(declared["left_out"] or ()))
 
 
 def made(
-    env: Any,
-    n_envs: int,
-    method: str,
-    oversight: float | None,
-    env_kwargs: dict[str, Any] | None,
+    env: Any, n_envs: int, method: str, oversight: float | None, env_kwargs: dict[str, Any] | None
 ) -> Any:
     """An environment, made if only its id is given.
 

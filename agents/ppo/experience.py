@@ -1,11 +1,9 @@
 """What the networks say of a whole rollout, and of the window of steps that its labels reach."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,40 +65,32 @@ class Rollout:
         Args:
             window: of the rollout.
             ends: see `outcomes_of`.
-            due: which steps are to be learned from now, `[W, C]`.
-            taught: whether the reward model has seen a label.
+            due: see `Experience`.
+            taught: likewise.
             with_values: whether values of older steps are asked for, too.
         """
         policy, (outcome, left) = self.policy, ends
         share, log_prob, old_value = judged_anew(policy, window, due, with_values)
-        imputes = "reward_model" in policy.lessons
-        after = partial(self._after, window)
-        x = Experience(
-            window=window,
-            outcome=outcome,
-            left=left,
-            due=due,
-            share=share,
-            log_prob=log_prob,
-            old_value=old_value,
-            value_after=after("value", _values(policy, self.following)),
-            chances=impute(policy, window.steps, left) if imputes else None,
-            taught=taught,
-        )
+        after = {"value_after": self._after(window, "value", _values(policy, self.following))}
+        if "reward_model" in policy.lessons:
+            after["chances"] = impute(policy, window.steps, left)
         if "acts_alone" in policy.lessons:
             beyond = of_all(policy, policy.deployed_values, self.following)
-            x = replace(x, deployed_value_after=after("deployed_value", beyond))
+            after["deployed_value_after"] = self._after(window, "deployed_value", beyond)
         if policy.task:
-            at, envs = self._cut
-            turns = np.concatenate([self.buffer.acts_alone, self.buffer.alone[at, envs]])
+            turns = np.append(self.buffer.acts_alone, self.buffer.alone[self._cut])
             beyond = of_all(policy, policy.task_values, self.following, turns)
-            x = replace(x, task_value_after=after("task_value", beyond))
-        return replace(x, gate=_foretold(policy, x)) if policy.has_gate else x
+            after["task_value_after"] = self._after(window, "task_value", beyond)
+        x = Experience(
+            window, outcome, left, due, share, log_prob, old_value, taught=taught, **after
+        )
+        return replace(x, gate=_foretold(policy, x)) if policy.agent.has_gate else x
 
     @property
-    def _cut(self) -> NDArray[np.int64]:
-        """Steps and environments where episodes were cut. `[2, cuts]`"""
-        return np.array([cut[:2] for cut in self.buffer.cuts], np.int64).reshape(-1, 2).T
+    def _cut(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Steps and environments where episodes were cut."""
+        at, envs = np.array([cut[:2] for cut in self.buffer.cuts], np.int64).reshape(-1, 2).T
+        return at, envs
 
     def _after(self, window: Window, name: str, beyond: Floats) -> Floats:
         """A value after each step of the window, of what follows in its episode. `[W, C]`"""
@@ -120,17 +110,14 @@ def outcomes_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`. `[W, C]`"""
     steps = window.steps
-
-    def stacked(x: NDArray[Any]) -> Tensor:
-        return torch.as_tensor(x)[None]  # [1, W, C]
-
     uniform = np.zeros(steps.done.shape, np.float32)
     rollout = window.of_rollout(uniform)  # a view; episodes end in the rollout
     rollout[:] = generator.random(rollout.shape, dtype=np.float32)
     late = window.late & steps.ended
     uniform[late] = generator.random(int(late.sum()), dtype=np.float32)
-    seen = Seen(stacked(steps.ended), stacked(steps.done & ~steps.ended), stacked(steps.label))
-    outcome, left = outcomes(seen, Truth(stacked(steps.truth)), stacked(uniform), methods)
+    parts = steps.ended, steps.done & ~steps.ended, steps.label, steps.truth, uniform
+    *seen, truth, drawn = (torch.as_tensor(part)[None] for part in parts)  # [1, W, C]
+    outcome, left = outcomes(Seen(*seen), Truth(truth), drawn, methods)
     return outcome[0].numpy(), left[0].numpy()
 
 
@@ -139,11 +126,7 @@ def judged_anew(
 ) -> tuple[Floats, ...]:
     """How much the window's steps count, and their log-probabilities and values now. `[W, C]` each
 
-    Args:
-        policy: before the update.
-        window: of the rollout.
-        due: which of its steps are to be learned from now, `[W, C]`.
-        with_values: whether values of older steps are asked for, too.
+    Only those that are due and older than the policy are judged; by their values, if asked for.
     """
     steps = window.steps
     share, log_prob = due.astype(np.float32), steps.log_prob.copy()
@@ -177,7 +160,6 @@ def of_all(
 
 
 def _values(policy: MoEPolicy, observations: Any) -> Floats:
-    """What the mixture is to get, `[B]`."""
     return of_all(policy, lambda x: policy.predict_values(x).flatten(), observations)
 
 
@@ -197,12 +179,7 @@ def _foretold(policy: MoEPolicy, x: Experience) -> Floats:
 def impute(policy: MoEPolicy, steps: Steps, left: NDArray[np.int64]) -> Floats:
     """Chance of each behavior that each step's episode ended in. `[W, C, behaviors]`
 
-    It is 0 where the episode did not end in one.
-
-    Args:
-        policy: with a reward model.
-        steps: `[W, C]`.
-        left: steps until the episode's last one, `[W, C]`.
+    It is 0 where the episode did not end in one, by the steps `left` until its last one.
     """
 
     def chances(seen: Any, taken: Tensor) -> Tensor:
@@ -228,16 +205,14 @@ def in_task_scale(policy: MoEPolicy, buffer: RoutedRolloutBuffer, discount: floa
     if not np.isfinite(reward).all():
         raise NotFinite("environment's reward")
     returns = gae(reward, nothing, nothing, buffer.done, discount, 1.0)
-    square = cast(Tensor, policy.task_square)  # mean, rollouts in it
-    mean, count = square.tolist()
+    mean, count = policy.task_square.tolist()
     count = min(count + 1, SETTLED)
     mean += (float((returns**2).mean()) - mean) / count
-    square.copy_(torch.tensor([mean, count], dtype=square.dtype))
+    policy.task_square.copy_(torch.tensor([mean, count], dtype=torch.float64))
     scale = mean**0.5 if mean > 0 else 1.0
     return (reward / scale).astype(np.float32)
 
 
 def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:
     """N observations and then single ones, in the shape that a rollout keeps them in."""
-    shape = kept.shape[2:]
-    return np.concatenate([np.asarray(x).reshape(-1, *shape) for x in (last, *finals)])
+    return np.concatenate([np.asarray(x).reshape(-1, *kept.shape[2:]) for x in (last, *finals)])

@@ -6,8 +6,6 @@ until its episode has ended, or until it is as old as labels reach. By then it w
 older policy, and PPO is corrected for that: see `targets.Experience.share`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -117,11 +115,8 @@ class Window:
     def due(self, outcome: NDArray[np.int64], reach: int, waits: bool) -> Bools:
         """Which steps are to be learned from now. `[W, C]`
 
-        Args:
-            outcome: of each step's episode, `[W, C]`.
-            reach: steps before a rollout's end that labels reach.
-            waits: whether the method asks what an episode was, so that steps wait for its end: all
-                but those where the deployed expert acted by itself, of which nothing is routed.
+        Where the method asks what an episode was, steps within reach wait for its end: all but
+        those where the deployed expert acted by itself, of which nothing is routed.
         """
         if not waits:
             return ~self.older
@@ -130,22 +125,21 @@ class Window:
         due: Bools = self.exists & (~self.steps.learned & ready | again)
         return due
 
-    def remember(self, memory: Memory, outcome: NDArray[np.int64]) -> None:
-        """Keep labeled observations, those of earlier rollouts whose label came now, too."""
-        known = self.exists & (outcome >= LABELED)
-        memory.keep(self._rows(self.steps.observations, known), outcome[known] - LABELED)
+    def remember(
+        self, outcome: NDArray[np.int64], memory: Memory | None, endings: Memory | None
+    ) -> None:
+        """Keep labeled observations, those of earlier rollouts whose label came now, too.
 
-    def remember_endings(self, memory: Memory, outcome: NDArray[np.int64]) -> None:
-        """Keep the labeled endings, each with its action."""
-        known = self.steps.ended & (outcome >= LABELED)
-        if known.any():
-            parts = (self._rows(x, known) for x in (self.steps.observations, self.steps.actions))
-            memory.keep(np.concatenate([*parts], axis=-1), outcome[known] - LABELED)
-
-    @staticmethod
-    def _rows(x: Any, chosen: Bools) -> NDArray[Any]:
-        """Those that are chosen `[W, C]` of observations or actions `[W, C, ...]`. [B, D]"""
-        return as_rows(each(lambda part: part[chosen], x))
+        Of endings, their actions are kept as well.
+        """
+        steps, labeled = self.steps, outcome >= LABELED
+        if memory is not None:
+            known = self.exists & labeled
+            memory.keep(_rows(steps.observations, known), outcome[known] - LABELED)
+        known = steps.ended & labeled
+        if endings is not None and known.any():
+            rows = [_rows(x, known) for x in (steps.observations, steps.actions)]
+            endings.keep(np.concatenate(rows, axis=-1), outcome[known] - LABELED)
 
 
 class Held:
@@ -171,15 +165,10 @@ class Held:
     def window(
         self, now: Steps, goes_on: Bools, late: Sequence[LateLabel]
     ) -> tuple[Window, list[LateLabel]]:
-        """A rollout with what labels reach besides.
+        """A rollout `[T, N]` with what labels reach besides, and labels of episodes not kept.
 
-        Args:
-            now: the rollout, `[T, N]`.
-            goes_on: whether its first step follows the step before it, `[N]`.
-            late: labels that came in it.
-
-        Returns:
-            The window, and the labels whose episode is not kept.
+        It is told whether the rollout's first steps follow the steps before `[N]`, and what labels
+        came late in it.
         """
         steps, apart, missed = len(now.done), list[Apart](), []
         goes_on = goes_on & self.goes_on
@@ -230,22 +219,15 @@ class Held:
         return Window(whole, age, exists, older, is_late, cuts, earlier, self.environments), missed
 
     def keep(
-        self,
-        window: Window,
-        due: Bools,
-        ended: Sequence[tuple[int, int, Hashable]],
-        waits: bool,
+        self, window: Window, due: Bools, ended: Sequence[tuple[int, int, Hashable]], waits: bool
     ) -> int:
-        """Keep what labels may still reach after a rollout.
+        """Keep what labels may still reach after a rollout; how many unlabeled episodes are lost.
 
         Args:
             window: of the rollout.
             due: which of its steps were learned from now, `[W, C]`.
             ended: row of the rollout, environment and id of the episodes that ended unlabeled.
             waits: whether to keep steps of episodes that go on.
-
-        Returns:
-            How many episodes that ended unlabeled are out of reach now.
         """
         rows = len(window.exists)
         taken, before = rows - window.earlier, len(self.ended)
@@ -290,6 +272,11 @@ class Held:
         unknown = np.full(nothing.shape, NO_LABEL)
         steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)
         self.steps = steps.last(int(self.length.max()))
+
+
+def _rows(x: Any, chosen: Bools) -> NDArray[Any]:
+    """Those that are chosen `[W, C]` of observations or actions `[W, C, ...]`. [B, D]"""
+    return as_rows(each(lambda part: part[chosen], x))
 
 
 def _packed(episodes: Sequence[Apart], rows: int) -> list[list[Apart]]:

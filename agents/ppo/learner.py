@@ -4,8 +4,6 @@ Every update draws from streams of its own, seeded by the run's seed and the upd
 resumed run takes the numbers that the uninterrupted one would have taken.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
@@ -20,20 +18,19 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from oversight_rl.agents.learner import Bounds, check_numbers, check_shapes
+from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import Overseer
+from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED, Overseer
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
-from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer, RoutedSamples
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.environment import ask, policy_arguments
 from oversight_rl.agents.ppo.experience import SETTLED
-from oversight_rl.agents.ppo.figures import statistics
 from oversight_rl.agents.ppo.losses import figure_names
-from oversight_rl.agents.ppo.observations import named
+from oversight_rl.agents.ppo.observations import each, named, parts_of, unnamed
 from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.reinforce.figures import reward_model_figures
 from oversight_rl.agents.settings import AgentConfig, at
-from oversight_rl.envs.settings import BEHAVIORS, UserError
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError
 
 MOST_PARAMETERS = 2**27
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
@@ -58,42 +55,23 @@ def make_model(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> RoutedPPO:
-    """A fresh model; see `PPOLearner`.
-
-    Raises:
-        UserError: the networks are too large.
-        ValueError, AssertionError, NotImplementedError: it cannot learn in this environment, as
-            SB3 says.
-    """
+    """A fresh model; arguments and errors are those of `PPOLearner`."""
     _check_size(agent)
     experts = {} if agent.experts == 2 else {"experts": agent.experts}
     return RoutedPPO(
-        "MoEPolicy",
-        env,
+        "MoEPolicy", env, seed=seed, device=device, method=method,
         learning_rate=functools.partial(_schedule, settings.learning_rate),
-        n_steps=settings.steps,
+        n_steps=settings.steps, n_epochs=settings.epochs,
         batch_size=min(settings.batch_size, settings.steps * env.num_envs),
-        n_epochs=settings.epochs,
-        gamma=settings.discount,
-        gae_lambda=settings.gae_lambda,
-        ent_coef=settings.entropy_coef,
-        vf_coef=settings.value_coef,
-        clip_range=settings.clip_range,
-        method=method,
-        labeled_weight=settings.labeled_weight,
-        gate_coef=settings.gate_coef,
-        contrast_coef=settings.contrast_coef,
-        solo_share=settings.solo_share,
-        task_weight=settings.task_weight,
+        gamma=settings.discount, gae_lambda=settings.gae_lambda, clip_range=settings.clip_range,
+        ent_coef=settings.entropy_coef, vf_coef=settings.value_coef, gate_coef=settings.gate_coef,
+        contrast_coef=settings.contrast_coef, solo_share=settings.solo_share,
+        task_weight=settings.task_weight, labeled_weight=settings.labeled_weight,
+        gate_replay=settings.gate_replay, label_reach=settings.label_reach,
+        label_recall=overseer.recall, label_error=overseer.error,
         threads=None,  # those of the whole run
-        gate_replay=settings.gate_replay,
-        label_reach=settings.label_reach,
-        label_recall=overseer.recall,
-        label_error=overseer.error,
         policy_kwargs={"net_arch": list(agent.hidden), **experts},
-        seed=seed,
-        device=device,
-    )
+    )  # fmt: skip
 
 
 def _check_size(agent: AgentConfig) -> None:
@@ -104,12 +82,9 @@ def _check_size(agent: AgentConfig) -> None:
 
 
 def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
-    """A policy for an environment, to be filled with parameters; no random stream is touched.
+    """A policy for any number of environments, to be filled with parameters that a method learned.
 
-    Args:
-        agent: of the networks.
-        env: any number of environments.
-        method: that it was trained with.
+    No random stream is touched.
 
     Raises:
         UserError: the networks are too large.
@@ -124,16 +99,12 @@ def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
     )
     with torch.random.fork_rng(devices=[]):
         return MoEPolicy(
-            env.observation_space,
-            env.action_space,
-            None,
-            net_arch=list(agent.hidden),
-            **arguments,
+            env.observation_space, env.action_space, None, net_arch=list(agent.hidden), **arguments
         )
 
 
-class PPOLearner:
-    """One run of PPO; a `Learner`.
+class PPOLearner(Learner):
+    """One run of PPO.
 
     Where the environment has `get_state` and `set_state`, as our batches have, its state is part
     of the run's; any other starts anew when a run goes on.
@@ -150,8 +121,7 @@ class PPOLearner:
 
     Raises:
         UserError: the networks are too large.
-        ValueError, AssertionError, NotImplementedError: it cannot learn in this environment, as
-            SB3 says.
+        ValueError, AssertionError, NotImplementedError: it cannot learn there, as SB3 says.
     """
 
     runs = 1
@@ -172,7 +142,7 @@ class PPOLearner:
         self.updates, self.total = 0, settings.updates
         self.seed, self.curves_every = seed, curves_every
         self.env.seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        self._reset()
+        self.model._start(self.env)
         steps = self.total * self.model.n_steps * self.env.num_envs
         self._steps, self._callback = self.model._setup_learn(steps, reset_num_timesteps=False)
         self._statistics: dict[str, float] = {}  # of the latest rollout, if they are due
@@ -186,7 +156,7 @@ class PPOLearner:
     @property
     def policy(self) -> MoEPolicy:
         """In training."""
-        return cast(MoEPolicy, self.model.policy)
+        return self.model.policy
 
     @property
     def env_steps(self) -> int:
@@ -197,15 +167,11 @@ class PPOLearner:
         """Close the environments."""
         self.env.close()
 
-    def _reset(self) -> None:
-        self.model._last_obs = cast(Any, self.model._start(self.env))
-        self.model._last_episode_starts = np.ones(self.env.num_envs, dtype=bool)
-
     def update(self) -> None:
-        """A rollout, and what is learned from it: an iteration of SB3's `learn`."""
+        # an iteration of SB3's `learn`
         model, made = self.model, dict.fromkeys(MADE, 0.0)
         model.logger.dump(self.updates)  # forgets the update before
-        for name in figure_names(self.policy, model.reward_memory is not None):
+        for name in figure_names(self.policy, model.endings is not None):
             model.logger.record(f"train/{name}", math.nan)  # where nothing is learned
         model.label_generator = _seed(self.seed, self.updates + 1)
         self._statistics = {}
@@ -215,18 +181,17 @@ class PPOLearner:
             if (self.updates + 1) % self.curves_every == 0:
                 self._statistics = statistics(model)
             model.train()
-            learned = len(cast("RoutedSamples[Any]", self._buffer.samples).alone)
-            made["loss"] = model.logger.name_to_value["train/loss"] if learned else 0.0
+            if (model.experience.share > 0).any():
+                made["loss"] = model.logger.name_to_value["train/loss"]
         except FloatingPointError as error:
             what = getattr(error, "what", COMPUTATION)
             made[what if what in made else COMPUTATION] = getattr(error, "value", math.nan)
             if model._last_obs is None:  # nobody knows where the environments are
-                self._reset()
+                self.model._start(self.env)
         self.updates, self._made = self.updates + 1, made
         model.num_timesteps = self.env_steps
 
     def curves(self) -> list[dict[str, float]]:
-        """Losses as SB3 logs them, and statistics of the rollout, if they are due."""
         values = {
             f"loss/{name.removeprefix('train/').removesuffix('_loss')}": float(value)
             for name, value in self.model.logger.name_to_value.items()
@@ -235,80 +200,60 @@ class PPOLearner:
         return [values | self._statistics]
 
     def numbers(self) -> dict[str, Tensor]:
-        """What the last update made: nan or infinite where it broke off. [1] each"""
         sizes = [torch.linalg.vector_norm(p.detach()) for p in self.policy.parameters()]
         made = {name: torch.tensor([x], device=self.model.device) for name, x in self._made.items()}
         return made | {"parameters' norm": torch.linalg.vector_norm(torch.stack(sizes))[None]}
 
     def learned(self) -> list[Tensor]:
-        """Parameters, the optimizer's moments, and the scale of the task's returns. [1, ...]"""
-        memories = {f"{m}.{b}" for m, x in self._memories.items() for b, _ in x.named_buffers()}
-        return [x.detach()[None] for name, x in self._kept.items() if name not in memories]
+        memories = tuple(f"{name}." for name in self._memories)
+        return [x[None] for name, x in self._kept.items() if not name.startswith(memories)]
 
     @property
     def _memories(self) -> dict[str, Memory]:
         # by their names in checkpoints
-        found = {"memory": self.model.memory, "endings": self.model.reward_memory}
+        found = {"memory": self.model.memory, "endings": self.model.endings}
         return {name: memory for name, memory in found.items() if memory is not None}
 
     @property
     def _kept(self) -> dict[str, Tensor]:
         """All tensors that learning changes in place, by name."""
         policy = self.policy
-        learned: dict[str, Tensor] = dict(policy.named_parameters())
-        kept = {f"policy.{name}": parameter for name, parameter in learned.items()}
-        for name, parameter in learned.items():
+        kept = named("policy", {name: p.detach() for name, p in policy.named_parameters()})
+        for name, parameter in policy.named_parameters():
             moments = policy.optimizer.state[parameter]
             if not moments:  # as Adam has it before its first step
-                moments["step"] = torch.tensor(0.0)
-                moments["exp_avg"] = torch.zeros_like(parameter)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            for moment in ("step", "exp_avg", "exp_avg_sq"):
-                kept[f"adam.{moment}.{name}"] = moments[moment]
+                moments.update(fresh_moments(parameter, "cpu"))
+            kept |= {f"adam.{moment}.{name}": x for moment, x in moments.items()}
         if policy.task:
-            kept["policy.task_square"] = cast(Tensor, policy.task_square)
+            kept["policy.task_square"] = policy.task_square
         for name, memory in self._memories.items():
-            kept |= {f"{name}.{part}": buffer for part, buffer in memory.named_buffers()}
+            kept |= named(name, dict(memory.named_buffers()))
         return kept
 
-    @property
-    def _buffer(self) -> RoutedRolloutBuffer:
-        return cast(RoutedRolloutBuffer, self.model.rollout_buffer)
-
     def state(self, run: int = 0) -> dict[str, Tensor]:
-        """Everything that the run needs to go on, by name."""
         model = self.model
-        tensors = {name: tensor.detach() for name, tensor in self._kept.items()}
-        tensors["last.turn"] = torch.as_tensor(self._buffer.turn)
+        tensors = self._kept
+        tensors["last.turn"] = torch.as_tensor(self.model.rollout_buffer.turn)
         if hasattr(self.env, "get_state"):
             if model.tables.asks_labels:
-                held = self._buffer.held.state()
-                tensors |= {f"held.{name}": torch.as_tensor(part) for name, part in held.items()}
-            world = cast(Any, self.env).get_state()
-            tensors |= {f"world.{k}": torch.as_tensor(np.asarray(v)) for k, v in world.items()}
+                held = named("held", self.model.rollout_buffer.held.state())
+                tensors |= {name: torch.as_tensor(part) for name, part in held.items()}
+            world = named("world", cast(Any, self.env).get_state())
+            tensors |= {name: torch.as_tensor(np.asarray(part)) for name, part in world.items()}
             tensors["last.observation"] = torch.as_tensor(model._last_obs)
             tensors["last.episode_starts"] = torch.as_tensor(model._last_episode_starts)
         return tensors
 
     def bounds(self) -> Bounds:
-        """Least and greatest number in each tensor of whole numbers, and in floats that matter.
-
-        Those of the environment are what their types can hold; its `set_state` looks further.
-        """
+        # the environment's are what their types can hold; its `set_state` looks further
         model, space = self.model, self.model.observation_space
-        parts = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-        ranges = {name: _range(part) for name, part in parts.items()}
+        ranges = {name: _range(part) for name, part in parts_of(space).items()}
         seen, taken = _side_by_side(*ranges.values()), _range(model.action_space)
-        found: Bounds = {
-            "held.actions": taken,
-            "held.alone": (0, 1),
-            "held.learned": (0, 1),
-            "held.length": (0, model.label_reach),
-            "last.observation": seen,
-            "last.episode_starts": (0, 1),
-            "last.turn": (0, self.env_steps + self.env.num_envs),
-        }
+        found: Bounds = dict.fromkeys(("held.alone", "held.learned", "last.episode_starts"), (0, 1))
+        found |= {"held.actions": taken, "held.length": (0, model.label_reach)}
         found |= named("held.observations", ranges if isinstance(space, spaces.Dict) else seen)
+        found["last.observation"] = seen
+        found["last.turn"] = 0, self.env_steps + self.env.num_envs
         if self.policy.task:
             found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
         for name in self._memories:
@@ -326,34 +271,49 @@ class PPOLearner:
         return {name: pair for name, pair in found.items() if name in ours}
 
     def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:
-        """Go on from the state of a run, taken after an update.
-
-        Raises:
-            UserError: a tensor is missing, has another shape or type, or holds what cannot be.
-        """
-        (state,), model = states, self.model
-        self.updates, ours = update, self.state()
+        (state,), model, self.updates = states, self.model, update
         model.num_timesteps = self.env_steps
-        check_shapes(state, ours)
-        check_numbers(_looked_at({name: state[name] for name in ours}), self.bounds())
-        parts: dict[str, dict[str, Any]] = {"world": {}, "last": {}, "held": {}}
-        for name in ours:
-            part, _, rest = name.partition(".")
-            if part in parts:
-                parts[part][rest] = state[name].numpy()
-        if parts["world"]:
+        check_states(states, self, _looked_at)
+        others = {k: state[k].numpy() for k in self.state() if k not in self._kept}
+        world, held, last = (unnamed(part, others) for part in ("world", "held", "last"))
+        if world:
             try:
-                cast(Any, self.env).set_state(parts["world"])
+                cast(Any, self.env).set_state(world)
             except ValueError as error:
                 raise UserError(f"the checkpoint holds what cannot be: world: {error}") from None
-            model._last_obs = parts["last"]["observation"]
-            model._last_episode_starts = parts["last"]["episode_starts"]
+            model._last_obs = last["observation"]
+            model._last_episode_starts = last["episode_starts"]
+        for name, tensor in self._kept.items():
+            tensor.copy_(state[name])
+        if held:
+            self.model.rollout_buffer.held.load(held)
+        self.model.rollout_buffer.turn = last["turn"]
+
+
+def statistics(model: RoutedPPO) -> dict[str, float]:
+    """How episodes of a whole rollout ended, as the learner saw them, and the gate by outcome."""
+    buffer, policy = model.rollout_buffer, model.policy
+    kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
+    kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
+    x = model.experience
+    outcome = x.window.of_rollout(x.outcome)
+    endings = outcome[buffer.done]
+    count = max(1, len(endings))
+    shares = {f"endings/{k}": float((endings == v).sum()) / count for k, v in kinds.items()}
+    if x.chances is not None:
+        wanted, truth = x.window.of_rollout(x.chances[..., 0]), buffer.truth
+        parts = (wanted, truth, truth != NO_LABEL, outcome)
+        figures = reward_model_figures(*(torch.as_tensor(part).flatten()[None] for part in parts))
+        shares |= {name: float(figure) for name, figure in figures.items()}
+    if policy.agent.has_gate:
         with torch.no_grad():
-            for name, tensor in self._kept.items():
-                tensor.copy_(state[name])
-        if parts["held"]:
-            self._buffer.held.load(parts["held"])
-        self._buffer.turn = parts["last"]["turn"]
+            rows = each(lambda x: torch.as_tensor(x).flatten(0, 1), buffer.observations)
+            rows = each(lambda x: x.to(model.device), rows)
+            gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
+        for kind, value in kinds.items():
+            chosen = gate[outcome.flatten() == value]
+            shares[f"gate/{kind}"] = float(chosen.mean()) if chosen.size else math.nan
+    return shares
 
 
 def _schedule(schedule: tuple[float, ...], remaining: float) -> float:
@@ -371,16 +331,13 @@ def _seed(seed: int, update: int) -> np.random.Generator:
 def _looked_at(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A run's tensors without what is never read: rows of memories and held steps not in use."""
     read = dict(state)
-    for name in ("memory", "endings"):
-        if f"{name}.count" in state:
-            rows = state[f"{name}.observation"]
-            known = min(max(0, int(state[f"{name}.count"][0])), rows.shape[1] - 1)
-            read[f"{name}.observation"] = rows[0, :known]
-    for name in state:
-        if name == "held.actions" or name.startswith("held.observations"):
-            steps = state[name]
-            age = len(steps) - torch.arange(len(steps))[:, None]
-            read[name] = steps[age <= state["held.length"]]
+    for name, rows in state.items():
+        if name in ("memory.observation", "endings.observation"):
+            count = int(state[name.replace("observation", "count")][0])
+            read[name] = rows[0, : min(max(0, count), rows.shape[1] - 1)]
+        elif name == "held.actions" or name.startswith("held.observations"):
+            age = len(rows) - torch.arange(len(rows))[:, None]
+            read[name] = rows[age <= state["held.length"]]
     return read
 
 
@@ -390,18 +347,15 @@ def _side_by_side(*pairs: tuple[NDArray[Any], NDArray[Any]]) -> Any:
 
 def _range(space: spaces.Space[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Least and greatest number in each place of a flattened element; infinite where they vary."""
-    low: NDArray[Any] = np.zeros(1)
-    high: NDArray[Any] = np.ones(1)
-    if isinstance(space, spaces.Discrete):
-        low, high = low + float(space.start), low + float(space.start + space.n - 1)
-    elif isinstance(space, spaces.MultiDiscrete):
-        low, high = space.start.astype(float), (space.start + space.nvec - 1).astype(float)
-    elif isinstance(space, spaces.MultiBinary):
-        low, high = np.zeros(space.shape), np.ones(space.shape)
-    elif isinstance(space, spaces.Box):
+    if isinstance(space, spaces.Box):
         whole = np.issubdtype(space.dtype, np.integer)
-        low, high = (
-            x.astype(float) if whole else np.full(space.shape, math.copysign(math.inf, sign))
-            for x, sign in ((space.low, -1), (space.high, 1))
-        )
-    return low.flatten(), high.flatten()
+        low, high = space.low, space.high
+        if not whole:
+            low, high = np.full(space.shape, -np.inf), np.full(space.shape, np.inf)
+    elif isinstance(space, spaces.MultiDiscrete):
+        low, high = space.start, space.start + space.nvec - 1
+    elif isinstance(space, spaces.Discrete):
+        low, high = np.array([space.start]), np.array([space.start + space.n - 1])
+    else:
+        low, high = np.zeros(space.shape or (1,)), np.ones(space.shape or (1,))
+    return low.flatten().astype(float), high.flatten().astype(float)

@@ -1,16 +1,14 @@
 """PPO's losses of a minibatch, with every gradient routed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import DEPLOYED, Output
-from oversight_rl.agents.ppo.buffer import RoutedSamples
 from oversight_rl.agents.ppo.observations import from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 LESSONS = 12
@@ -19,7 +17,7 @@ LESSONS = 12
 
 def losses(
     policy: MoEPolicy,
-    batch: RoutedSamples[Tensor],
+    batch: Targets[Tensor],
     memory: Memory | None,
     *,
     clip: float,
@@ -40,14 +38,12 @@ def losses(
     weight, share = batch.weights, batch.share
     actions = policy.as_taken(batch.actions)
     output = policy.output(batch.observations)
-    values, log_prob, entropy = policy.evaluate_output(
-        output, actions, batch.routes if policy.n_experts > 1 else None
-    )
-    advantages = batch.advantages
+    routed = output.routed(batch.routes[None]) if policy.n_experts > 1 else output
+    values, log_prob, entropy = policy.judged(routed, routed.mix(routed.gate)[0], actions)
     # a ratio to who did not act may be anything, and 0 times that is nan
     log_ratio = torch.where(batch.alone, 0.0, log_prob - batch.old_log_prob)
     ratio = log_ratio.exp()
-    gain = _surrogate(advantages, ratio, clip)
+    gain = _surrogate(batch.advantages, ratio, clip)
     values = values.flatten()
     if clip_value is not None:
         values = batch.old_values + (values - batch.old_values).clamp(-clip_value, clip_value)
@@ -84,13 +80,9 @@ def figure_names(policy: MoEPolicy, has_reward_model: bool) -> list[str]:
 
 
 def _deployed_losses(
-    policy: MoEPolicy, batch: RoutedSamples[Tensor], output: Output, actions: Tensor, clip: float
+    policy: MoEPolicy, batch: Targets[Tensor], output: Output, actions: Tensor, clip: float
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """What the deployed expert learns by itself.
-
-    Returns:
-        Its log-probabilities of the actions, `[B]`, and parts of the loss.
-    """
+    """The deployed expert's log-probabilities `[B]`, and the parts of the loss it has itself."""
     share, weight, alone = batch.share, batch.deployed_weights, batch.alone
     distribution = policy.distribution(output.alone(DEPLOYED)[0])
     own, advantages = distribution.log_prob(actions), share * batch.deployed_advantages
@@ -115,20 +107,17 @@ def gate_loss(policy: MoEPolicy, memory: Memory | None) -> Tensor:
     """Cross entropy of the gate against remembered labels; 0 where there are none."""
     if memory is None:
         return torch.zeros((), device=policy.device)
-    rows, label, known = memory.draw(torch.rand(1, memory.draws))
-    observations = from_rows(rows[0].to(policy.device), policy.observation_space)
-    log_gate = policy.gate_log_probabilities(observations)
-    return cross_entropy(log_gate, label.to(policy.device), known.to(policy.device))[0]
+    rows, label, known = (x.to(policy.device) for x in memory.draw(torch.rand(1, memory.draws)))
+    observations = from_rows(rows[0], policy.observation_space)
+    return cross_entropy(policy.gate_log_probabilities(observations), label, known)[0]
 
 
 def reward_model_loss(policy: MoEPolicy, memory: Memory) -> Tensor:
     """Cross entropy of the reward model on remembered endings."""
-    rows, label, known = memory.draw(torch.rand(1, memory.draws))
-    width = row_width(policy.observation_space)
-    seen, actions = rows[0].to(policy.device).tensor_split([width], dim=-1)
+    rows, label, known = (x.to(policy.device) for x in memory.draw(torch.rand(1, memory.draws)))
+    seen, actions = rows[0].tensor_split([row_width(policy.observation_space)], dim=-1)
     observations = from_rows(seen, policy.observation_space)
     chances = policy.behavior_log_probabilities(observations, policy.as_taken(actions))
-    label, known = label.to(policy.device), known.to(policy.device)
     return cross_entropy(chances[None], label, known)[0]
 
 

@@ -3,8 +3,6 @@
 What is remembered of them are rows of numbers, all entries side by side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,12 +26,10 @@ def check_spaces(observed: spaces.Space[Any], acted: spaces.Space[Any]) -> None:
     Raises:
         ValueError: with what can be done about it.
     """
-    parts = {"the observation": observed}
-    if isinstance(observed, spaces.Dict):
-        parts = {f"entry {name!r} of the observation": part for name, part in observed.items()}
-    if not parts:
+    if not parts_of(observed):
         raise ValueError("the observation is a Dict with nothing in it that can be read")
-    for where, part in parts.items():
+    for name, part in parts_of(observed).items():
+        where = f"entry {name!r} of the observation" if observed is not part else "the observation"
         if not isinstance(part, KINDS):
             raise ValueError(
                 f"{where} is a {type(part).__name__}; it must be a Box, Discrete, MultiDiscrete or "
@@ -47,15 +43,13 @@ def check_spaces(observed: spaces.Space[Any], acted: spaces.Space[Any]) -> None:
             )
         if isinstance(part, spaces.MultiDiscrete) and part.nvec.ndim > 1:
             raise ValueError(f"{where} is a MultiDiscrete of shape {part.shape}: {FLATTEN_IT}")
-    where = "the action"
+    where, kind = "the action", type(acted).__name__
     if not isinstance(acted, KINDS):
         raise ValueError(
-            f"{where} is a {type(acted).__name__}; it must be a Box, Discrete, MultiDiscrete or "
-            "MultiBinary space"
+            f"{where} is a {kind}; it must be a Box, Discrete, MultiDiscrete or MultiBinary space"
         )
     _check_numbers(acted, where)
     if isinstance(acted, spaces.MultiDiscrete | spaces.MultiBinary) and len(acted.shape) > 1:
-        kind = type(acted).__name__
         raise ValueError(f"{where} is a {kind} of shape {acted.shape}: {FLATTEN_IT}")
     if isinstance(acted, spaces.Box):
         if not np.issubdtype(acted.dtype, np.floating):
@@ -132,24 +126,17 @@ def flags_in_axes_of(space: spaces.Space[Any], flags: Any, turned: bool, stacked
 def each(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     """What a function makes of observations, entry by entry where they are dictionaries.
 
-    Args:
-        function: of one array or tensor of `first` and of each of `others`.
-        first: an array, a tensor, or a dictionary of them; always a new dictionary is returned.
-        others: of the same kind; entries that `first` has not got are left out.
+    Then a new dictionary is returned, with the entries of the first.
     """
     if isinstance(first, Mapping):
-        return {
-            name: function(entry, *(other[name] for other in others))
-            for name, entry in first.items()
-        }
+        return {k: function(entry, *(other[k] for other in others)) for k, entry in first.items()}
     return function(first, *others)
 
 
 def how_many(observations: Any) -> int:
     """Size B of the first axis of observations `[B, ...]`."""
-    if isinstance(observations, Mapping):
-        return how_many(next(iter(observations.values())))
-    return len(observations)
+    one = next(iter(observations.values())) if isinstance(observations, Mapping) else observations
+    return len(one)
 
 
 def as_rows(observations: Any) -> NDArray[Any]:
@@ -164,16 +151,18 @@ def from_rows(rows: Tensor, space: spaces.Space[Any]) -> Any:
     if not isinstance(shapes, dict):
         return rows.reshape(-1, *shapes)
     parts = rows.split([int(np.prod(shape)) for shape in shapes.values()], dim=-1)
-    return {
-        name: part.reshape(-1, *shape)
-        for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }
+    named_parts = dict(zip(shapes, parts, strict=True))
+    return each(lambda part, shape: part.reshape(-1, *shape), named_parts, shapes)
 
 
 def row_width(space: spaces.Space[Any]) -> int:
     """Numbers D in a row of an element of a space."""
-    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
-    return sum(int(np.prod(part.shape or (1,))) for part in parts)
+    return sum(int(np.prod(part.shape or (1,))) for part in parts_of(space).values())
+
+
+def parts_of(space: spaces.Space[Any]) -> dict[str, spaces.Space[Any]]:
+    """The spaces of a dictionary's entries; any other space has one, of no name."""
+    return space.spaces if isinstance(space, spaces.Dict) else {"": space}
 
 
 def row_type(*of: spaces.Space[Any]) -> torch.dtype:
@@ -183,7 +172,7 @@ def row_type(*of: spaces.Space[Any]) -> torch.dtype:
     """
     types = []
     for space in of:
-        for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+        for part in parts_of(space).values():
             kind = np.dtype(part.dtype)
             if isinstance(part, spaces.Discrete):
                 kind = np.dtype(np.uint8 if part.n <= SMALL else np.int32)

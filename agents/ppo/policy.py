@@ -17,6 +17,8 @@ from stable_baselines3.common.distributions import (
     MultiCategoricalDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
@@ -26,11 +28,41 @@ from oversight_rl.agents.methods import Lesson
 from oversight_rl.agents.networks import DEPLOYED, Agent, Output
 from oversight_rl.agents.ppo.extractors import default_extractor
 from oversight_rl.agents.ppo.observations import each
-from oversight_rl.agents.ppo.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import MIXTURE, Steering, parse
 from oversight_rl.envs.readable import seen
 from oversight_rl.envs.settings import BEHAVIORS, UserError
+
+HIDDEN = 64  # units of the reward model
+
+
+class RewardModel(nn.Module):
+    """A reward model: it tells what an unlabeled ending was, and learns that from the labeled ones.
+
+    It sees the observation before an episode's last step and the action taken there, as the policy
+    did, but for the oversight flags where the environment says which entries they are: a labeled
+    ending is always flagged and an unlabeled one is not, so that a model which reads flags would be
+    asked about endings unlike all that it was taught.
+
+    Args:
+        extractor: of features, its own.
+        action_space: of the environment.
+        behaviors: number of behaviors.
+    """
+
+    def __init__(
+        self, extractor: BaseFeaturesExtractor, action_space: spaces.Space[Any], behaviors: int
+    ) -> None:
+        super().__init__()
+        self.extractor, self.action_space = extractor, action_space
+        inputs = extractor.features_dim + get_flattened_obs_dim(action_space)
+        self.net = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, behaviors))
+
+    def forward(self, features: Tensor, actions: Tensor) -> Tensor:
+        """Logits `[B, behaviors]` from features `[B, features_dim]` and actions `[B, ...]`."""
+        choice = preprocess_obs(actions, self.action_space)
+        assert isinstance(choice, Tensor)
+        return self.net(torch.cat([features, choice.flatten(1)], dim=-1))  # type: ignore[no-any-return]
 
 
 class MoEPolicy(ActorCriticPolicy):
@@ -60,6 +92,8 @@ class MoEPolicy(ActorCriticPolicy):
         ValueError: an argument asks for what this policy has not got.
     """
 
+    task_square: Tensor
+    """Mean square of the task's returns, and the rollouts that it is a mean over."""
     FIXED: ClassVar[dict[str, Any]] = {
         "activation_fn": nn.ReLU,
         "ortho_init": False,
@@ -98,9 +132,9 @@ class MoEPolicy(ActorCriticPolicy):
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        own = {"experts": self.n_experts, "behaviors": self.behaviors, "gate": self.gate}
-        own |= {"lessons": sorted(self.lessons), "flags": self.flags, "task": self.task}
-        own |= {"steering": self.steering}
+        names = "behaviors", "gate", "flags", "task", "steering"
+        own: dict[str, Any] = {name: getattr(self, name) for name in names}
+        own |= {"experts": self.n_experts, "lessons": sorted(self.lessons)}
         return super()._get_constructor_parameters() | own
 
     def _build(self, lr_schedule: Schedule | None) -> None:
@@ -132,23 +166,16 @@ class MoEPolicy(ActorCriticPolicy):
         if self.task:
             self.task_value_net = self._value_net(1 + two)
             # where there is no reward, there is no error, and nothing is learned from that
-            nn.init.zeros_(self.task_value_net[-1].weight)  # type: ignore[arg-type]
-            nn.init.zeros_(self.task_value_net[-1].bias)  # type: ignore[arg-type]
+            for parameter in self.task_value_net[-1].parameters():
+                nn.init.zeros_(parameter)
             self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
         if lr_schedule is not None:
             kwargs = {"lr": lr_schedule(1)} | self.optimizer_kwargs
             self.optimizer = self.optimizer_class(self.parameters(), **kwargs)
 
     def _value_net(self, outputs: int) -> nn.Sequential:
-        width = cast(Any, self.net_arch)[-1]
-        return nn.Sequential(
-            nn.Linear(self.features_dim, width), nn.ReLU(), nn.Linear(width, outputs)
-        )
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether there is a gate that learns."""
-        return self.agent.has_gate
+        inputs, width = self.features_dim, cast(Any, self.net_arch)[-1]
+        return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
 
     def output(self, obs: Any) -> Output:
         """Everything that the networks compute for B observations: `Output` with R = 1."""
@@ -172,12 +199,7 @@ class MoEPolicy(ActorCriticPolicy):
         return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
 
     def task_values(self, obs: Any, alone: Tensor) -> Tensor:
-        """What the task is to pay, in units of its scale, `[B]`.
-
-        Args:
-            obs: B observations.
-            alone: where the deployed expert acts by itself, `[B]` bool; else the mixture does.
-        """
+        """What the task is to pay, in its scale; the deployed expert where it is `alone`. `[B]`"""
         assert self.task_value_net is not None
         values = self.task_value_net(self.extract_features(obs))  # [B, 1 or 2]
         column = alone.long().clamp(max=values.shape[-1] - 1)
@@ -218,7 +240,7 @@ class MoEPolicy(ActorCriticPolicy):
         acts by itself.
         """
         output = self.output(obs)
-        distribution = self.distribution(self._acting(output, alone))
+        distribution = self._acting(output, alone)
         actions = distribution.get_actions(deterministic or self.steering.greedy)
         log_prob = distribution.log_prob(actions)
         actions = actions.reshape((-1, *(self.action_space.shape or ())))
@@ -226,8 +248,7 @@ class MoEPolicy(ActorCriticPolicy):
 
     def log_probabilities(self, obs: Any, actions: Tensor, alone: Tensor) -> Tensor:
         """Of actions that were taken, by the deployed expert where it was `alone`. `[B]`"""
-        distribution = self.distribution(self._acting(self.output(obs), alone))
-        return distribution.log_prob(self.as_taken(actions))
+        return self._acting(self.output(obs), alone).log_prob(self.as_taken(actions))
 
     def as_taken(self, rows: Tensor) -> Tensor:
         """Actions as the distribution has them, from rows of numbers `[B, ...]`."""
@@ -235,35 +256,27 @@ class MoEPolicy(ActorCriticPolicy):
             return rows.long().flatten()
         return rows.flatten(1).float()
 
-    def _acting(self, output: Output, alone: Tensor | None) -> Tensor:
-        """Parameters of the action distribution of who acts, `[B, A]`."""
+    def _acting(self, output: Output, alone: Tensor | None = None) -> Distribution:
+        """The action distribution of who acts."""
         parameters = self._steered(output)
-        if alone is None:
-            return parameters
-        return torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
+        if alone is not None:
+            parameters = torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
+        return self.distribution(parameters)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values `[B, 1]`, log-probabilities and entropies `[B]` of actions, as steered."""
         output = self.output(obs)
-        return self._judged(output, self._steered(output), actions)
+        return self.judged(output, self._steered(output), actions)
 
-    def evaluate_output(
-        self, output: Output, actions: Tensor, routes: Tensor | None = None
+    def judged(
+        self, output: Output, parameters: Tensor, actions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same of the mixture, from what the networks computed.
+        """Values `[B, 1]`, log-probabilities and entropies `[B]`, from what the networks computed.
 
         Args:
             output: for B observations.
+            parameters: of the action distribution.
             actions: that were taken.
-            routes: gradient weights into the experts and the gate, `[B, K + 1]`; None: all 1.
         """
-        if routes is not None:
-            output = output.routed(routes[None])
-        return self._judged(output, output.mix(output.gate)[0], actions)
-
-    def _judged(
-        self, output: Output, parameters: Tensor, actions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
         distribution = self.distribution(parameters)
         if isinstance(self.action_space, spaces.Box):
             actions = actions.flatten(1)
@@ -272,13 +285,11 @@ class MoEPolicy(ActorCriticPolicy):
     def _steered(self, output: Output) -> Tensor:
         """Parameters of the action distribution under the policy's steering, `[B, A]`."""
         parameters = self.steering.mix(output)[0]
-        if self.steering.temperature == 1.0:  # always, where actions are continuous
-            return parameters
-        return parameters / self.steering.temperature
+        temperature = self.steering.temperature  # 1 always, where actions are continuous
+        return parameters if temperature == 1 else parameters / temperature
 
     def get_distribution(self, obs: Any) -> Distribution:
-        """The action distribution under the policy's steering, the mixture's by default."""
-        return self.distribution(self._steered(self.output(obs)))
+        return self._acting(self.output(obs))
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         return super()._predict(observation, deterministic or self.steering.greedy)
@@ -286,16 +297,12 @@ class MoEPolicy(ActorCriticPolicy):
     def predict(
         self, observation: Any, *args: Any, **kwargs: Any
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Actions, as SB3's policies predict them.
-
-        The environment's own dictionary will do, with what was left out of it in training.
-        """
+        # the environment's own dictionary will do, with what was left out of it in training
         read = seen(observation, self.observation_space)
         actions, state = super().predict(read, *args, **kwargs)
         return np.asarray(actions, self.action_space.dtype), state
 
     def predict_values(self, obs: Any) -> Tensor:
-        """What the mixture's endings are to be worth, `[B, 1]`."""
         return self.agent.prepare().value(self._features(obs))[0][:, None]
 
     def steer(self, text: str) -> MoEPolicy:

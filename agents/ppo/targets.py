@@ -10,15 +10,14 @@ reward is +1 or -1 at an episode's end, or what a reward model expects of that),
 off-policy from what the mixture did.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED, MethodTables, expected
 from oversight_rl.agents.networks import DEPLOYED
@@ -27,6 +26,7 @@ from oversight_rl.agents.routing import lookup
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+A = TypeVar("A", NDArray[Any], Tensor)
 
 LEAST_SHARE = 1e-3
 """Of a step that an older policy took; what the policy would no longer do teaches it nothing."""
@@ -80,21 +80,27 @@ class Experience:
         return asked & (self.share > 0)
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What the losses ask of each step, `[W, C]`."""
+class Targets(NamedTuple, Generic[A]):
+    """What the losses ask of each step: of a window's `[W, C]`, or of samples `[B]`."""
 
-    weights: Floats  # of what the mixture did; 0 where it did not act
-    deployed_weights: Floats  # of what the deployed expert learns by itself
-    routes: Floats  # [W, C, K + 1], gradient weights of the experts and the gate
-    advantages: Floats
-    returns: Floats  # what the ending was worth, for the mixture's value net
-    deployed_advantages: (
-        Floats  # what the episode was to the deployed expert: its discounted true return,
-    )
-    # labeled or imputed, less a baseline; where it acted by itself, its advantage
-    deployed_returns: Floats  # for its own value net, where it acted by itself
-    task_returns: Floats  # for the task's value net
+    observations: Any  # [B, ...], of each entry where they are dictionaries
+    actions: A
+    alone: A  # bool, where the deployed expert acted by itself
+    share: A  # as all below, see `Experience`
+    old_log_prob: A
+    old_values: A
+    weights: A  # of what the mixture did; 0 where it did not act
+    deployed_weights: A  # of what the deployed expert learns by itself
+    routes: A  # [..., K + 1], gradient weights of the experts and the gate
+    advantages: A
+    returns: A  # what the ending was worth, for the mixture's value net
+    deployed_advantages: A  # what the episode was to the deployed expert: its discounted true
+    # return, labeled or imputed, less a baseline; where it acted by itself, its advantage
+    deployed_returns: A  # for its own value net, where it acted by itself
+    task_returns: A  # for the task's value net
+
+
+Samples: TypeAlias = Targets[NDArray[Any]]
 
 
 def targets(
@@ -106,7 +112,7 @@ def targets(
     labeled_weight: float,
     normalize: bool,
     task_weight: float,
-) -> Targets:
+) -> Samples:
     """Weights, routes, advantages and returns of a window.
 
     Args:
@@ -114,10 +120,9 @@ def targets(
         methods: tables of the one run.
         discount: per step.
         trace: lambda of generalized advantage estimation.
-        labeled_weight: weight of a labeled sample next to others, for methods that have it.
+        labeled_weight: of a labeled sample next to others, for methods that have it.
         normalize: whether the parts of advantages are brought to mean 0 and spread 1.
-        task_weight: how much a spread of the task's advantage counts next to one of the
-            behavior's.
+        task_weight: of a spread of the task's advantage next to one of the behavior's.
     """
     steps, due, labeled = x.steps, x.share > 0, x.outcome >= LABELED
     endings = _endings(x, methods)
@@ -145,9 +150,11 @@ def targets(
         advantages = advantages + task_weight * _of_task(task, weights > 0, normalize)
         among = steps.alone & (deployed_weights > 0)
         deployed = deployed + task_weight * _of_task(task, among, normalize)
+    parts: tuple[NDArray[Any], ...]
     parts = (weights, deployed_weights, endings.routes, advantages, behavior + steps.value)
-    others = (deployed, deployed_returns, task_returns)
-    return Targets(*(np.asarray(part, np.float32) for part in (*parts, *others)))
+    parts = (*parts, deployed, deployed_returns, task_returns)
+    known = steps.observations, steps.actions, steps.alone, x.share, x.log_prob, x.old_value
+    return Targets(*known, *(np.asarray(part, np.float32) for part in parts))
 
 
 class _Endings(NamedTuple):
@@ -244,13 +251,8 @@ def gae(
 ) -> NDArray[Any]:
     """Generalized advantage estimation (arXiv 1506.02438, equation 16). `[T, N]` each.
 
-    Args:
-        reward: of each step.
-        value: before it.
-        value_after: after it, in the same episode; 0 where nothing follows.
-        done: whether the episode ends with it.
-        discount: per step.
-        trace: lambda.
+    A value after a step is that of what follows in its episode, which may be `done` with it; 0
+    where nothing does. `trace` is lambda.
     """
     advantage: NDArray[Any] = reward + discount * value_after - value
     for t in reversed(range(len(advantage) - 1)):

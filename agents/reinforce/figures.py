@@ -1,13 +1,11 @@
 """Diagnostics of a window: how episodes ended, the gate, a reward model against the truth."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED
 from oversight_rl.agents.reinforce.collect import Rollout
-from oversight_rl.agents.reinforce.targets import Targets
+from oversight_rl.agents.reinforce.losses import Targets
 
 
 @torch.no_grad()
@@ -41,11 +39,8 @@ def reward_model_figures(
 ) -> dict[str, Tensor]:
     """A reward model against the truth, which the learner does not see. `[R]` each.
 
-    Args:
-        chance: of the first behavior, `[R, B]`.
-        ending: true behavior, `[R, B]`.
-        ended: where an episode ended in one, `[R, B]`.
-        outcome: as the learner saw it, `[R, B]`.
+    From its chances of the first behavior, true behaviors, where an episode ended in one, and the
+    outcomes as the learner saw them, `[R, B]` each.
     """
     wanted = (ending == 0).to(chance.dtype)
     figures = {}

@@ -1,7 +1,5 @@
 """The learner: one update reads as collect -> label -> loss -> step."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from oversight_rl.agents.learner import Bounds, check_numbers, check_shapes
+from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, METHODS, Lesson, Overseer, outcomes, tables
 from oversight_rl.agents.networks import Agent, new_agent
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import statistics
-from oversight_rl.agents.reinforce.losses import Loss, loss
+from oversight_rl.agents.reinforce.losses import Loss, Targets, label, loss
 from oversight_rl.agents.reinforce.reward_model import RewardModel
-from oversight_rl.agents.reinforce.targets import Targets, label
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
 from oversight_rl.envs.world import State, World
@@ -31,8 +28,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FLAGS = ("diamond_flag", "ghost_flag", "spurious")
 
 
-class ReinforceLearner:
-    """R runs of REINFORCE in training as one stack; a `Learner`.
+class ReinforceLearner(Learner):
+    """R runs of REINFORCE in training as one stack.
 
     Args:
         settings: of the learner.
@@ -74,46 +71,36 @@ class ReinforceLearner:
         self.world = World(world, levels[:, None, None], self.device)
         self.reward_model = None
         if "reward_model" in self.methods.lessons:
-            self.reward_model = RewardModel(
-                self.runs, self.world, settings.reward_model_sees_flags, initial
-            ).to(device)
+            sees_flags = settings.reward_model_sees_flags
+            self.reward_model = RewardModel(self.runs, self.world, sees_flags, initial)
         self.gate_memory = None
         if "gate" in self.methods.lessons and settings.gate_replay:
             self.gate_memory = Memory(self.runs, self.world.n_active, settings.gate_replay)
-            self.gate_memory.to(device)
-        self.generators = [_generator(stream[1], self.device) for stream in streams]
-        self.worlds = self.world.reset(self._draw(1)[..., : self.world.noise_channels])[:, 0]
-        self.optimizer = Adam(self.parameters.values())
-        self.deploys = method.deploys
-        self.selected = None if self.deploys == "last" else Selected(self.agent)
-        self.latest: tuple[Rollout, Targets, Loss] | None = None
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """All that is learned, by its name in a checkpoint."""
-        return {
-            f"{prefix}.{name}": parameter
-            for prefix, module in self.modules.items()
-            for name, parameter in module.named_parameters()
-        }
-
-    @property
-    def kept(self) -> dict[str, Tensor]:
-        """What is kept beside what is learned, by its name in a checkpoint."""
-        kept = {} if self.selected is None else self.selected.tensors
-        for prefix, module in self.modules.items():
-            kept |= {f"{prefix}.{name}": buffer for name, buffer in module.named_buffers()}
-        return kept
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """All that learns and remembers, by name."""
-        found = {
+        parts = {
             "agent": self.agent,
             "reward_model": self.reward_model,
             "gate_memory": self.gate_memory,
         }
-        return {name: module for name, module in found.items() if module is not None}
+        modules = nn.ModuleDict({k: part for k, part in parts.items() if part is not None})
+        modules.to(device)
+        self.generators = [_generator(stream[1], self.device) for stream in streams]
+        self.worlds = self.world.reset(self._draw(1)[..., : self.world.noise_channels])[:, 0]
+        self.parameters = dict(modules.named_parameters())  # by names in checkpoints, as all below
+        self.optimizer = Adam(self.parameters.values())
+        self.deploys = method.deploys
+        self.selected = None if self.deploys == "last" else Selected(self.agent)
+        self.kept = {} if self.selected is None else self.selected.state_dict(prefix="selected.")
+        self.kept |= modules.named_buffers()
+        self.latest: tuple[Rollout, Targets, Loss] | None = None
+
+    @property
+    def changing(self) -> dict[str, Tensor]:
+        """All that learning changes in place: parameters and the optimizer's moments."""
+        found = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                found[f"adam.{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        return found
 
     @property
     def deployed(self) -> Agent:
@@ -160,7 +147,6 @@ class ReinforceLearner:
         return trained + looks * HELD_OUT * self.world.config.max_steps
 
     def update(self) -> None:
-        """One update of every run."""
         settings, progress = self.settings, self.updates / max(1, self.total - 1)
         rollout, self.worlds = collect(
             self.agent, self.world, self.worlds, self._draw(settings.steps)
@@ -181,7 +167,6 @@ class ReinforceLearner:
         return _uniform(shape, self.generators)
 
     def curves(self) -> list[dict[str, float]]:
-        """Points of the training curves after an update, for each run."""
         assert self.latest is not None
         rollout, targets, losses = self.latest
         absent = set(LESSONS) - self.methods.lessons
@@ -191,7 +176,6 @@ class ReinforceLearner:
         return [{name: column[run] for name, column in columns.items()} for run in range(self.runs)]
 
     def numbers(self) -> dict[str, Tensor]:
-        """All that an update made, summed up: finite only if every number in it is. [R] each"""
         assert self.latest is not None
 
         def norm(x: Tensor) -> Tensor:
@@ -206,22 +190,14 @@ class ReinforceLearner:
         return numbers | {f"parameter {name}": norm(p) for name, p in self.parameters.items()}
 
     def learned(self) -> list[Tensor]:
-        """Parameters and the optimizer's moments of all runs."""
-        moments = [kept[m] for kept in self.optimizer.state.values() for m in MOMENTS]
-        return [*(parameter.detach() for parameter in self.parameters.values()), *moments]
+        return list(self.changing.values())
 
     def state(self, run: int) -> dict[str, Tensor]:
-        """Everything that a run needs to go on, by name."""
-        found = {name: parameter.detach()[run] for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            for moment in MOMENTS:
-                found[f"adam.{moment}.{name}"] = self.optimizer.state[parameter][moment][run]
-        found |= {name: buffer[run] for name, buffer in self.kept.items()}
+        found = {name: tensor[run] for name, tensor in (self.changing | self.kept).items()}
         found |= {f"world.{k}": v[run] for k, v in vars(self.worlds).items()}
         return found | {"generator": self.generators[run].get_state()}
 
     def bounds(self) -> Bounds:
-        """Least and greatest number that each saved tensor of whole numbers can hold by now."""
         cell, settings = (0, self.world.config.cells - 1), self.settings
         found: Bounds = {f"world.{name}": cell for name in ("agent", "diamond", "ghost")}
         found |= {f"world.{name}": (0, 1) for name in FLAGS}
@@ -239,40 +215,27 @@ class ReinforceLearner:
         return found
 
     def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:
-        """Go on from states, one for each run, taken after an update.
-
-        Raises:
-            UserError: a tensor is missing, has another shape or type, or holds what cannot be.
-        """
         self.updates = update
-        bounds = self.bounds()
-        for run, state in enumerate(states):
-            check_shapes(state, self.state(run))
-            read = {
-                # the last row of labels is scratch
-                name: state[name][:-1] if name.endswith("memory.label") else state[name]
-                for name in self.state(run)
-            }
-            check_numbers(read, bounds)
+        check_states(states, self, _looked_at)
 
         def joined(name: str) -> Tensor:
             return torch.stack([state[name] for state in states]).to(self.device)
 
-        with torch.no_grad():
-            for name, buffer in self.kept.items():
-                buffer.copy_(joined(name))
-            for name, parameter in self.parameters.items():
-                parameter.copy_(joined(name))
-                kept = self.optimizer.state[parameter]
-                kept["step"].fill_(update)
-                for moment in MOMENTS:
-                    kept[moment].copy_(joined(f"adam.{moment}.{name}"))
+        for name, tensor in (self.changing | self.kept).items():
+            tensor.copy_(joined(name))
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(update)
         self.worlds = State(**{name: joined(f"world.{name}") for name in vars(self.worlds)})
         for generator, state in zip(self.generators, states, strict=True):
             try:
                 generator.set_state(state["generator"])
             except RuntimeError:
                 raise UserError("the checkpoint holds what cannot be: generator") from None
+
+
+def _looked_at(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All but the last row of a memory's labels, which is scratch."""
+    return {name: x[:-1] if name.endswith("memory.label") else x for name, x in state.items()}
 
 
 def _generator(seed: int, device: torch.device | str) -> torch.Generator:
@@ -294,14 +257,7 @@ class Adam:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.state = {
-            parameter: {
-                "step": torch.tensor(0.0, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            for parameter in parameters
-        }
+        self.state = {p: fresh_moments(p, p.device) for p in parameters}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -319,34 +275,27 @@ class Adam:
             [kept["exp_avg_sq"] for _, _, kept in moved],
             [],
             [kept["step"] for _, _, kept in moved],
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=learning_rate,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )
+            fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=learning_rate,
+            weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
-class Selected:
+class Selected(nn.Module):
     """The best agent of each run so far, for methods that do not deploy the last.
 
     Args:
         agent: the stack in training.
     """
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent = copy.deepcopy(agent).requires_grad_(False)
-        self.score = torch.full_like(agent.head.bias[:, 0].detach(), -torch.inf)  # [R]
-        self.update = torch.zeros_like(self.score, dtype=torch.int64)  # [R], when it was selected
+    score: Tensor  # [R]
+    update: Tensor  # [R], after which it was selected
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All of it, by its name in a checkpoint."""
-        agent = {f"selected.agent.{name}": p for name, p in self.agent.named_parameters()}
-        return agent | {"selected.score": self.score, "selected.update": self.update}
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.agent = copy.deepcopy(agent).requires_grad_(False)
+        score = torch.full_like(agent.head.bias[:, 0].detach(), -torch.inf)
+        self.register_buffer("score", score)
+        self.register_buffer("update", torch.zeros_like(score, dtype=torch.int64))
 
     @torch.no_grad()
     def consider(self, agent: Agent, score: Tensor, update: int) -> None:

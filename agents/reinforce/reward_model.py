@@ -7,8 +7,6 @@ always flagged and an unlabeled one hardly ever is, so that a model which reads 
 endings unlike all that it was taught.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -40,11 +38,7 @@ class RewardModel(nn.Module):
     """
 
     def __init__(
-        self,
-        runs: int,
-        world: World,
-        sees_flags: bool,
-        generators: Sequence[torch.Generator],
+        self, runs: int, world: World, sees_flags: bool, generators: Sequence[torch.Generator]
     ) -> None:
         super().__init__()
         self.world = world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from oversight_rl.reports.found import Found, Part, Report, percent
+from oversight_rl.reports.gather import Found, Part, Report, percent
 from oversight_rl.reports.statistics import interquartile_mean, iqm
 from oversight_rl.reports.tables import improvement, means
 
@@ -63,6 +64,14 @@ def new_panels(count: int, columns: int, width: float, height: float) -> tuple[F
     return figure, grid[:count]
 
 
+def level_panels(found: Found, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of a panel for each oversight level, three in a row."""
+    figure, panels = new_panels(len(found.levels), 3, width, height)
+    for axes, level in zip(panels, found.levels, strict=True):
+        axes.set_title(f"{percent(level)} oversight")
+    return figure, panels
+
+
 def level_axis(axes: Axes, levels: Sequence[float]) -> Callable[[float], float]:
     """A logarithmic axis of oversight levels; returns where a level stands (0 has a place too)."""
     lowest = min([level for level in levels if level > 0], default=1.0)
@@ -84,9 +93,9 @@ def draw_levels(
 ) -> None:
     """A figure (the score) of a method by level: interval, seeds as dots; `faint`: a mere line."""
     place = level_axis(axes, found.levels)
-    known = [level for level in found.levels if len(found.samples(name, level, figure))]
-    samples = [found.samples(name, level, figure) for level in known]
-    estimates = [interquartile_mean(values) for values in samples]
+    sampled = {level: found.samples(name, level, figure) for level in found.levels}
+    known = {level: samples for level, samples in sampled.items() if len(samples)}
+    estimates = [interquartile_mean(samples) for samples in known.values()]
     x = np.array([place(level) * shift for level in known])
     middle, own = [e.value for e in estimates], style(found, name)
     if faint:
@@ -94,7 +103,7 @@ def draw_levels(
         return
     axes.plot(x, middle, **own, marker="o", markersize=4, label=name)
     axes.vlines(x, [e.low for e in estimates], [e.high for e in estimates], color=own["color"])
-    for at, values in zip(x, samples, strict=True):
+    for at, values in zip(x, known.values(), strict=True):
         axes.plot([at] * len(values), values, "o", color=own["color"], markersize=2.2, alpha=0.45)
 
 
@@ -108,7 +117,7 @@ def draw_scores(found: Found, axes: Axes, names: Sequence[str]) -> None:
         axes.axhline(found.optimum, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate("optimum", (0.01, found.optimum), (0, 2), xycoords=("axes fraction", "data"),
                       textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
-    axes.set_ylabel(found.report.score)
+    axes.set_ylabel(found.score)
     legend(axes)
 
 
@@ -128,15 +137,17 @@ def shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
                   fontsize=8, frameon=False)  # fmt: skip
 
 
-def draw_band(found: Found, axes: Axes, name: str, rows: pd.DataFrame) -> None:
-    """Scores of a method over column `x`: interquartile mean and range of the seeds."""
-    table = rows.pivot_table(values=found.kind.score, index="x", columns="run").dropna()
-    if table.empty:  # the runs were evaluated at different times
-        return
-    x, samples = table.index.to_numpy(float), table.to_numpy(float)  # [X], [X, seeds]
-    axes.plot(x, iqm(samples), **style(found, name), label=name)
-    low, high = samples.min(-1), samples.max(-1)
-    axes.fill_between(x, low, high, color=color(found, name), alpha=0.12, linewidth=0)
+def draw_bands(found: Found, axes: Axes, names: Sequence[str], rows: pd.DataFrame) -> None:
+    """Scores of methods over column `x`: interquartile mean and range of the seeds."""
+    for name in names:
+        own = rows[rows["name"] == name]
+        table = own.pivot_table(values=found.kind.score, index="x", columns="run").dropna()
+        if table.empty:  # there are no runs, or they were evaluated at different times
+            continue
+        x, samples = table.index.to_numpy(float), table.to_numpy(float)  # [X], [X, seeds]
+        axes.plot(x, iqm(samples), **style(found, name), label=name)
+        low, high = samples.min(-1), samples.max(-1)
+        axes.fill_between(x, low, high, color=color(found, name), alpha=0.12, linewidth=0)
 
 
 def scores(found: Found) -> Figure:
@@ -153,16 +164,12 @@ def learning(found: Found, names: Sequence[str] | None = None) -> Figure | None:
     rows = found.curves[~found.curves["greedy"]]
     unit = 1e6 if rows["env_steps"].max() >= MANY_STEPS else 1
     rows = rows.assign(x=rows["env_steps"] / unit)
-    figure, panels = new_panels(len(found.levels), 3, 3.6, 3.0)
+    figure, panels = level_panels(found, 3.6, 3.0)
     for axes, level in zip(panels, found.levels, strict=True):
         here = rows[(rows["level"] == level) & (rows["deploy_oversight"] == level)]
-        for name in found.names if names is None else names:
-            own = here[here["name"] == name]
-            if len(own):
-                draw_band(found, axes, name, own)
-        axes.set_title(f"{percent(level)} oversight")
+        draw_bands(found, axes, found.names if names is None else names, here)
         axes.set_xlabel("environment steps" + (" (million)" if unit > 1 else ""))
-    panels[0].set_ylabel(found.report.score)
+    panels[0].set_ylabel(found.score)
     shared_legend(figure, panels)
     return figure
 
@@ -178,12 +185,9 @@ def chances(found: Found) -> Figure | None:
     values = table.to_numpy(float)
     axes.pcolormesh(values, cmap="RdYlGn", vmin=0, vmax=1, alpha=0.75)
     axes.grid(visible=False)
-    for i in range(len(table)):
-        for j in range(len(table)):
-            if i != j:
-                text = f"{values[i, j]:.2f}"
-                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7,
-                          color="#111827")  # fmt: skip
+    for i, j in permutations(range(len(table)), 2):
+        text = f"{values[i, j]:.2f}"
+        axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7, color="#111827")
     middles = np.arange(len(table)) + 0.5
     axes.set_xticks(middles, table.columns, rotation=90, fontsize=8)
     axes.set_yticks(middles, table.index, fontsize=8)

@@ -1,25 +1,28 @@
-"""Gathering: what the run folders below a directory hold, and what is missing there."""
+"""Gathering: what the run folders below a directory hold, and what a kind of report asks of it."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import as_text, check_there, read_text
 from oversight_rl.kinds import KINDS
-from oversight_rl.reports.found import Found, listed
 from oversight_rl.runs.experiment import Experiment, experiment_of
 from oversight_rl.runs.folder import CONFIG, METRICS, TRAINING, RunFolder
 from oversight_rl.runs.rows import deployed_row
-from oversight_rl.settings import flat, read_yaml
+from oversight_rl.settings import flat
 from oversight_rl.sweeps.plan import SWEEP, load_sweep, plan
 
 MOST_TABLE = 2**28  # bytes of a CSV file that is read
@@ -29,12 +32,105 @@ ELSEWHERE = {"method", "oversight", "seeds", "device", "threads", "pictures", "e
 """Settings that do not tell runs of a method apart."""
 
 
-def gather(directory: Path) -> Found:
-    """Read every run folder below a directory.
+@dataclass(frozen=True)
+class Part:
+    """A figure or a table of a report, under its title."""
 
-    Raises:
-        UserError: there is no finished run.
-    """
+    name: str
+    """Of the files of a figure."""
+    title: str
+    caption: str
+    draw: Callable[[Found], Figure | pd.DataFrame | None]
+    """From what was found; a table has text in its cells; None where there is nothing to show."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What reports on one kind of experiments hold; an experiment names its own as `report`."""
+
+    parts: Sequence[Part]
+    """Figures and tables, in order."""
+    columns: Callable[[Found, pd.DataFrame], Mapping[str, Any]]
+    """More columns of the summary, from the rows of a method's deployed policies at a level."""
+    score: str | None = None
+    """What the score is called, if not as the figure is."""
+    about: str = ""
+    """What is scored, in a sentence."""
+    reference: tuple[str, str] | None = None
+    """The method that others are compared with, and what the verdict calls it."""
+
+
+@dataclass
+class Found:
+    """What is below a directory. A *name* is a method, with the settings that its runs vary."""
+
+    kind: type[Experiment]
+    """The kind of experiment that the runs are."""
+    results: pd.DataFrame
+    """Rows of every result.json: facts and figures, and columns `name`, `level` (training
+    oversight) and `run`."""
+    curves: pd.DataFrame
+    """The deployed policy's rows of every metrics.csv, with the same columns."""
+    training: pd.DataFrame
+    """Every training.csv, with the same columns."""
+    missing: list[str]
+    """What is missing, unreadable or uneven, in sentences."""
+    versions: list[str]
+    """Commits and versions that made the runs."""
+
+    @cached_property
+    def report(self) -> Report:
+        return resolve_name(self.kind.report)  # type: ignore[no-any-return]
+
+    @property
+    def score(self) -> str:
+        return self.report.score or self.kind.score.replace("_", " ")
+
+    @cached_property
+    def deployed(self) -> pd.DataFrame:
+        """One row per finished run: its deployed policy at the training level."""
+        rows = self.results
+        own = rows["deploy_oversight"] == rows["train_oversight"]
+        return rows[own & rows["deployed"] & ~rows["greedy"]]
+
+    @cached_property
+    def methods(self) -> dict[str, str]:
+        """The method behind each name, in the order of the experiment's methods."""
+        order = list(self.kind.methods)
+        pairs = self.deployed[["name", "method"]].drop_duplicates().itertuples(index=False)
+        return dict(sorted(pairs, key=lambda pair: (order.index(pair[1]), pair[0])))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of methods, in the same order."""
+        return list(self.methods)
+
+    @cached_property
+    def levels(self) -> list[float]:
+        """Training oversight levels."""
+        return sorted(self.deployed["level"].unique())
+
+    @cached_property
+    def optimum(self) -> float:
+        """The best score there can be, nan if it is not known."""
+        return float(self.deployed[self.kind.optimum].max()) if self.kind.optimum else np.nan
+
+    @property
+    def reference(self) -> str | None:
+        """Name of the method that others are compared with, if its runs are all alike."""
+        method = self.report.reference and self.report.reference[0]
+        alike = [name for name, other in self.methods.items() if other == method]
+        return alike[0] if len(alike) == 1 else None
+
+    def samples(self, name: str, level: float, figure: str | None = None) -> NDArray[np.float64]:
+        """A figure (the score) of a method's deployed policy at a level, over seeds."""
+        rows = self.deployed
+        own = rows[(rows["name"] == name) & (rows["level"] == level)]
+        return own[figure or self.kind.score].to_numpy(float)
+
+
+def gather(directory: Path) -> Found:
+    """Read every run folder below a directory; `UserError` if none is of a finished run."""
     check_there(directory, "folder")
     if not directory.is_dir():
         raise UserError(f"{directory}: is not a folder")
@@ -52,10 +148,9 @@ def gather(directory: Path) -> Found:
             unfinished.setdefault(str(Path(where).parent), []).append(Path(where).name)
         else:
             runs.append(run)
-    missing += [
-        f"Not finished and left out: {listed(names)}{f' in {parent}' if parent != '.' else ''}."
-        for parent, names in unfinished.items()
-    ]
+    for parent, names in unfinished.items():
+        below = f" in {parent}" if parent != "." else ""
+        missing.append(f"Not finished and left out: {listed(names)}{below}.")
     missing += _not_begun(directory)
     if not runs:
         more = f": {missing[0]}" if missing else ""
@@ -82,14 +177,9 @@ class _Run:
 
 
 def _read(path: Path, where: str) -> _Run | None:
-    """A run folder, if the run is finished.
-
-    Raises:
-        UserError, ValueError, OSError: it is damaged.
-    """
+    """A run folder, if the run is finished; if it is damaged, what `gather` catches is raised."""
     folder = RunFolder.open(path)
     config = folder.config()
-    provenance = read_yaml(path / CONFIG).get("provenance")
     if not folder.finished:
         return None
     kind, rows = experiment_of(config), folder.result()
@@ -98,13 +188,12 @@ def _read(path: Path, where: str) -> _Run | None:
         named = curves["policy"] == deployed_row(rows).policy
         curves = curves[curves.get("deployed", named)]
     others = set(KINDS) - {config.algo}  # sections of the learners not in use
-    facts = flat(provenance) if isinstance(provenance, dict) else {}
     return _Run(
         where,
         kind,
         key=(config.method, config.oversight, config.seeds[0]),
         settings=flat(config.model_dump(mode="json", exclude=ELSEWHERE | others)),
-        made_by=", ".join(f"{k} {v}" for k, v in facts.items()) or "unknown",
+        made_by=", ".join(f"{k} {v}" for k, v in folder.provenance.items()) or "unknown",
         tables={
             "results": pd.DataFrame([row.record for row in rows]),
             "curves": curves,
@@ -119,18 +208,16 @@ def _alike(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
     def judged(run: _Run) -> tuple[Any, ...]:
         return run.kind.score, run.kind.optimum, run.kind.report, list(run.kind.methods)
 
-    alike = [run for run in runs if judged(run) == judged(runs[0])]
     if others := [run.where for run in runs if judged(run) != judged(runs[0])]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         missing.append(
             f"Left out: {others[0]}{more}, of another kind of experiment than {runs[0].where}; "
             "report on a folder that holds them alone."
         )
-    return alike
+    return [run for run in runs if judged(run) == judged(runs[0])]
 
 
 def _together(runs: Sequence[_Run]) -> dict[str, pd.DataFrame]:
-    """The tables of all runs, each as one."""
     tables = {}
     for part in ("results", "curves", "training"):
         frames = [
@@ -158,12 +245,7 @@ def _find(directory: Path) -> list[Path]:
 
 
 def _read_table(path: Path, needed: set[str], kind: type[Experiment]) -> pd.DataFrame:
-    """A CSV file, empty if there is none.
-
-    Raises:
-        ValueError: columns are missing, or hold what they cannot.
-        UserError: the file is too long, or no text.
-    """
+    """A CSV file, empty if there is none; `ValueError` if columns miss or hold what they cannot."""
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
     table = pd.read_csv(io.StringIO(read_text(path, MOST_TABLE)))
@@ -173,11 +255,9 @@ def _read_table(path: Path, needed: set[str], kind: type[Experiment]) -> pd.Data
         raise ValueError(f"{path.name} names a method that is none")
     for column in table:
         dtype = table[column].dtype
-        fits = (
-            pd.api.types.is_bool_dtype(dtype)
-            if column in TRUTH
-            else pd.api.types.is_numeric_dtype(dtype) != (column in TEXT)
-        )
+        fits = pd.api.types.is_numeric_dtype(dtype) != (column in TEXT)
+        if column in TRUTH:
+            fits = pd.api.types.is_bool_dtype(dtype)
         known = column not in needed or not table[column].isin([np.nan, np.inf, -np.inf]).any()
         if not (fits and known):
             raise ValueError(f"{path.name} is damaged in its column {column}")
@@ -196,12 +276,10 @@ def _not_begun(directory: Path) -> list[str]:
     for run in runs:
         if not (run.path / CONFIG).is_file():
             absent.setdefault(run.path.parent.name, []).append(run.path.name)
-    whole = [parent for parent, names in absent.items() if not (directory / parent).is_dir()]
-    parts = [
-        f"{listed(names)} in {parent}" for parent, names in absent.items() if parent not in whole
-    ]
-    lines = [f"Planned and not begun: {part}." for part in parts]
-    return lines + ([f"Planned and not begun: all of {listed(whole)}."] if whole else [])
+    whole = [parent for parent in absent if not (directory / parent).is_dir()]
+    parts = [f"{listed(absent[parent])} in {parent}" for parent in absent if parent not in whole]
+    parts += [f"all of {listed(whole)}"] if whole else []
+    return [f"Planned and not begun: {part}." for part in parts]
 
 
 def _named(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
@@ -234,3 +312,13 @@ def _look_for_gaps(found: Found) -> None:
                 lacks = ", ".join(str(seed) for seed in sorted(every - seeds))
                 alone = "; one seed has no interval" if len(seeds) == 1 else ""
                 found.missing.append(f"{name} at {level:.3g} lacks seeds {lacks}{alone}.")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words with commas, the last after `and`."""
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+
+
+def percent(level: float) -> str:
+    """An oversight level as text."""
+    return f"{100 * level:.3g}%"

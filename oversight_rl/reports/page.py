@@ -16,19 +16,14 @@ from matplotlib.figure import Figure
 
 from oversight_rl.files import as_text, write_atomically, writing
 from oversight_rl.reports.figures import INK, STYLE, color
-from oversight_rl.reports.found import Found, Part, percent
-from oversight_rl.reports.gather import gather
+from oversight_rl.reports.gather import Found, Part, gather, percent
 from oversight_rl.reports.tables import summary, verdict
 
 
 def write(directory: Path) -> tuple[Found, str]:
     """Write report.html, summary.csv and figures/ from the runs below a directory, into it.
 
-    Returns:
-        What was found, with what is missing; and the verdict.
-
-    Raises:
-        UserError: there is no finished run, or the directory cannot be written.
+    Returns what was found, with what is missing; and the verdict.
     """
     found = gather(directory)
     table = summary(found)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from oversight_rl.reports.found import Found, listed, percent
+from oversight_rl.reports.gather import Found, listed, percent
 from oversight_rl.reports.statistics import differ, interquartile_mean, probability_of_improvement
 from oversight_rl.runs.rows import FACTS
 
@@ -76,7 +76,7 @@ def verdict(found: Found, table: pd.DataFrame) -> str:
             place = f"{percent(level)} ({best['iqm']:.2f})"
             leaders.setdefault(str(best["method"]), []).append(place)
     led = "; ".join(f"{name} at {listed(levels)}" for name, levels in leaders.items())
-    text = f"Of the methods that need labels alone, the best {found.report.score} (IQM) has {led}"
+    text = f"Of the methods that need labels alone, the best {found.score} (IQM) has {led}"
     if found.report.reference is None or found.reference is None:
         return text + "."
     assumes = dict(zip(table["method"], table["assumes"], strict=True))

@@ -33,17 +33,13 @@ def save(
 ) -> None:
     """Save a checkpoint, unless it is there, and drop all but the newest few.
 
-    Args:
-        folder: to write it to, made if need be; the run folder around it must be there.
-        update: that it was taken after.
-        tensors: by name.
-        facts: what else there is to remember, for `load`.
+    The folder is made if need be; the run folder around it must be there.
     """
     folder.mkdir(exist_ok=True)
     if update not in updates(folder):
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = {"update": update} | dict(facts) | {"checksums": checksums(ready)}
-        content["checksum"] = _checksum(json.dumps(content).encode())
+        content["checksum"] = zlib.crc32(json.dumps(content).encode())
         path = folder / f"update_{update:08d}.safetensors"
         write_atomically(path, safetensors.torch.save(ready))
         write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1).encode())
@@ -79,69 +75,42 @@ def updates(folder: Path) -> list[int]:
 def load(
     folder: Path, update: int, like: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of a checkpoint.
+    """Tensors and facts of a checkpoint; `UserError` if it is missing, damaged, or none such.
 
-    Args:
-        folder: of checkpoints.
-        update: which one.
-        like: tensors to read, with the shapes and types that they must have; on any device.
-
-    Raises:
-        UserError: a file is missing, damaged or not such a checkpoint.
+    Tensors `like` those to read have the shapes and types that these must have, on any device.
     """
     path = folder / f"update_{update:08d}.json"
     check_plain(path)
     facts = read_json(path, MOST_TEXT)
-    wanted = {"update": int, "env_steps": int, "wall_seconds": float, "checksums": dict}
+    known = {"update": int, "env_steps": int, "wall_seconds": float, "checksums": dict}
     if not isinstance(facts, dict) or any(
-        not isinstance(facts.get(name), kind) for name, kind in wanted.items()
+        not isinstance(facts.get(name), kind) for name, kind in known.items()
     ):
         raise UserError(f"{path}: not of a checkpoint of this program")
-    checksum = facts.pop("checksum", None)
-    seconds = facts["wall_seconds"]
-    if checksum != _checksum(json.dumps(facts).encode()) or facts["update"] != update:
+    checksum, seconds = facts.pop("checksum", None), facts["wall_seconds"]
+    if checksum != zlib.crc32(json.dumps(facts).encode()) or facts["update"] != update:
         raise UserError(f"{path}: is damaged")
     if facts["env_steps"] < 0 or not (seconds >= 0 and math.isfinite(seconds)):
         raise UserError(f"{path}: not of a checkpoint of this program")
-    tensors, _ = read_tensors(path.with_suffix(".safetensors"), like)
-    check(tensors, facts.pop("checksums"), path.with_suffix(".safetensors"))
-    return tensors, facts
+    wanted = facts.pop("checksums")
+    return read_tensors(path.with_suffix(".safetensors"), like, wanted)[0], facts
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """CRC-32 of each tensor's bytes, to notice damage."""
-    return {
-        name: _checksum(tensor.flatten().view(torch.uint8).numpy().data)
-        for name, tensor in tensors.items()
-    }
-
-
-def _checksum(content: bytes | memoryview) -> int:
-    return zlib.crc32(content)
-
-
-def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Any], source: Path) -> None:
-    """Refuse tensors that are not as they were saved.
-
-    Raises:
-        UserError: a checksum is another.
-    """
-    for name, found in checksums(tensors).items():
-        if wanted.get(name) != found:
-            raise UserError(f"{source}: is damaged: {name} is not as it was saved")
+    plain = {name: tensor.flatten().view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return {name: zlib.crc32(content.data) for name, content in plain.items()}
 
 
 def read_tensors(
-    path: Path, like: Mapping[str, Tensor]
+    path: Path, like: Mapping[str, Tensor], wanted: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, within the memory that `like` would take.
 
     Args:
         path: the file.
         like: tensors to read, with the shapes and types that they must have.
-
-    Raises:
-        UserError: the file is missing, damaged, of another kind or of other tensors.
+        wanted: their checksums.
     """
     check_plain(path)
     tensors = {}
@@ -161,21 +130,20 @@ def read_tensors(
                     kind = tensors[name].dtype
                     if kind != ours.dtype:
                         raise UserError(f"{path}: {name} is {kind}, not {ours.dtype}")
-                return tensors, file.metadata() or {}
+                metadata = file.metadata() or {}
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, found in checksums(tensors).items():
+        if wanted.get(name) != found:
+            raise UserError(f"{path}: is damaged: {name} is not as it was saved")
+    return tensors, metadata
 
 
 def check_shape(
     name: str, found: Sequence[int] | None, wanted: Sequence[int], source: Path
 ) -> None:
-    """Refuse a tensor of another shape than is wanted, or none.
-
-    Raises:
-        UserError: it is one of these.
-    """
+    """Refuse a tensor of another shape than is wanted, or none."""
     if found is None or tuple(found) != tuple(wanted):
         was = "is missing" if found is None else f"has shape {tuple(found)}"
-        raise UserError(
-            f"{source}: does not fit its configuration: {name} {was}, expected {tuple(wanted)}"
-        )
+        what = f"{name} {was}, expected {tuple(wanted)}"
+        raise UserError(f"{source}: does not fit its configuration: {what}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from oversight_rl.agents.learner import Learner
-from oversight_rl.kinds import KINDS, load
+from oversight_rl.kinds import KINDS
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
 
@@ -32,8 +33,7 @@ class Experiment(ABC):
     methods: ClassVar[Mapping[str, Any]]
     """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
     report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
-    """What its reports hold, a `reports.found.Report` as `module:NAME`, loaded when it is used."""
-
+    """What its reports hold, a `reports.gather.Report` as `module:NAME`, loaded when it is used."""
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """Charts of several curves on TensorBoard's page, by group and title: a pattern of tags."""
 
@@ -60,22 +60,21 @@ class Experiment(ABC):
 
     @classmethod
     def try_out(cls, config: Any) -> None:
-        """Refuse what cannot be trained here, before anything is written.
-
-        Raises:
-            UserError: there is no such device, or something else is missing.
-        """
+        """Refuse, by `UserError`, what cannot be trained here, before anything is written."""
         config.torch_device()
 
     @classmethod
     def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
-        """Which figures are shown in tables and curves, each by a short name.
+        """Which of the figures that there are tables and curves show, each by a short name.
 
-        Args:
-            figures: that there are.
-            details: whether a policy is looked at by itself.
+        With `details`, a policy is looked at by itself.
         """
         return {figure: figure for figure in figures}
+
+    @classmethod
+    def shown_of(cls, row: Row) -> dict[str, float]:
+        """The figures of a row that are shown, by their short names."""
+        return {s: row.figures[name] for s, name in cls.shown(list(row.figures)).items()}
 
     @classmethod
     def notes(cls, rows: Sequence[Row]) -> list[str]:
@@ -90,4 +89,4 @@ class Experiment(ABC):
 
 def experiment_of(config: RunConfig) -> type[Experiment]:
     """The kind of experiment that a configuration is of."""
-    return load(KINDS[config.algo].experiment)  # type: ignore[no-any-return]
+    return resolve_name(KINDS[config.algo].experiment)  # type: ignore[no-any-return]

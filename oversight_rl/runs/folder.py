@@ -11,6 +11,8 @@ import math
 import os
 import platform
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -19,7 +21,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
@@ -27,7 +31,6 @@ from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_plain, check_there, write_atomically, writing
 from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
-from oversight_rl.runs.events import Events
 from oversight_rl.runs.experiment import Experiment, experiment_of
 from oversight_rl.runs.rows import Row, deployed_row, read_rows, write_rows
 from oversight_rl.settings import RunConfig, dump_yaml, flat, read_yaml
@@ -37,16 +40,70 @@ LOCK = "lock.tmp"  # of a process at work there; no part of a run, like all that
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
 METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.oversight_rl"
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
+MOST_NAMES = 2**16  # characters of the first line of a CSV file
 PATIENCE = 10.0  # seconds to wait for a process that is about to let go of a folder
-_UNTRACKED = ("wall_seconds",)  # metrics.csv of a repeated run is the same to the byte
+_UNTRACKED = "wall_seconds"  # metrics.csv of a repeated run is the same to the byte
+
+
+class Events:
+    """TensorBoard's file: one for the whole run, which can be cut back and gone on with.
+
+    Runs go on without it if it cannot be written, and say so once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.length = path.stat().st_size if path.is_file() else 0  # bytes that are whole records
+        self.broken = False
+        self._buffer = io.BytesIO()  # whole records, so that a reader seldom meets half of one
+        self._records = RecordWriter(self._buffer)
+
+    def cut(self, length: int) -> None:
+        """Go on after the first `length` bytes; from the start, if there are fewer."""
+        with self._or_without():
+            self.path.touch()
+            self.length = length if length <= self.path.stat().st_size else 0
+            os.truncate(self.path, self.length)
+
+    def add(self, summary: Summary, step: int | None = None) -> None:
+        """Add a summary, to be written at the next `flush`."""
+        events = [Event(step=step, summary=summary)]
+        if not self.length and not self._buffer.tell():
+            events.insert(0, Event(file_version="brain.Event:2"))
+        for event in events:
+            event.wall_time = time.time()
+            self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        records = self._buffer.getvalue()
+        self._buffer.seek(0)
+        self._buffer.truncate()
+        if records and not self.broken:
+            with self._or_without():
+                with self.path.open("ab") as file:
+                    file.write(records)
+                self.length += len(records)
+
+    def sync(self) -> int:
+        """Bring everything to disk; returns the length of what is there as a whole."""
+        self.flush()
+        if not self.broken:
+            with self._or_without(), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        return self.length
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.broken = True
+            what = f"{self.path}: {error.strerror}; going on without TensorBoard"
+            print(f"warning: {what}", file=sys.stderr)
 
 
 class RunFolder:
-    """One run on disk.
-
-    Args:
-        path: the folder; see `create` and `open`.
-    """
+    """One run on disk; see `create` and `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,17 +112,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, imported: str | None = None) -> RunFolder:
-        """Begin a run in a new folder; `imported` says where its policy comes from, if not trained.
-
-        Raises:
-            UserError: the folder already holds something, or cannot be made.
-        """
+        """Begin a run in a new folder; `imported` says where its policy is from, if not trained."""
         check_free(path)
         facts = provenance() | ({"imported": imported} if imported else {})
         folder = cls(path)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / CONFIG, dump_yaml(config, facts).encode())
+            write_atomically(path / CONFIG, dump_yaml(config, provenance=facts).encode())
             folder.clear(config)
         return folder
 
@@ -79,11 +132,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """A run that is already there.
-
-        Raises:
-            UserError: the folder holds no run, or something in it leads elsewhere.
-        """
+        """A run that is already there; `UserError` if it is none, or leads elsewhere."""
         check_there(path)
         if not (path / CONFIG).is_file():
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it)")
@@ -94,42 +143,31 @@ class RunFolder:
         return cls(path)
 
     def config(self) -> RunConfig:
-        """The configuration of the run."""
         return load_config(self.path / CONFIG)
 
     @property
-    def version(self) -> str:
-        """Version of this program that began the run."""
+    def provenance(self) -> dict[str, Any]:
+        """Commit and versions that began the run, by their dotted names; empty if not known."""
         facts = read_yaml(self.path / CONFIG).get("provenance")
-        versions = facts.get("versions") if isinstance(facts, dict) else None
-        return str(versions.get("oversight-rl")) if isinstance(versions, dict) else "unknown"
+        return flat(facts) if isinstance(facts, dict) else {}
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
         return (self.path / RESULT).is_file()
 
     @property
     def has_evaluations(self) -> bool:
-        """Whether metrics.csv has anything in it."""
         metrics = self.path / METRICS
         return metrics.is_file() and metrics.stat().st_size > 0
 
     def result(self) -> list[Row]:
-        """The rows of a finished run.
-
-        Raises:
-            UserError: there are none yet, or they are damaged.
-        """
+        """The rows of a finished run; `UserError` if there are none yet, or they are damaged."""
         kind = experiment_of(self.config())
-        return read_rows(self.path / RESULT, kind.methods, kind.score)
+        others = [figure for figure in (kind.optimum, kind.error) if figure]
+        return read_rows(self.path / RESULT, kind.methods, kind.score, others)
 
     def load(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and facts of the newest checkpoint, see `checkpoint.load`.
-
-        Raises:
-            UserError: there is none, or it is damaged or of another run.
-        """
+        """Tensors and facts of the newest checkpoint, see `checkpoint.load`."""
         tried = -1
         while True:
             newest = max(checkpoint.updates(self.checkpoints), default=-1)
@@ -152,11 +190,7 @@ class RunFolder:
         return lengths
 
     def rewind(self, logged: object) -> None:
-        """Cut the logs back to what they were, as `logged` told, to go on from there.
-
-        Raises:
-            UserError: they are shorter than that, or `logged` tells nothing.
-        """
+        """Cut the logs back to what they were, as `logged` told, to go on from there."""
         lengths = logged if isinstance(logged, dict) else {}
         for name in (METRICS, TRAINING, EVENTS):
             path, length = self.path / name, lengths.get(name)
@@ -186,45 +220,33 @@ class RunFolder:
     def log_rows(self, update: int, rows: Sequence[Row], kind: type[Experiment]) -> None:
         """An evaluation: to metrics.csv, and the figures that are shown to TensorBoard."""
         records = [{"update": update} | row.record for row in rows]
-        _append(
-            self.path / METRICS,
-            [{k: v for k, v in record.items() if k not in _UNTRACKED} for record in records],
-        )
+        for record in records:
+            del record[_UNTRACKED]
+        _append(self.path / METRICS, records)
         for row in rows:
-            shown = kind.shown(list(row.figures))
-            tags = {
-                f"evaluation/{short}/{row.policy}": row.figures[name]
-                for short, name in shown.items()
-            }
-            self.log(update, tags)
+            shown = kind.shown_of(row).items()
+            self.log(update, {f"evaluation/{short}/{row.policy}": x for short, x in shown})
         if kind.optimum is not None:
             (short,) = (s for s, name in kind.shown([kind.score]).items() if name == kind.score)
-            best = {f"evaluation/{short}/optimum": rows[0].figures[kind.optimum]}
-            self.log(update, best)
+            self.log(update, {f"evaluation/{short}/optimum": rows[0].figures[kind.optimum]})
         self.events.flush()
 
     def picture(self, tag: str, update: int, encoded: bytes) -> None:
         """A PNG or an animated GIF to TensorBoard, as it is."""
         width, height = Image.open(io.BytesIO(encoded)).size
-        image = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=encoded
-        )
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self.events.add(summary, update)
+        size = {"height": height, "width": width, "colorspace": 3}
+        image = Summary.Image(encoded_image_string=encoded, **size)
+        self.events.add(Summary(value=[Summary.Value(tag=tag, image=image)]), update)
 
     def finish(self, config: RunConfig, rows: Sequence[Row], kind: type[Experiment]) -> None:
         """Write the hyperparameter summary and result.json, which makes the run finished."""
-        deployed = deployed_row(rows)
-        settings = flat(
-            config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
-        )
+        settings = config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
         hyperparameters = {
-            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()
+            k: v if isinstance(v, int | float | str | bool) else str(v)
+            for k, v in flat(settings).items()
         }
-        metrics = {
-            f"hparam/deployed_{short}": deployed.figures[name]
-            for short, name in kind.shown(list(deployed.figures)).items()
-        }
+        shown = kind.shown_of(deployed_row(rows)).items()
+        metrics = {f"hparam/deployed_{short}": value for short, value in shown}
         for summary in hparams(hyperparameters, metrics):
             self.events.add(summary)
         self.log(config.learner.updates, metrics)
@@ -233,43 +255,34 @@ class RunFolder:
 
     def _describe(self, config: RunConfig) -> None:
         """The text page and the charts of several curves."""
-        kind = experiment_of(config)
-        settings = "\n".join(
-            f"| `{k}` | {v} |" for k, v in flat(config.model_dump(mode="json")).items()
-        )
-        page = text(
-            "run",
+        kind, settings = experiment_of(config), flat(config.model_dump(mode="json"))
+        table = "\n".join(f"| `{name}` | {value} |" for name, value in settings.items())
+        page = (
             f"## {config.method}, {config.oversight:.2%} oversight, seed {config.seeds[0]}\n\n"
-            f"{kind.describe(config)}\n\n| setting | value |\n| --- | --- |\n{settings}\n",
+            f"{kind.describe(config)}\n\n| setting | value |\n| --- | --- |\n{table}\n"
         )
-        charts = custom_scalars(
-            {
-                title: {name: ["Multiline", [tags]] for name, tags in group.items()}
-                for title, group in kind.charts.items()
-            }
-        )
-        for summary in (page, charts):
-            self.events.add(summary)
+        charts = {
+            title: {name: ["Multiline", [tags]] for name, tags in group.items()}
+            for title, group in kind.charts.items()
+        }
+        self.events.add(text("run", page))
+        self.events.add(custom_scalars(charts))
         self.events.flush()
 
 
 def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Add lines to a CSV file, under the names that it begins with."""
-    with path.open("r+", newline="", encoding="utf-8") as file:
-        names = next(csv.reader(file), None)
+    with path.open("r+", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        names = next(csv.reader([file.readline(MOST_NAMES)]))
         file.seek(0, os.SEEK_END)
         writer = csv.DictWriter(file, names or list(records[0]), extrasaction="ignore")
-        if names is None:
+        if not names:
             writer.writeheader()
         writer.writerows(records)
 
 
 def check_free(path: Path) -> None:
-    """Refuse a folder that already holds something.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a folder that already holds something."""
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"{path}: is not a folder")
     # a run that was killed before it wrote its settings leaves empty folders, and half a file
@@ -280,16 +293,12 @@ def check_free(path: Path) -> None:
 
 
 def begin_seeds(path: Path, config: RunConfig) -> dict[Path, RunConfig]:
-    """Plan a run folder for each seed below `path`, so that a run killed at its start has all.
-
-    Raises:
-        UserError: the folder is taken, or cannot be written.
-    """
+    """Plan a run folder for each seed below `path`, so that a run killed at its start has all."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         with locked(path):
             check_free(path)
-            write_atomically(path / SEEDS, dump_yaml(config, provenance()).encode())
+            write_atomically(path / SEEDS, dump_yaml(config, provenance=provenance()).encode())
     return planned_seeds(path)
 
 
@@ -311,21 +320,13 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def open_runs(path: Path) -> list[RunFolder]:
-    """The runs at `path`, see `find_runs`.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The runs at `path`, see `find_runs`; `UserError` if there is none."""
     return [RunFolder.open(run) for run in find_runs(path) or [path]]
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes from a folder; a dead one holds nothing.
-
-    Raises:
-        UserError: another process is at work in it, or it cannot be written.
-    """
+    """Keep other processes from a folder, or be refused; a dead process holds nothing."""
     check_plain(path / LOCK)
     lock = FileLock(path / LOCK, timeout=PATIENCE)
     with writing(path):

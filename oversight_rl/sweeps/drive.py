@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -20,9 +20,10 @@ from oversight_rl.files import write_atomically, writing
 from oversight_rl.runs.experiment import experiment_of
 from oversight_rl.runs.folder import CONFIG, RunFolder, locked
 from oversight_rl.runs.rows import deployed_row
-from oversight_rl.settings import as_yaml
+from oversight_rl.settings import dump_yaml
 from oversight_rl.sweeps.plan import SWEEP, Run, SweepConfig, plan, stacks
 from oversight_rl.sweeps.workers import ATTEMPTS, Submit, WorkerFailed, WorkerLost
+from oversight_rl.terminal import say
 
 CPU_STACK, GPU_STACK = 5, 96  # runs per stack
 
@@ -45,9 +46,6 @@ def sweep(
 
     Returns:
         Why runs failed, or cannot be read, by folder; empty if all are finished.
-
-    Raises:
-        UserError: the folder holds another sweep, a setting is bad, or an environment does not fit.
     """
     out = out.resolve()  # workers may run in other folders
     runs = plan(config, out)
@@ -64,12 +62,14 @@ def sweep(
         waiting = [(stack, 1) for stack in stacks(runs, most)]
         pending: dict[Future[None], tuple[list[Run], int]] = {}
         while waiting or pending:
-            pending |= {submit(_job(stack)): (stack, attempt) for stack, attempt in waiting}
+            for stack, attempt in waiting:
+                job = [[str(run.path), run.config.model_dump(mode="json")] for run in stack]
+                pending[submit(json.dumps(job))] = stack, attempt
             waiting = []
             done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
                 stack, attempt = pending.pop(future)
-                failed |= overview.finished([run for run in stack if run.finished])
+                failed |= overview.count([run for run in stack if run.finished], tell=True)
                 rest = [run for run in stack if not run.finished]
                 if not rest:
                     continue
@@ -92,8 +92,8 @@ def _again(rest: list[Run], attempt: int, lost: bool, most: int) -> list[tuple[l
     return [(rest, ATTEMPTS)] if attempt < ATTEMPTS else []
 
 
-def _job(stack: Sequence[Run]) -> str:
-    return json.dumps([[str(r.path), r.config.model_dump(mode="json")] for r in stack])
+def _cell(run: Run) -> tuple[str, float]:
+    return run.config.method, run.config.oversight
 
 
 def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
@@ -113,21 +113,16 @@ def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
         raise UserError(f"{out}: is not empty and holds no sweep; choose another --out")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, as_yaml(config.model_dump(mode="json")).encode())
+        write_atomically(path, dump_yaml(config).encode())
 
 
-@dataclass
 class _Overview:
     """What is done so far: by method and level, and how much in all."""
 
-    runs: Sequence[Run]
-    console: Console
-    _scores: dict[tuple[str, float], list[float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._total: dict[tuple[str, float], int] = {}
-        for run in self.runs:
-            self._total[self._cell(run)] = self._total.get(self._cell(run), 0) + 1
+    def __init__(self, runs: Sequence[Run], console: Console) -> None:
+        self.runs, self.console = runs, console
+        self._total = Counter(map(_cell, runs))
+        self._scores: dict[tuple[str, float], list[float]] = defaultdict(list)
         self._progress = Progress(
             TextColumn("{task.completed:.1f} of {task.total:.0f} runs"),
             BarColumn(),
@@ -139,10 +134,6 @@ class _Overview:
         self._task = self._progress.add_task("", total=len(self.runs))
         self._live = Live(console=self.console, get_renderable=self._render, auto_refresh=False)
 
-    @staticmethod
-    def _cell(run: Run) -> tuple[str, float]:
-        return run.config.method, run.config.oversight
-
     def __enter__(self) -> _Overview:
         if self.console.is_terminal:
             self._live.start()
@@ -153,8 +144,11 @@ class _Overview:
             self.refresh([])
             self._live.stop()
 
-    def count(self, runs: Sequence[Run]) -> dict[Path, str]:
-        """Add the scores of finished runs; returns why some cannot be read, by folder."""
+    def count(self, runs: Sequence[Run], tell: bool = False) -> dict[Path, str]:
+        """Add the scores of finished runs; returns why some cannot be read, by folder.
+
+        `tell` says that they are done, unless the table shows it.
+        """
         unreadable = {}
         for run in runs:
             try:
@@ -164,26 +158,15 @@ class _Overview:
                 self.say(str(error))
             else:
                 score = row.figures[experiment_of(run.config).score]
-                self._scores.setdefault(self._cell(run), []).append(score)
-        return unreadable
-
-    def finished(self, stack: Sequence[Run]) -> dict[Path, str]:
-        """Runs of a stack came to their end; returns why some cannot be read, by folder."""
-        unreadable = self.count(stack)
-        if stack and not self.console.is_terminal:
-            first = stack[0]
-            seeds = ", ".join(str(run.config.seeds[0]) for run in stack)
-            self.say(f"{first.path.parent.name}, seed {seeds}: done")
+                self._scores[_cell(run)].append(score)
+        if runs and tell and not self.console.is_terminal:
+            seeds = ", ".join(str(run.config.seeds[0]) for run in runs)
+            self.say(f"{runs[0].path.parent.name}, seed {seeds}: done")
         return unreadable
 
     def say(self, line: str) -> None:
         """Say how much is done, and a line beside it."""
-        self.console.print(
-            f"{self._done()} of {len(self.runs)} runs; {line}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(self.console, f"{self._done()} of {len(self.runs)} runs; {line}")
 
     def _done(self) -> int:
         return sum(len(scores) for scores in self._scores.values())
@@ -191,11 +174,11 @@ class _Overview:
     def refresh(self, pending: Sequence[Sequence[Run]]) -> None:
         """Show how far things are, stacks under way included."""
         if self.console.is_terminal:
-            shares = [
-                len(stack) * max(0, stack[0].update) / stack[0].config.learner.updates
-                for stack in pending
-            ]
-            self._progress.update(self._task, completed=self._done() + sum(shares))
+            done: float = self._done()
+            for first, *others in pending:
+                share = max(0, first.update) / first.config.learner.updates
+                done += share * (1 + len(others))
+            self._progress.update(self._task, completed=done)
             self._live.refresh()
 
     def _render(self) -> Group:
@@ -209,8 +192,7 @@ class _Overview:
         for method in methods:
             cells = []
             for level in levels:
-                scores = self._scores.get((method, level), [])
-                total = self._total.get((method, level), 0)
+                scores, total = self._scores[method, level], self._total[method, level]
                 mean = f"{sum(scores) / len(scores):+.2f}" if scores else "     "
                 cells.append(f"{mean} {len(scores)}/{total}" if total else "")
             table.add_row(method, *cells)

@@ -48,7 +48,6 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
         return (self.path / RESULT).is_file()
 
     @property
@@ -61,9 +60,6 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
     """The runs of a sweep, a folder for each: `out/SETTINGS/seed_N`.
 
     A sweep that lies in `out` already may call settings as version 0.1 did.
-
-    Raises:
-        UserError: a setting is unknown or bad.
     """
     for method, own in sweep.methods.items():
         if wrong := {"method", "oversight", "seeds"} & set(own):
@@ -146,16 +142,11 @@ def stacks(runs: Sequence[Run], most: int) -> list[list[Run]]:
 
 
 def load_sweep(path: Path) -> SweepConfig:
-    """Read a sweep from YAML.
-
-    Raises:
-        UserError: it cannot be read, or holds unknown or bad settings.
-    """
+    """Read a sweep from YAML."""
     content = read_yaml(path)
     if "grid" not in content:
-        raise UserError(
-            f"{path}: has no grid, so is no sweep; train it with --config {as_asked(path)}"
-        )
+        hint = f"train it with --config {as_asked(path)}"
+        raise UserError(f"{path}: has no grid, so is no sweep; {hint}")
     try:
         return SweepConfig.model_validate(content)
     except UserError as error:

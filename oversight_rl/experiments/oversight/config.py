@@ -16,7 +16,7 @@ from oversight_rl.kinds import KINDS, Kind, kind_of
 from oversight_rl.settings import Probability, RunConfig
 
 GRID, MINIGRID = "OversightGrid-v0", "MiniGrid-DiamondGhost-"
-BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # in a file where a boolean is wanted
+BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # all true to an environment, as words
 
 
 class Config(RunConfig):
@@ -55,34 +55,25 @@ class Config(RunConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_method(cls, data: Any) -> Any:
-        """The default method is the learner's."""
-        if isinstance(data, dict) and "method" not in data:
-            return data | {"method": kind_of(data).default_method}
-        return data
-
-    @model_validator(mode="before")
-    @classmethod
-    def _hide_flags(cls, data: Any) -> Any:
-        """Methods that hide the flags from the policy do so in the world's settings."""
+    def _method_and_sight(cls, data: Any) -> Any:
+        """The learner's default method; methods that hide the flags do so in the world."""
         if not isinstance(data, dict):
             return data
-        name, world = data.get("method"), data.get("world", {})
+        name = data["method"] if "method" in data else kind_of(data).default_method
+        world = data.get("world", {})
         if isinstance(world, WorldConfig):
             world = world.model_dump()
         hides = isinstance(name, str) and name in METHODS and METHODS[name].policy.hides_flags
         if hides and isinstance(world, dict):
-            return data | {"world": world | {"flags_visible": False}}
-        return data
+            data = data | {"world": world | {"flags_visible": False}}
+        return data | {"method": name}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.kind.one_environment and self.env != GRID:
             others = [name for name, kind in KINDS.items() if not kind.one_environment]
-            raise UserError(
-                f"env: {self.env} needs --algo {' or '.join(others)} ({self.algo} trains on {GRID} "
-                "only)"
-            )
+            needs = f"needs --algo {' or '.join(others)}"
+            raise UserError(f"env: {self.env} {needs} ({self.algo} trains on {GRID} only)")
         if ":" in self.env:  # settings are data: they shall not name code to run
             raise UserError(
                 f"env: must be an id that gymnasium knows, got {self.env!r}; docs/environments.md "
@@ -90,17 +81,14 @@ class Config(RunConfig):
             )
         if self.env == GRID and self.env_settings:
             raise UserError(f"env_settings: {GRID} has its settings under world")
-        taken = {"oversight", "num_envs"} & set(self.env_settings)
-        if taken:
-            setting = {"oversight": "oversight", "num_envs": "ppo.worlds"}[taken.pop()]
-            raise UserError(f"env_settings: leave that to {setting}, got {self.env_settings}")
+        for name, setting in (("oversight", "oversight"), ("num_envs", "ppo.worlds")):
+            if name in self.env_settings:
+                raise UserError(f"env_settings: leave that to {setting}, got {self.env_settings}")
         method = METHODS[self.method]
         if not (self.kind.one_environment or method.any_environment):
             fitting = [name for name, other in METHODS.items() if other.any_environment]
-            raise UserError(
-                f"method: with --algo {self.algo} must be one of {', '.join(fitting)}, "
-                f"got {self.method!r}"
-            )
+            known = f"must be one of {', '.join(fitting)}, got {self.method!r}"
+            raise UserError(f"method: with --algo {self.algo} {known}")
         return self
 
     @model_validator(mode="after")
@@ -116,26 +104,19 @@ class Config(RunConfig):
 
     @property
     def kind(self) -> Kind:
-        """The line of the table of kinds that it is of."""
         return KINDS[self.algo]
 
     def stack_key(self) -> str:
-        """What runs must share to train in one stack: all but the seed, the level and the method.
-
-        Methods may differ as long as they train the same networks by the same losses.
-        """
+        # methods may differ as long as they train the same networks by the same losses
         shape = METHODS[self.method].shape
         alike = next(name for name, method in METHODS.items() if method.shape == shape)
         free = {"method": alike, "oversight": 0.0, "label_recall": 1.0, "label_error": 0.0}
         return self.model_copy(update=free | {"seeds": ()}).model_dump_json()
 
     def most_runs(self, memory: float) -> int:
-        """How many runs like this train as one stack in `memory` bytes, at least one.
-
-        Activations and their gradients take nearly all: a few copies of every unit for each sample.
-        """
         if not self.kind.stacks:
             return 1
+        # activations and their gradients take nearly all: a few copies of every unit for each
         samples = self.learner.worlds * self.learner.steps
         trunks = 3 if METHODS[self.method].policy.experts == "one" else self.agent.experts + 2
         each = 4 * samples * (4 * trunks * sum(self.agent.hidden) + 100) + 2**25
@@ -162,33 +143,20 @@ class Config(RunConfig):
     @property
     def overseer(self) -> Overseer:
         """What the overseer catches and gets right."""
-        return Overseer(
-            self.oversight, self.world.ghost_oversight, self.label_recall, self.label_error
-        )
+        ghosts = self.world.ghost_oversight
+        return Overseer(self.oversight, ghosts, self.label_recall, self.label_error)
 
     def refuse_unused(self) -> None:
-        """Refuse settings that the run would not look at. (Those of old run folders may differ.)
-
-        Raises:
-            UserError: there are some.
-        """
         for section in set(KINDS) & set(type(self).model_fields) - {self.algo}:
             own = getattr(self, section)
             if own != type(own)():
-                raise UserError(
-                    f"{section}: not used with --algo {self.algo}, whose settings are under "
-                    f"{self.algo}"
-                )
+                where = f"whose settings are under {self.algo}"
+                raise UserError(f"{section}: not used with --algo {self.algo}, {where}")
         shown = self.world.model_copy(update={"flags_visible": True})
         if self.env != GRID and shown != WorldConfig():
             raise UserError(f"world: is {GRID}'s; settings of {self.env} are env_settings")
 
     def refuse_words(self) -> None:
-        """Refuse `off` and its like as arguments of an environment, to which all words are true.
-
-        Raises:
-            UserError: there are some.
-        """
         for name, value in self.env_settings.items():
             if isinstance(value, str) and value.lower() in BOOLEANS:
                 raise UserError(

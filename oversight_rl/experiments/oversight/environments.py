@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,32 +19,32 @@ from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.networks import Output
 from oversight_rl.agents.ppo.learner import PPOLearner, new_policy
 from oversight_rl.agents.ppo.policy import MoEPolicy
-from oversight_rl.agents.steering import Steering
+from oversight_rl.agents.steering import Steering, expert_names
 from oversight_rl.agents.threads import on_threads
-from oversight_rl.envs.labels import LabelError
+from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.plugins import why
-from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.settings import NO_LABEL, UserError
+from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import GRID, Config
-from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.rollouts import EnvEvaluator, env_rollouts, make_env
-from oversight_rl.experiments.oversight.runs import OversightRuns, deployed_name
+from oversight_rl.experiments.oversight.evaluation import Evaluator, no_policy, policy_row
+from oversight_rl.experiments.oversight.grid import FRAMES, MOST_POLICIES, Frames, side_by_side
+from oversight_rl.experiments.oversight.runs import OversightRuns
 from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
 
+ENVIRONMENTS = 512  # of an evaluation, at most
 TRIAL = 32  # steps that an environment is tried out for
 
 
 class EnvJudge:
-    """Evaluates and draws policies in the environment of a run.
+    """Evaluates and draws policies in the environment of a run; by rollouts, unless it is our grid.
 
-    Args:
-        config: of the run.
+    A deployment level takes the place of the run's overall oversight level; what its environment
+    sets apart from that stays so.
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.evaluator = EnvEvaluator(config)
-        self.exact = None
+        self.config, self.exact = config, None
         if config.env == GRID:
             exact = Evaluator(config.world, config.learner.discount)
             self.exact = exact if exact.mdp is not None else None
@@ -54,55 +57,159 @@ class EnvJudge:
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        deployed = deployed_name((agent.n_experts, agent.behaviors))
+        deployed = expert_names(agent.n_experts, agent.behaviors)[0]
         if self.exact is not None:  # a policy is a table there
             forward = _on_active_inputs(agent, self.config)
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
-        return [self.evaluator.evaluate(agent, own, policies, at, deployed)]
+        with torch.random.fork_rng(devices=[]):
+            return [
+                [
+                    policy_row(own, p, x, self._figures(agent, own, p, x), deployed, "rollout")
+                    for p, x in product(policies, at)
+                ]
+            ]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
-        animation = env_rollouts(agent, self.config, policies)
-        return {} if animation is None else {"rollouts": animation}
+        columns = []
+        with torch.random.fork_rng(devices=[]):
+            for steering in policies[:MOST_POLICIES]:
+                torch.manual_seed(0)
+                frames = _env_rollout(agent.steered(steering), self.config, steering.name)
+                if frames is None:
+                    return {}
+                columns.append(frames)
+        return {"rollouts": side_by_side(columns)}
+
+    def _figures(
+        self, agent: MoEPolicy, facts: Facts, steering: Steering, level: float
+    ) -> dict[str, float]:
+        if not all(bool(p.isfinite().all()) for p in agent.parameters()):
+            raise no_policy(facts, steering)
+        try:
+            episodes = self._episodes(agent.steered(steering), level)
+        except FloatingPointError:
+            raise no_policy(facts, steering) from None
+        if not np.isfinite(episodes).all():
+            raise UserError(f"env: {self.config.env}: a ground_truth_reward is not finite")
+        ending, labeled, length, value = episodes.T
+        shares = {f"p_{name}": ending == i for i, name in enumerate(agent.behaviors)}
+        flagged = {f"{name}_flagged": share * labeled for name, share in shares.items()}
+        shares["p_timeout"] = ending == NO_LABEL
+        return {
+            "ground_truth_return": float(value.mean()),
+            "return_se": float(value.std() / len(value) ** 0.5),
+            **{name: float(share.mean()) for name, share in (shares | flagged).items()},
+            "episode_length": float(length.mean()),
+            "optimal_return": math.nan,
+        }
+
+    def _episodes(self, policy: MoEPolicy, level: float) -> NDArray[np.float64]:
+        """Figures of whole episodes: behavior by number, labeled (0 or 1), steps, return.
+
+        Each environment plays the same number of episodes, so that short ones are not
+        over-represented. Returns `[episodes or a few more, 4]`.
+        """
+        env = make_env(self.config, level, min(ENVIRONMENTS, self.config.episodes))
+        each = -(-self.config.episodes // env.num_envs)
+        torch.manual_seed(0)
+        env.seed(0)
+        observation = env.reset()
+        played, steps = np.zeros((2, env.num_envs), np.int64)
+        figures = []
+        while played.min() < each:
+            action, _ = policy.predict(observation)
+            observation, _, dones, infos = env.step(action)
+            steps += 1
+            for i in np.flatnonzero(dones):
+                if played[i] < each:
+                    figures.append(self._episode(infos[i], policy.behaviors, int(steps[i])))
+                played[i] += 1
+                steps[i] = 0
+        env.close()
+        return np.array(figures, dtype=float)
+
+    def _episode(self, info: dict[str, Any], behaviors: Sequence[str], steps: int) -> list[float]:
+        name, ending, sign = info.get("behavior"), NO_LABEL, 0.0
+        if name is not None:
+            try:
+                ending = behavior_index(name, behaviors, "info['behavior']")
+            except LabelError as error:
+                raise UserError(f"env: {self.config.env}: {error}") from None
+            sign = 1.0 if ending == 0 else -1.0
+        value = self.config.learner.discount ** (steps - 1) * info.get("ground_truth_reward", sign)
+        return [ending, "label" in info, steps, value]
 
 
 def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:
     """What a policy computes on the grid, from the inputs that are active; see `World.active`."""
-    inputs = int(np.prod(config.world.shape))
+    shape = config.world.shape
+    inputs = math.prod(shape)
 
     def forward(active: Tensor) -> Output:
         planes = F.one_hot(active[0], inputs + 1).sum(1)[:, :inputs]  # [B, F]
-        seen = planes.view(-1, *config.world.shape).float()
-        return policy.output(seen.to(policy.device))
+        return policy.output(planes.view(-1, *shape).float().to(policy.device))
 
     return forward
+
+
+def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:
+    """Frames of one policy with their captions; None where there are no pictures."""
+    if config.env != GRID:
+        drawn = config.env_settings | {"render_mode": "rgb_array"}
+        config = config.model_copy(update={"env_settings": drawn})
+    try:
+        env = make_env(config, config.oversight, 1)
+    except UserError:
+        return None  # it was made for training, but knows no render_mode
+    env.seed(0)
+    observation = env.reset()
+    tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)
+    shown: Frames = []
+    while len(shown) < FRAMES:
+        (picture,) = env.get_images()
+        if picture is None:
+            return None
+        count = ", ".join(f"{behavior} {n}" for behavior, n in tally.items())
+        shown.append((picture, f"policy: {name}\nreached: {count}"))
+        action, _ = policy.predict(observation)
+        observation, _, dones, infos = env.step(action)
+        if dones[0]:  # the end itself is not shown: SB3's environments have been reset by now
+            tally[infos[0].get("behavior") or "timeout"] += 1
+    env.close()
+    return shown
+
+
+def make_env(config: Config, level: float, count: int) -> Any:
+    """The environments of a PPO run at an oversight level, as a VecEnv."""
+    try:
+        return make_vec(config.env, count, oversight=level, **config.env_arguments)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a stranger's code raises
+        raise UserError(f"env: {config.env} cannot be made ({why(error)})") from None
 
 
 class PPORuns(OversightRuns):
     """One run of PPO."""
 
+    judges = EnvJudge
+
     def __init__(self, configs: Sequence[Config]) -> None:
         (config,) = self.configs = configs
-        self.judge = self.judge_of(config)
+        self.judge = EnvJudge(config)
         self.learner: PPOLearner = new_learner(config)
 
     @property
     def agent(self) -> MoEPolicy:
         return self.learner.policy
 
-    def pictures(self, run: int) -> dict[str, bytes]:
-        return self.judge.pictures(self.agent, self.standard(self.agent))
-
     def close(self) -> None:
         self.learner.close()
 
     @classmethod
     def try_out(cls, config: Config) -> None:
-        """Train for one small update, to refuse what cannot be, and forget it.
-
-        Raises:
-            UserError: the environment cannot be made, does not fit, or fails.
-        """
+        """Train for one small update, to refuse what cannot be, and forget it."""
         super().try_out(config)
         few = {"worlds": min(config.ppo.worlds, 2), "steps": min(config.ppo.steps, TRIAL)}
         small = config.model_copy(update={"ppo": config.ppo.model_copy(update=few)})
@@ -128,16 +235,12 @@ class PPORuns(OversightRuns):
             return new_policy(config.agent, env, config.method)
 
     @classmethod
-    def behaviors(cls, agent: MoEPolicy) -> Sequence[str]:
-        return agent.behaviors
+    def names(cls, agent: MoEPolicy) -> tuple[int, Sequence[str]]:
+        return agent.n_experts, agent.behaviors
 
     @classmethod
     def policy(cls, agent: MoEPolicy, steering: Steering) -> MoEPolicy:
         return agent.steered(steering)
-
-    @classmethod
-    def judge_of(cls, config: Config, device: torch.device | str = "cpu") -> EnvJudge:
-        return EnvJudge(config)
 
     @classmethod
     def prefix(cls, config: Config) -> str:
@@ -145,14 +248,7 @@ class PPORuns(OversightRuns):
 
 
 def new_learner(config: Config) -> PPOLearner:
-    """A fresh learner of a run.
-
-    Args:
-        config: with one seed.
-
-    Raises:
-        UserError: the environment cannot be made, or is not one that PPO can train on.
-    """
+    """A fresh learner of a run; `UserError` if PPO cannot train in its environment."""
     env = make_env(config, config.oversight, config.ppo.worlds)
     with _refusing(config):
         return PPOLearner(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +31,12 @@ def no_policy(facts: Facts, policy: Steering) -> UserError:
 
 
 def policy_row(
-    facts: Facts, policy: Steering, level: float, figures: dict[str, float], **others: Any
+    facts: Facts, policy: Steering, level: float, figures: dict[str, float], kept: str, by: str
 ) -> Row:
-    """The row of a steered policy at an oversight level."""
-    taken = {"greedy": policy.greedy, "temperature": policy.temperature}
-    return Row.of(facts, policy.name, figures, deploy_oversight=level, **taken, **others)
+    """The row of a steered policy at an oversight level; `kept` is the deployed one's name."""
+    taken = {"greedy": policy.greedy, "temperature": policy.temperature, "evaluator": by}
+    deployed = policy.name == kept
+    return Row.of(facts, policy.name, figures, deploy_oversight=level, deployed=deployed, **taken)
 
 
 class Evaluator:
@@ -48,7 +48,6 @@ class Evaluator:
         discount: per step.
         device: where to compute.
         episodes: per policy and level, where exact evaluation does not apply.
-        seed: of the rollouts.
     """
 
     def __init__(
@@ -57,17 +56,14 @@ class Evaluator:
         discount: float,
         device: torch.device | str = "cpu",
         episodes: int = 20_000,
-        seed: int = 0,
     ) -> None:
-        self.config = config
-        self.discount, self.device = discount, torch.device(device)
-        self.episodes, self.seed = episodes, seed
+        self.config, self.discount, self.device = config, discount, torch.device(device)
+        self.episodes = episodes
         world = World(self.config, device=device)
         self.mdp = None if why_not(world) else WorldMDP(world)
         plain = World(self.config.model_copy(update={"spurious_oversight": 0.0}), device=device)
-        self.optimal_return = (  # flags, spurious ones too, change nothing about it
-            math.nan if why_not(plain) else WorldMDP(plain).optimal_return(discount)
-        )
+        known = not why_not(plain)  # flags, spurious ones too, change nothing about the optimum
+        self.optimal_return = WorldMDP(plain).optimal_return(discount) if known else math.nan
 
     @torch.no_grad()
     def evaluate(
@@ -79,7 +75,7 @@ class Evaluator:
         deployed: str,
         paths: bool = False,
     ) -> list[list[Row]]:
-        """The result table of each run.
+        """The result table of each run, rows by policy, then level.
 
         Args:
             forward: what a stack of R agents computes.
@@ -89,13 +85,11 @@ class Evaluator:
             deployed: name of the policy that is deployed.
             paths: whether to tell ghosts on a shortest path apart.
 
-        Returns:
-            Rows per run, by policy, then level.
-
         Raises:
             UserError: action probabilities are not finite.
         """
         every = sorted({level for own in levels for level in own})
+        found_by = "rollout" if self.mdp is None else "exact"
         if self.mdp is not None:
             endings, on_path, finite = self._exact(forward, policies, every, paths)
             errors = torch.zeros_like(endings.ground_truth_return)
@@ -116,11 +110,7 @@ class Evaluator:
                 **ends,
                 "optimal_return": self.optimal_return,
             }
-            found_by = "rollout" if self.mdp is None else "exact"
-            deploys = policies[q].name == deployed
-            return policy_row(
-                facts[run], policies[q], level, figures, deployed=deploys, evaluator=found_by
-            )
+            return policy_row(facts[run], policies[q], level, figures, deployed, found_by)
 
         return [
             [row(run, q, level) for q in range(len(policies)) for level in own]
@@ -176,7 +166,7 @@ class Evaluator:
         window's edges. A window starts at a random phase after the first episodes, for worlds
         that mostly time out stay in step with each other.
         """
-        generator = torch.Generator(self.device).manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(0)
         limit, channels = self.config.max_steps, world.noise_channels
         finite = torch.ones(runs, dtype=torch.bool, device=self.device)
         batches = []

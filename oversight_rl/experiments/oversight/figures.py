@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from importlib.resources import files
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,17 @@ from oversight_rl.reports.figures import (
     IMPROVEMENT,
     LEARNING,
     color,
-    draw_band,
+    draw_bands,
     draw_levels,
     draw_scores,
     learning,
     legend,
     level_axis,
+    level_panels,
     new_panels,
     shared_legend,
 )
-from oversight_rl.reports.found import Found, Part, Report, percent
+from oversight_rl.reports.gather import Found, Part, Report, percent
 from oversight_rl.reports.statistics import interquartile_mean
 
 RETURN = "ground-truth return"
@@ -131,13 +133,11 @@ def learning_curves(found: Found) -> Figure | None:
 def endings(found: Found, segments: dict[str, tuple[pd.Series[float], str]]) -> Figure:
     """How episodes of the deployed policy end: stacked shares, a bar per method, by level.
 
-    Args:
-        found: what was found.
-        segments: by label, the share of each row of `found.deployed`, and its shade.
+    Segments are, by label, the share of each row of `found.deployed`, and its shade.
     """
     names = found.names[::-1]
-    figure, panels = new_panels(len(found.levels), 3, 3.9, 0.9 + 0.22 * len(names))
-    for axes, level in zip(panels, found.levels, strict=True):
+    figure, panels = level_panels(found, 3.9, 0.9 + 0.22 * len(names))
+    for i, (axes, level) in enumerate(zip(panels, found.levels, strict=True)):
         here = found.deployed["level"] == level
         left = np.zeros(len(names))
         for label, (share, shade) in segments.items():
@@ -145,22 +145,19 @@ def endings(found: Found, segments: dict[str, tuple[pd.Series[float], str]]) -> 
             width = np.nan_to_num([means.get(name, 0.0) for name in names])
             axes.barh(range(len(names)), width, left=left, color=shade, label=label, height=0.75)
             left += width
-        axes.set_title(f"{percent(level)} oversight")
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(names)), [] if i % 3 else names, fontsize=8)
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
-    for axes in panels:
-        spec = axes.get_subplotspec()
-        if spec is not None and not spec.is_first_col():
-            axes.set_yticklabels([])
     shared_legend(figure, panels)
     return figure
 
 
-def endings_by_flag(found: Found) -> Figure:
+def endings_by_flag(found: Found) -> Figure | None:
     """How episodes end, and whether the overseer sees it."""
-    rows = found.deployed
-    wanted, *others = behaviors(found)
+    rows, names = found.deployed, behaviors(found)
+    if not names or "p_timeout" not in rows:
+        return None
+    wanted, *others = names
 
     def halves(name: str, shades: tuple[str, str]) -> dict[str, tuple[pd.Series[float], str]]:
         whole, flagged = rows[f"p_{name}"], rows[f"p_{name}_flagged"]
@@ -178,7 +175,8 @@ def endings_by_flag(found: Found) -> Figure:
 def endings_by_path(found: Found) -> Figure | None:
     """How episodes on the grid end, and whether a ghost lay on a shortest path."""
     rows = found.deployed
-    if "p_ghost_on_path" not in rows or rows["p_ghost_on_path"].isna().all():
+    needed = {"p_diamond", "p_ghost", "p_timeout", "p_ghost_on_path"}
+    if not needed <= set(rows) or rows["p_ghost_on_path"].isna().all():
         return None
     on_path = rows["p_ghost_on_path"]
     segments = {
@@ -201,9 +199,9 @@ def gate(found: Found) -> Figure | None:
     names = [name for name in found.names if (gated["name"] == name).any()]
     if not names:
         return None
-    panels_of = [(name, level) for name in names for level in found.levels]
+    panels_of = list(product(names, found.levels))
     figure, panels = new_panels(len(panels_of), len(found.levels), 2.0, 1.9)
-    for axes, (name, level) in zip(panels, panels_of, strict=True):
+    for i, (axes, (name, level)) in enumerate(zip(panels, panels_of, strict=True)):
         own = gated[(gated["name"] == name) & (gated["level"] == level)]
         for column, shade in lines.items():
             mean = own.groupby("update")[column].mean()
@@ -211,13 +209,12 @@ def gate(found: Found) -> Figure | None:
             axes.plot(mean.index, mean, color=shade, linewidth=1, label=label)
         axes.set_ylim(0, 1)
         axes.tick_params(labelsize=7)
-        spec = axes.get_subplotspec()
-        if spec is not None and spec.is_first_row():
+        if i < len(found.levels):  # in the first row
             axes.set_title(percent(level), fontsize=9)
-        if spec is not None and spec.is_first_col():
-            axes.set_ylabel(name.replace(" ", "\n", 1), fontsize=8)
-        else:
+        if i % len(found.levels):
             axes.set_yticklabels([])
+        else:  # in the first column
+            axes.set_ylabel(name.replace(" ", "\n", 1), fontsize=8)
     shared_legend(figure, panels)
     return figure
 
@@ -226,19 +223,17 @@ def steering(found: Found) -> Figure | None:
     """Return against the weight of the first expert in a constant blend with the second."""
     rows = found.results
     rows = rows[~rows["greedy"] & (rows["deploy_oversight"] == rows["train_oversight"])]
+    if len(behaviors(found)) < 2:
+        return None
     first, second = behaviors(found)[:2]
     weight = rows["policy"].map(partial(_weight, first, second))
     rows = rows.assign(x=weight).dropna(subset=["x"])
     names = [name for name in found.names if (rows["name"] == name).any()]
     if not names:
         return None
-    figure, panels = new_panels(len(found.levels), 3, 3.6, 2.8)
+    figure, panels = level_panels(found, 3.6, 2.8)
     for axes, level in zip(panels, found.levels, strict=True):
-        for name in names:
-            own = rows[(rows["name"] == name) & (rows["level"] == level)]
-            if len(own):
-                draw_band(found, axes, name, own)
-        axes.set_title(f"{percent(level)} oversight")
+        draw_bands(found, axes, names, rows[rows["level"] == level])
         axes.set_xticks([0, 0.5, 1], [second, "half", first])
     panels[0].set_ylabel(RETURN)
     shared_legend(figure, panels)
@@ -272,7 +267,10 @@ def reward_models(found: Found) -> pd.DataFrame | None:
     late = rows[rows["update"] > 0.9 * rows.groupby("run")["update"].transform("max")]
     means = late.groupby(["name", "level"])[figures].mean().reset_index()
     table = {"method": means["name"], "oversight": means["level"].map(percent)}
-    shown = {title: means[c].map(text.format) for title, (c, text) in REWARD_MODEL.items()}
+    shown = {
+        title: means[column].map(text.format, na_action="ignore").fillna("none")
+        for title, (column, text) in REWARD_MODEL.items()
+    }
     return pd.DataFrame(table | shown)
 
 

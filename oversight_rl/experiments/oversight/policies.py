@@ -46,52 +46,34 @@ class Saved:
 
     @property
     def kind(self) -> type[OversightRuns]:
-        """What kind of runs its run is of."""
         return kind_of(self.config)
 
     def steerings(self, texts: Sequence[str], greedy: bool, temperature: float) -> list[Steering]:
-        """The policies to look at: as asked for, as exported, or the standard ones.
-
-        Raises:
-            UserError: a text names no policy, or the temperature is out of range.
-        """
+        """The policies to look at: as asked for, as exported, or the standard ones."""
         if self.steering is not None and not texts:
-            if not greedy and temperature == 1.0:
-                return [self.steering]
-            return [self.steering.with_options(greedy, temperature)]
+            changed = greedy or temperature != 1.0
+            return [self.steering.with_options(greedy, temperature) if changed else self.steering]
         names = self.kind.names(self.agent)
         chosen = [parse(text, *names) for text in texts] or standard(*names)
         return [policy.with_options(greedy, temperature) for policy in chosen]
 
     def rows(self, policies: Sequence[Steering], levels: Sequence[float]) -> list[Row]:
         """What policies do at oversight levels; at the training level, if there are none."""
-        config = self.config
-        facts = Facts(
-            config.method, config.seeds[0], config.oversight, self.env_steps, self.wall_seconds
-        )
-        judge = self.kind.judge_of(config)
-        return judge.tables(self.agent, [facts], policies, [list(levels) or [config.oversight]])[0]
+        config, progress = self.config, (self.env_steps, self.wall_seconds)
+        facts = [Facts(config.method, config.seeds[0], config.oversight, *progress)]
+        levels = levels or [config.oversight]
+        return self.kind.judges(config).tables(self.agent, facts, policies, [levels])[0]
 
     def pictures(self, policies: Sequence[Steering]) -> dict[str, bytes]:
-        """Pictures of policies as files, by name."""
-        judge = self.kind.judge_of(self.config)
-        return judge.pictures(self.agent, policies)
+        return self.kind.judges(self.config).pictures(self.agent, policies)
 
 
-def ours(config: RunConfig) -> Config:
-    """A configuration of an oversight experiment.
-
-    Raises:
-        UserError: it is of another one.
-    """
-    if not issubclass(experiment_of(config), OversightRuns):
+def kind_of(config: RunConfig) -> type[OversightRuns]:
+    """The kind of oversight experiment that a configuration is of; `UserError` if of another."""
+    kind = experiment_of(config)
+    if not issubclass(kind, OversightRuns):
         raise UserError(f"algo: runs of {config.algo} have no experts to steer")
-    return cast(Config, config)
-
-
-def kind_of(config: Config) -> type[OversightRuns]:
-    """The kind of oversight experiment that a configuration is of."""
-    return cast("type[OversightRuns]", experiment_of(config))
+    return kind
 
 
 def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
@@ -101,32 +83,26 @@ def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
         path: a run folder, or an exported policy. A run's is steered to what its method deploys.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several.
     """
-    (saved,) = read(Path(path))
+    saved, *others = read(Path(path))
+    if others:
+        raise UserError(f"{path}: holds several runs; name one, like {path}/seed_0")
     steering = saved.steering or parse(KEPT, *saved.kind.names(saved.agent))
     return cast("SteeredPolicy | MoEPolicy", saved.kind.policy(saved.agent, steering))
 
 
 def read(path: Path) -> list[Saved]:
-    """The agents at a path: of a run folder, of a folder of runs by seed, or an exported one.
-
-    Raises:
-        UserError: there is none, or it is damaged or of another kind.
-    """
+    """The agents at a path: of a run folder, of a folder of runs by seed, or an exported one."""
     check_there(path)
-    return (
-        [read_run(folder) for folder in open_runs(path)] if path.is_dir() else [read_policy(path)]
-    )
+    if path.is_dir():
+        return [read_run(folder) for folder in open_runs(path)]
+    return [read_policy(path)]
 
 
 def read_run(folder: RunFolder) -> Saved:
-    """The deployed agent in a run's newest checkpoint.
-
-    Raises:
-        UserError: there is none, or it is damaged or of another run.
-    """
-    config = ours(folder.config())
+    """The deployed agent in a run's newest checkpoint."""
+    config: Any = folder.config()
     agent, facts = fill(config, kind_of(config).prefix(config), folder.load)
     return Saved(agent, config, facts["env_steps"], facts["wall_seconds"])
 
@@ -141,10 +117,7 @@ def fill(
     Args:
         config: of its run.
         prefix: of the names of its tensors.
-        load: reads tensors like those given, by name; returns them, and facts.
-
-    Returns:
-        The agent, and the facts.
+        load: reads tensors like those given, by name; returns them, and facts, returned too.
     """
     kind = kind_of(config)
     agent = kind.blank(config)
@@ -156,20 +129,14 @@ def fill(
     return agent, facts
 
 
-def tensors_of(saved: Saved, prefix: str = PREFIX) -> dict[str, Tensor]:
-    """The parameters of an agent as files have them."""
-    return {
-        f"{prefix}{name}": saved.kind.of_one_run(parameter.detach()).contiguous()
-        for name, parameter in saved.agent.named_parameters()
-    }
+def tensors_of(saved: Saved) -> dict[str, Tensor]:
+    """The parameters of an agent as files of policies have them."""
+    one, parameters = saved.kind.of_one_run, dict(saved.agent.named_parameters())
+    return {f"{PREFIX}{name}": one(p.detach()).contiguous() for name, p in parameters.items()}
 
 
 def write_policy(path: Path, steering: Steering, source: Saved) -> None:
-    """Export a steered agent to one safetensors file, for `read_policy` and `evaluate`.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Export a steered agent to one safetensors file, for `read_policy` and `evaluate`."""
     tensors = tensors_of(source)
     about = {
         "config": source.config.model_dump(mode="json"),
@@ -184,35 +151,23 @@ def write_policy(path: Path, steering: Steering, source: Saved) -> None:
 
 
 def read_policy(path: Path) -> Saved:
-    """Read an exported policy.
-
-    Raises:
-        UserError: the file is missing, damaged or of another kind.
-    """
-    _, metadata = checkpoint.read_tensors(path, {})
+    """Read an exported policy; `UserError` if it is missing, damaged or of another kind."""
+    _, metadata = checkpoint.read_tensors(path, {}, {})
     if POLICY not in metadata:
         raise UserError(f"{path}: neither a run folder nor an exported policy")
     try:
         about = json.loads(metadata[POLICY])
-        config = ours(as_config(about["config"], written=True))
-        fields = about["steering"]
-        for name in ("weights", "ablated"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        steering = _STEERING.validate_python(fields)
+        config: Any = as_config(about["config"], written=True)
+        kind_of(config)
+        steering = _STEERING.validate_python(about["steering"])
         facts = int(about["env_steps"]), float(about["wall_seconds"])
         wanted = dict(about["checksums"])
-    except (
-        *(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError),
-        UserError,  # of its settings or its steering
-    ) as error:
+    # UserError: of its settings or its steering
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError,
+            UserError) as error:  # fmt: skip
         raise UserError(f"{path}: not a readable policy ({error})") from None
 
-    def load(like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], None]:
-        tensors, _ = checkpoint.read_tensors(path, like)
-        checkpoint.check(tensors, wanted, path)
-        return tensors, None
-
-    agent, _ = fill(config, PREFIX, load)
+    agent, _ = fill(config, PREFIX, lambda like: checkpoint.read_tensors(path, like, wanted))
     weights = (0.0,) * agent.n_experts if steering.weights is None else steering.weights
     if len(weights) != agent.n_experts or not set(steering.ablated) <= set(range(agent.n_experts)):
         raise UserError(f"{path}: its steering does not fit its {agent.n_experts} experts")

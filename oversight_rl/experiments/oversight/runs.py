@@ -7,11 +7,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.steering import Steering, expert_names, standard, steering_curve
+from oversight_rl.agents.steering import Steering, standard, steering_curve
+from oversight_rl.envs.settings import BEHAVIORS
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.rows import Facts, Row
@@ -21,7 +21,9 @@ PARTS = ("_flagged", "_on_path")  # endings of the names of figures that are par
 
 
 class Judge(Protocol):
-    """What evaluates and draws the policies of a run's agents."""
+    """What evaluates and draws the policies of agents, from the configuration of a run."""
+
+    def __init__(self, config: Config) -> None: ...
 
     def tables(
         self,
@@ -31,15 +33,7 @@ class Judge(Protocol):
         levels: Sequence[Sequence[float]],
         paths: bool = False,
     ) -> list[list[Row]]:
-        """The table of each run: rows by policy, then level.
-
-        Args:
-            agent: a stack of agents, one per run.
-            facts: one per run.
-            policies: steerings to evaluate.
-            levels: deployment oversight levels of each run.
-            paths: whether to tell ghosts on a shortest path apart, where that can be told.
-        """
+        """The table of each run of a stack of agents, see `evaluation.Evaluator.evaluate`."""
 
     def pictures(self, agent: Any, policies: Sequence[Steering]) -> dict[str, bytes]:
         """PNG and GIF files of an agent's policies, by name."""
@@ -63,6 +57,9 @@ class OversightRuns(Experiment):
             "gate by outcome": "training/gate/.*",
         },
     }
+
+    judges: ClassVar[type[Judge]]
+    """Who evaluates the agents of a run."""
 
     configs: Sequence[Config]
     judge: Judge
@@ -89,56 +86,40 @@ class OversightRuns(Experiment):
 
     @classmethod
     @abstractmethod
-    def behaviors(cls, agent: Any) -> Sequence[str]:
-        """What the first experts of an agent are meant for."""
-
-    @classmethod
-    @abstractmethod
-    def judge_of(cls, config: Config, device: torch.device | str = "cpu") -> Judge:
-        """Who evaluates the agents of a run."""
-
-    @classmethod
-    @abstractmethod
     def prefix(cls, config: Config) -> str:
         """What the names of the deployed agent's tensors begin with in a checkpoint."""
 
     @classmethod
     def names(cls, agent: Any) -> tuple[int, Sequence[str]]:
         """Number of experts, and the behaviors that the first are meant for."""
-        return agent.n_experts, cls.behaviors(agent)
+        return agent.n_experts, BEHAVIORS
 
     @classmethod
     @abstractmethod
     def policy(cls, agent: Any, steering: Steering) -> Any:
         """An agent under a steering, which predicts."""
 
-    @classmethod
-    def standard(cls, agent: Any) -> list[Steering]:
-        """The policies of a result table: the mixture and each expert, or the only one."""
-        return standard(*cls.names(agent))
-
     def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
-        """The mixture and each expert, at the training level."""
         levels = [[config.oversight] for config in self.configs]
-        return self.judge.tables(self.agent, facts, self.standard(self.agent), levels)
+        return self.judge.tables(self.agent, facts, standard(*self.names(self.agent)), levels)
 
     def final(self, facts: Sequence[Facts]) -> list[list[Row]]:
-        """The same sampled and greedy, at all deployment levels; and blends of two experts."""
-        agent = self.deployed
-        policies = self.standard(agent)
+        agent, names = self.deployed, self.names(self.deployed)
+        policies = standard(*names)
         policies += [policy.with_options(greedy=True) for policy in policies]
         levels = [sorted({c.oversight, *c.evaluation.oversight}) for c in self.configs]
         tables = self.judge.tables(agent, facts, policies, levels, paths=True)
         if agent.n_experts > 1:
             own = [[config.oversight] for config in self.configs]
-            curves = self.judge.tables(agent, facts, steering_curve(*self.names(agent)), own)
+            curves = self.judge.tables(agent, facts, steering_curve(*names), own)
             tables = [rows + curve for rows, curve in zip(tables, curves, strict=True)]
         return tables
 
+    def pictures(self, run: int) -> dict[str, bytes]:
+        return self.judge.pictures(self.agent, standard(*self.names(self.agent)))
+
     @classmethod
     def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
-        """The return, how episodes end, and their length."""
-
         def whole(name: str) -> bool:
             return not any(
                 name.endswith(part) and name.removesuffix(part) in figures for part in PARTS
@@ -151,7 +132,6 @@ class OversightRuns(Experiment):
 
     @classmethod
     def notes(cls, rows: Sequence[Row]) -> list[str]:
-        """Where figures are from, and what they mean."""
         optimum = rows[0].figures["optimal_return"]
         if math.isnan(optimum):
             lines = ["no exact evaluation of this world: figures are from rollouts"]
@@ -163,7 +143,6 @@ class OversightRuns(Experiment):
 
     @classmethod
     def describe(cls, config: Any) -> str:
-        """What is trained, and what the tags mean."""
         method = METHODS[config.method]
         kept = "the first expert" if method.policy.experts == "many" else "the only expert"
         return (
@@ -181,8 +160,3 @@ class OversightRuns(Experiment):
             "* `training/gate`: mean gate weight on the first expert, by the episode's outcome\n"
             "* `training/loss`, `training/env_steps_per_second`"
         )
-
-
-def deployed_name(agent_names: tuple[int, Sequence[str]]) -> str:
-    """Name of the policy that is deployed: the first expert, or the only one."""
-    return expert_names(*agent_names)[0]
