@@ -1,7 +1,5 @@
 """What a training loop knows of a learner, and how learners read what was saved of their runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias

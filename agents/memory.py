@@ -1,7 +1,5 @@
 """What runs remember of labeled episodes, for what can be learned from them again and again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

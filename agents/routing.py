@@ -6,8 +6,6 @@
 sample.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Settings of the networks and of REINFORCE, apart from what learns: they load no torch."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field

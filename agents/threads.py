@@ -1,7 +1,5 @@
 """PyTorch's threads, for as long as something needs a number of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

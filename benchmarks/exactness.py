@@ -15,19 +15,19 @@ import tyro
 
 from oversight_rl.agents.networks import new_agent
 from oversight_rl.agents.steering import standard
-from oversight_rl.evaluation import Subject
-from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.runs.folder import RunFolder
+from oversight_rl.experiments.oversight.grid import GridJudge
+from oversight_rl.experiments.oversight.policies import read
+from oversight_rl.runs.rows import Facts
 
 
 def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000) -> None:
     """Compare exact and sampled figures.
 
     Args:
-        run_dir: A run folder.
+        run_dir: A run folder of REINFORCE.
         episodes: Episodes per row.
     """
-    saved = RunFolder.open(run_dir).load()
+    (saved,) = read(run_dir)
     untrained = new_agent(
         saved.config.agent,
         saved.config.world.shape,
@@ -35,27 +35,29 @@ def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000
         1,
         [torch.Generator().manual_seed(0)],
     )
-    config, discount = saved.config, saved.config.training.discount
-    exact = Evaluator(config.world, discount)
-    sampled = Evaluator(config.world, discount, episodes=episodes)
-    sampled.mdp = None
+    config = saved.config
+    exact, sampled = GridJudge(config), GridJudge(config)
+    sampled.evaluator.mdp, sampled.evaluator.episodes = None, episodes
     worst = 0.0
     for name, agent in (("trained", saved.agent), ("untrained", untrained)):
         policies = standard(agent.n_experts)
         policies += [policy.with_options(greedy=True) for policy in policies]
-        subject = [Subject(config.method, config.seeds[0], config.oversight)]
-        arguments = (agent, subject, policies, [[config.oversight]])
-        for row, other in zip(*(e.evaluate(*arguments)[0] for e in (exact, sampled)), strict=True):
-            errors = [abs(row.ground_truth_return - other.ground_truth_return) / other.return_se]
-            for field in ("p_diamond", "p_ghost", "p_timeout"):
-                p = getattr(row, field)
+        facts = [Facts(config.method, config.seeds[0], config.oversight)]
+        arguments = (agent, facts, policies, [[config.oversight]])
+        for row, other in zip(*(j.tables(*arguments)[0] for j in (exact, sampled)), strict=True):
+            found, estimate = row.figures, other.figures
+            off = abs(found["ground_truth_return"] - estimate["ground_truth_return"])
+            errors = [off / estimate["return_se"]]
+            for figure in ("p_diamond", "p_ghost", "p_timeout"):
+                p = found[figure]
                 scale = math.sqrt(max(p * (1 - p), 1e-12) / episodes)
-                errors.append(abs(p - getattr(other, field)) / max(scale, 1 / episodes))
+                errors.append(abs(p - estimate[figure]) / max(scale, 1 / episodes))
             worst = max(worst, *errors)
             print(
                 f"{name} {row.policy}{' greedy' if row.greedy else ''}: "
-                f"return {row.ground_truth_return:.4f} vs {other.ground_truth_return:.4f}, "
-                f"window {row.window_return:.4f} vs {other.window_return:.4f}, "
+                f"return {found['ground_truth_return']:.4f} vs "
+                f"{estimate['ground_truth_return']:.4f}, "
+                f"window {found['window_return']:.4f} vs {estimate['window_return']:.4f}, "
                 f"standard errors off: {max(errors):.1f}",
                 flush=True,
             )

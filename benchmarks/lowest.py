@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("settings", "gym", "minigrid", "ppo_runs", "commands", "tracking", "report", "sweep",
-         "deployment", "old_runs", "properties")  # fmt: skip
+         "deployment", "old_runs", "properties", "lock")  # fmt: skip
 NEWER = "tests/test_old_runs.py::test_zips"  # pickled by NumPy 2, which 1 cannot read
 
 

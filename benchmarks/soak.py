@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from oversight_rl import cli
 from oversight_rl.runs import checkpoint, loop
-from oversight_rl.runs.folder import EVENTS, find_runs
+from oversight_rl.runs.folder import EVENTS, LOCK, find_runs
 from oversight_rl.terminal import STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +126,7 @@ def moment(path: Path) -> str:
     """Where a kill came, by what it left behind."""
     if not find_runs(path):
         return "before the settings were there"
-    files = {file.name for file in path.rglob("*")}
+    files = {file.name for file in path.rglob("*")} - {LOCK}
     if any(name.endswith(".tmp") for name in files):
         return "while a file was being written"
     if any(f.endswith(".safetensors") and f"{f[:-11]}json" not in files for f in files):
@@ -141,7 +141,9 @@ def differences(path: Path, whole: Path) -> list[str]:
     found = []
 
     def files(of: Path) -> set[str]:
-        return {str(f.relative_to(of)) for f in of.rglob("*") if f.is_file()}
+        # a killed process leaves its lock, which holds nothing then
+        found = (f for f in of.rglob("*") if f.is_file() and f.name != LOCK)
+        return {str(f.relative_to(of)) for f in found}
 
     if files(path) != files(whole):
         found.append(f"files {files(path) ^ files(whole)}")

@@ -73,11 +73,7 @@ class _View:
         return self._seen(self._state)
 
     def _advance(self, actions: Any, rng: np.random.Generator | None) -> tuple[Step, Tensor]:
-        """Step all worlds; those whose episode ends begin anew, or stay if there is no `rng`.
-
-        Returns:
-            What happened, and rewards `[N]` float32.
-        """
+        """What happened, and rewards `[N]`; ended worlds begin anew, or stay without `rng`."""
         state = self._started()
         chosen = torch.from_numpy(check_actions(actions, self._n, len(ACTIONS)))
         fresh = state if rng is None else self._start(rng)
@@ -149,17 +145,13 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         self.observation_space, self.action_space = self._spaces()
         self._window: Any = None
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         (observation,) = self._begin(self.np_random)
         self._show()
         return observation, {}
 
-    def step(
-        self, action: np.int64
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         step, reward = self._advance([action], None)
         (observation,) = self._seen(step.last)
         self._show()
@@ -213,15 +205,11 @@ class OversightGridVectorEnv(_View, gym.vector.VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def reset(
-        self, *, seed: Any = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         return self._begin(self.np_random), {}
 
-    def step(
-        self, actions: Any
-    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         step, reward = self._advance(actions, self.np_random)
         infos: dict[str, Any] = {}
         for i, info, last in self._ended(step):
@@ -243,6 +231,10 @@ class Batch(VecEnv):
     """
 
     _frame: Callable[[int], NDArray[np.uint8]]  # draws a world
+    _arrays: Callable[[], dict[str, NDArray[Any]]]  # what worlds are in
+    _kinds: Callable[[], dict[str, str]]  # types and shapes of those, as of `_kind`
+    _possible: Callable[[Mapping[str, NDArray[Any]]], bool]  # whether worlds can be in a state
+    _go_on: Callable[[Mapping[str, NDArray[Any]]], None]  # from such arrays
     bits: ClassVar[type[np.random.BitGenerator]]  # kind of stream
     watched: ClassVar[tuple[Any, ...]] = ()  # wrappers whose work the batch does itself
 
@@ -259,6 +251,41 @@ class Batch(VecEnv):
 
     def step_async(self, actions: ArrayLike) -> None:
         self._action = check_actions(actions, self.num_envs, self._choices)
+
+    def get_state(self) -> dict[str, NDArray[Any]]:
+        """All that decides the future, as arrays; the clock of `episode` records is not part.
+
+        `random` is the state of the stream: 256 bits as four int64 (of a PCG64 its state and its
+        increment, each the low one first), then `has_uint32` and `uinteger`.
+        """
+        kept = self._rng.bit_generator.state
+        parts = kept["state"].values()  # two integers of a PCG64, an array of a SFC64
+        bits = b"".join(x.to_bytes(16, "little") if type(x) is int else x.tobytes() for x in parts)
+        words = [*np.frombuffer(bits, "<i8"), kept["has_uint32"], kept["uinteger"]]
+        state = {name: value.copy() for name, value in self._arrays().items()}
+        return state | {"random": np.array(words, np.int64)}
+
+    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a state of `get_state`, of as many worlds with the same settings.
+
+        Raises:
+            ValueError: an array is missing, unknown or not of this batch's shape and type, or
+                holds what no world can be in.
+        """
+        wanted = self._kinds() | {"random": "int64[6]"}
+        found = {name: _kind(value) for name, value in state.items()}
+        if found != wanted:
+            raise ValueError(f"expected a state of shapes {wanted}, got {found}")
+        words, kept = state["random"], self._rng.bit_generator.state
+        flag, rest = words[4:].tolist()
+        if not (flag in (0, 1) and 0 <= rest < 2**32 and self._possible(state)):
+            raise ValueError("no world can be in such a state")
+        self._go_on({name: state[name].copy() for name in wanted if name != "random"})
+        bits = words[:4].astype("<i8")
+        for i, (name, part) in enumerate(kept["state"].items()):
+            large = int.from_bytes(bits[2 * i : 2 * i + 2].tobytes(), "little")
+            kept["state"][name] = large if type(part) is int else bits.view("<u8")
+        self._rng.bit_generator.state = {**kept, "has_uint32": flag, "uinteger": rest}
 
     def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
         try:
@@ -310,47 +337,28 @@ class OversightGridVecEnv(_View, Batch):
         done = step.seen.terminated | step.seen.truncated
         return self._seen(self._started()), reward.numpy(), done.numpy(), infos
 
-    def get_state(self) -> dict[str, NDArray[Any]]:
-        """All that decides the future, as arrays.
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {name: value.numpy() for name, value in vars(self._started()).items()}
 
-        `random` is the state of a PCG64: its 128-bit state and increment as two int64 each, the
-        low one first, then `has_uint32` and `uinteger`.
-        """
-        kept = vars(self._started())
-        random = self._rng.bit_generator.state
-        large = [random["state"][name].to_bytes(16, "little") for name in ("state", "inc")]
-        words = np.frombuffer(b"".join(large), "<i8").tolist()
-        words += [random["has_uint32"], random["uinteger"]]
-        state = {name: value.numpy().copy() for name, value in kept.items()}
-        return state | {"random": np.array(words, np.int64)}
-
-    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from a state of `get_state`, of as many worlds with the same settings.
-
-        Raises:
-            ValueError: an array is missing, unknown or not of this batch's shape and type, or
-                holds what no world can be in.
-        """
+    def _kinds(self) -> dict[str, str]:
         like = self._start(np.random.default_rng(0))
-        wanted = {name: _kind(value.numpy()) for name, value in vars(like).items()}
-        wanted |= {"random": "int64[6]"}
-        found = {name: _kind(value) for name, value in state.items()}
-        if found != wanted:
-            raise ValueError(f"expected a state of {wanted}, got {found}")
-        random = state["random"].tolist()
-        if not _possible(self.world, state) or not (
-            random[2] % 2 and random[4] in (0, 1) and 0 <= random[5] < 2**32
-        ):
-            raise ValueError("no world can be in such a state")
-        self._state = State(**{name: torch.from_numpy(state[name].copy()) for name in vars(like)})
-        large = state["random"][:4].astype("<i8").tobytes()
-        now, step = (int.from_bytes(large[i : i + 16], "little") for i in (0, 16))
-        self._rng.bit_generator.state = {
-            "bit_generator": "PCG64",
-            "state": {"state": now, "inc": step},
-            "has_uint32": random[4],
-            "uinteger": random[5],
-        }
+        return {name: _kind(value.numpy()) for name, value in vars(like).items()}
+
+    def _possible(self, state: Mapping[str, NDArray[Any]]) -> bool:
+        agent, diamond, ghost = (state[name] for name in ("agent", "diamond", "ghost"))
+        flags = [state[name] for name in ("diamond_flag", "ghost_flag", "spurious")]
+        spurious, each, config = flags[2], np.arange(len(agent)), self.world.config
+        return bool(
+            state["random"][2] % 2  # as any increment of a PCG64
+            and all(((x >= 0) & (x < config.cells)).all() for x in (agent, diamond, ghost))
+            and ((agent != diamond) & (agent != ghost) & (diamond != ghost)).all()
+            and ((state["time"] >= 0) & (state["time"] < config.max_steps)).all()
+            and all((x.view(np.uint8) <= 1).all() for x in flags)  # bytes of a file may be others
+            and not (spurious.size and (spurious[each, diamond] | spurious[each, ghost]).any())
+        )
+
+    def _go_on(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._state = State(**{name: torch.from_numpy(value) for name, value in state.items()})
 
     def close(self) -> None:
         self._state = None
@@ -369,20 +377,6 @@ def has_task(reward: Reward) -> bool:
 
 def _kind(array: NDArray[Any]) -> str:
     return f"{array.dtype}{list(array.shape)}"
-
-
-def _possible(world: World, state: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether worlds can be in such states within an episode."""
-    agent, diamond, ghost = (state[name] for name in ("agent", "diamond", "ghost"))
-    flags = [state[name] for name in ("diamond_flag", "ghost_flag", "spurious")]
-    spurious, each = flags[2], np.arange(len(agent))
-    return bool(
-        all(((x >= 0) & (x < world.config.cells)).all() for x in (agent, diamond, ghost))
-        and ((agent != diamond) & (agent != ghost) & (diamond != ghost)).all()
-        and ((state["time"] >= 0) & (state["time"] < world.config.max_steps)).all()
-        and all((x.view(np.uint8) <= 1).all() for x in flags)  # bytes of a file may be others
-        and not (spurious.size and (spurious[each, diamond] | spurious[each, ghost]).any())
-    )
 
 
 def check_actions(actions: Any, n: int, choices: int) -> NDArray[np.int64]:

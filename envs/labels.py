@@ -121,9 +121,7 @@ class OversightLabels(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
             )
             self.flags = np.arange(len(space.low) + len(behaviors)) >= len(space.low)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             self._generator = np.random.default_rng([seed, 1])  # apart from the environment's own
         self._watched = self._generator.random(len(self.behaviors)) < self.oversight

@@ -49,8 +49,7 @@ class WorldMDP:
     """
 
     def __init__(self, world: World) -> None:
-        reason = why_not(world)
-        if reason:
+        if reason := why_not(world):
             raise ValueError(f"no exact evaluation: {reason}")
         self.world = world
         cells = world.config.cells
@@ -124,11 +123,10 @@ class WorldMDP:
         )
 
     def _by_flags(self, policy: Tensor, discount: float, window: int) -> Tensor:
-        """What a policy `[n_states, A]` does under each flag setting.
+        """What a policy `[n_states, A]` does under each flag setting, `[5, F]`.
 
-        Returns:
-            `[5, F]`: return, p_diamond, p_ghost, length, and the sum over an episode's steps of
-            the return within a window that is cut at random.
+        Return, p_diamond, p_ghost, length, and the sum over an episode's steps of the return
+        within a window that is cut at random.
         """
         cells, limit = self.world.config.cells, self.world.config.max_steps
         dense = self._dense(policy)

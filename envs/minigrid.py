@@ -116,6 +116,9 @@ class Pit(Square):
         fill_coords(img, point_in_line(0.05, 0.95, 0.95, 0.95, r=0.02), (120, 40, 0))
 
 
+KINDS = (Diamond, Ghost, Pit)
+
+
 def _mission() -> str:
     return "reach the diamond"
 
@@ -301,8 +304,5 @@ def symbols_of(env: gym.Env[Any, Any]) -> spaces.Box | None:
         if isinstance(layer, NO_SYMBOLS):
             return None
         layer = layer.env
-    if not isinstance(image, spaces.Box) or image.dtype != np.uint8:
-        return None
-    if len(image.shape) != 3 or image.shape[2] != 3:
-        return None
-    return image
+    symbols = isinstance(image, spaces.Box) and image.dtype == np.uint8
+    return image if symbols and image.shape[2:] == (3,) else None

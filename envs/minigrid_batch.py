@@ -16,23 +16,14 @@ import numpy as np
 from minigrid.core.constants import DIR_TO_VEC, OBJECT_TO_IDX
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Wall
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 
 from oversight_rl.envs.gym import Batch, Reward
-from oversight_rl.envs.minigrid import (
-    Diamond,
-    DiamondGhostEnv,
-    Ghost,
-    Layout,
-    Pit,
-    SymbolicObservation,
-    walls,
-)
+from oversight_rl.envs.minigrid import KINDS, DiamondGhostEnv, Layout, SymbolicObservation, walls
 
 UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
 SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag
-KINDS = (Diamond, Ghost, Pit)
 FORWARD = 2
 TURNS = np.array([-1, 1, 0])  # of the direction, per action
 SHARED = ("oversight", "paid", "max_steps")  # attributes that may change between steps
@@ -129,12 +120,8 @@ class DiamondGhostVecEnv(Batch):
         elapsed = round(time.time() - self._clock, 6)
         for i, last in zip(ended.tolist(), observation[ended], strict=True):
             record = {"r": float(reward[i]), "l": int(self._steps[i]), "t": elapsed}
-            infos[i] = {
-                "terminal_observation": last,
-                "TimeLimit.truncated": not terminated[i],
-                "episode": record,
-                "behavior": None,
-            }
+            infos[i] = {"terminal_observation": last, "TimeLimit.truncated": not terminated[i]}
+            infos[i] |= {"episode": record, "behavior": None}
             if terminated[i]:
                 behavior = one.behaviors[kind[i]]
                 infos[i] |= {"behavior": behavior, "ground_truth_reward": float(truth[i])}
@@ -144,60 +131,31 @@ class DiamondGhostVecEnv(Batch):
         observation[ended] = self._observe(ended)
         return observation, reward, done, infos
 
-    def get_state(self) -> dict[str, NDArray[Any]]:
-        """All that decides the future, as arrays; the clock of `episode` records is not part."""
-        random = self._rng.bit_generator.state
-        words, rest = random["state"]["state"].view(np.int64), ("has_uint32", "uinteger")
-        return {
-            "tiles": self._started().copy(),
-            "agent": self._agent.copy(),
-            "direction": self._direction.copy(),
-            "steps": self._steps.copy(),
-            "random": np.array([*words, *(random[name] for name in rest)], np.int64),
-        }
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        worlds = {"agent": self._agent, "direction": self._direction, "steps": self._steps}
+        return {"tiles": self._started()} | worlds
 
-    def set_state(self, state: Mapping[str, ArrayLike]) -> None:
-        """Go on from a state of `get_state`, of as many worlds with the same settings.
+    def _kinds(self) -> dict[str, str]:
+        worlds = dict.fromkeys(("agent", "direction", "steps"), f"int64[{self.num_envs}]")
+        return {"tiles": f"uint8[{self.num_envs}, {self._walls.size}]"} | worlds
 
-        Raises:
-            ValueError: an array is missing, unknown or not of this batch's shape, or holds what
-                no world can be in.
-        """
-        given = {name: np.asarray(value) for name, value in state.items()}
-        n = (self.num_envs,)
-        shapes = {"tiles": (*n, self._walls.size), "agent": n, "direction": n, "steps": n}
-        shapes |= {"random": (6,)}
-        found = {name: value.shape for name, value in given.items()}
-        if found != shapes:
-            raise ValueError(f"expected a state of shapes {shapes}, got {found}")
-        tiles, agent = given["tiles"], given["agent"]
+    def _possible(self, state: Mapping[str, NDArray[Any]]) -> bool:
+        tiles, agent, steps = state["tiles"], state["agent"], state["steps"]
         grid = tiles.reshape(self.num_envs, self._one.height, self._one.width)
         inner = grid[:, 1:-1, 1:-1] == WALL
-        possible = (
-            np.isin(
-                tiles, [EMPTY, WALL, *range(SQUARES, SQUARES + 2 * len(self._one.behaviors))]
-            ).all()
+        squares = range(SQUARES, SQUARES + 2 * len(self._one.behaviors))
+        return bool(
+            np.isin(tiles, [EMPTY, WALL, *squares]).all()
             and (grid == WALL).sum() - inner.sum() == grid[0].size * len(grid) - inner.size
             and ((agent >= 0) & (agent < tiles.shape[1])).all()
             and (tiles[self._all, agent] != WALL).all()
-            and np.isin(given["direction"], range(4)).all()
-            and ((given["steps"] >= 0) & (given["steps"] < self._one.max_steps)).all()
-            and np.isin(given["random"][4], range(2))
-            and 0 <= given["random"][5] < 2**32
+            and np.isin(state["direction"], range(4)).all()
+            and ((steps >= 0) & (steps < self._one.max_steps)).all()
         )
-        if not possible:
-            raise ValueError("no world can be in such a state")
-        self._tiles = tiles.astype(np.uint8)
-        self._agent, self._direction, self._steps = (
-            given[name].astype(np.int64) for name in ("agent", "direction", "steps")
-        )
-        *words, has_uint32, uinteger = given["random"].astype(np.int64).tolist()
-        self._rng.bit_generator.state = {
-            "bit_generator": "SFC64",
-            "state": {"state": np.array(words, np.int64).view(np.uint64)},
-            "has_uint32": has_uint32,
-            "uinteger": uinteger,
-        }
+
+    def _go_on(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._tiles, self._agent = state["tiles"], state["agent"]
+        self._direction, self._steps = state["direction"], state["steps"]
 
     def world(self, i: int) -> DiamondGhostEnv:
         """World `i` as it is now, as an environment of its own."""
@@ -224,10 +182,9 @@ class DiamondGhostVecEnv(Batch):
         self._tiles = None
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        started = self._tiles is not None
-        chosen = self._get_indices(indices)
         if attr_name == "flags":
-            return [self.flags for _ in chosen]
+            return super().get_attr(attr_name, indices)
+        started, chosen = self._tiles is not None, self._get_indices(indices)
         return [getattr(self.world(i) if started else self._one, attr_name) for i in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:

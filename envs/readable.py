@@ -49,13 +49,7 @@ def seen(observation: Any, space: spaces.Space[Any]) -> Any:
 
 
 class ReadableObservation(gym.ObservationWrapper[Any, Any, Any]):
-    """An environment with a dictionary of which some is left out.
-
-    Args:
-        env: the environment.
-        space: of what is left.
-        told: attributes that say so, see `_told`.
-    """
+    """An environment with a dictionary of which some is left out; attributes `told` say what."""
 
     def __init__(self, env: gym.Env[Any, Any], space: spaces.Dict, told: dict[str, Any]) -> None:
         super().__init__(env)

@@ -33,11 +33,7 @@ class _Same(MetaPathFinder, Loader):
 
 
 def same_as_ours(root: str) -> None:
-    """Let the top-level package `root` be our package of that name, with all modules in it.
-
-    Args:
-        root: `envs` or `agents`, in a checkout.
-    """
+    """Let the top-level package `root`, `envs` or `agents`, be our package of that name."""
     sys.meta_path.insert(0, _Same(root))
     sys.modules[root] = import_module(f"oversight_rl.{root}")
 

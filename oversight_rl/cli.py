@@ -113,10 +113,10 @@ def _train(args: list[str], command: str) -> None:
 def _resume(path: Path, console: Console, command: str) -> None:
     check_there(path)
     # with torch, which takes a second to load
-    from oversight_rl.runs.folder import RunFolder, find_runs, open_runs, planned_seeds
+    from oversight_rl.runs.folder import RunFolder, find_runs, planned_seeds
 
     planned = planned_seeds(path)
-    begun = find_runs(path) if planned else [folder.path for folder in open_runs(path)]
+    begun = find_runs(path) or ([] if planned else [path])
     runs = planned | {run: RunFolder.open(run).config() for run in begun}
     if len({config.stack_key() for config in runs.values()}) > 1:
         raise UserError(f"{path}: its runs differ in more than seed, oversight and method")
@@ -132,29 +132,26 @@ def _fit(
     from oversight_rl.runs.experiment import experiment_of
     from oversight_rl.runs.loop import Interrupted, fit
 
-    configs = list(runs.values())
-    first, kind = configs[0], experiment_of(configs[0])
-    what = f"{first.method} at {first.oversight:.2%} oversight"
-    say(console, f"training {what}, seed {', '.join(str(c.seeds[0]) for c in configs)}, in {path}")
+    first, seeds = next(iter(runs.values())), [str(config.seeds[0]) for config in runs.values()]
+    what = f"{first.method} at {first.oversight:.2%} oversight, seed {', '.join(seeds)}"
+    say(console, f"training {what}, in {path}")
     try:
-        tables = fit(kind, configs, list(runs), console, resume)
+        tables = fit(runs, console, resume)
     except Interrupted:
         say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
-    print_summary(tables, kind, console)
+    print_summary(tables, experiment_of(first), console)
     say(console, f"results in {path}")
     say(console, f"pictures and curves: tensorboard --logdir {path}")
 
 
 @contextmanager
 def _run_dir(asked: Path | None, config: RunConfig) -> Iterator[Path]:
-    """The folder to write: as asked, or a new one under runs/, gone again if nothing came into it.
-
-    A new one is made at once, so that no run that starts in the same second gets it too.
-    """
+    """The folder to write: as asked, or a new one under runs/, gone again if it stays empty."""
     if asked is not None:
         yield asked
         return
+    # made at once, so that no run that starts in the same second gets it too
     first, *more = config.seeds
     seeds = f"seeds_{first}_to_{more[-1]}" if more else f"seed_{first}"
     name = f"{config.method}-{config.oversight:g}-{seeds}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -333,11 +330,8 @@ def print_summary(
     tables: Sequence[Sequence[Row]], kind: type[Experiment], console: Console
 ) -> None:
     """The table at the training level: means over the runs, and the score's range."""
-    rows = [
-        row
-        for row in itertools.chain(*tables)
-        if row.deploy_oversight == row.train_oversight and "=" not in row.policy
-    ]
+    every = [row for row in itertools.chain(*tables) if "=" not in row.policy]
+    rows = [row for row in every if row.deploy_oversight == row.train_oversight]
     shown = kind.shown(list(rows[0].figures))
     headings = {name: short for short, name in shown.items()}
     others = [name for name in shown.values() if name != kind.score]

@@ -43,9 +43,8 @@ def kind_of(content: Mapping[str, Any]) -> Kind:
     """The kind that settings are of; `UserError` if there is no such kind."""
     algo = content.get("algo", next(iter(KINDS)))
     if not isinstance(algo, str) or algo not in KINDS:
-        raise UserError(
-            f"algo: must be one of {', '.join(KINDS)}, got {algo!r}{nearest(str(algo), KINDS)}"
-        )
+        hint = nearest(str(algo), KINDS)
+        raise UserError(f"algo: must be one of {', '.join(KINDS)}, got {algo!r}{hint}")
     return KINDS[algo]
 
 
@@ -55,14 +54,9 @@ def settings_of(content: Mapping[str, Any]) -> type[RunConfig]:
 
 
 def as_config(content: Mapping[str, Any], written: bool = False) -> RunConfig:
-    """Check settings.
+    """Check settings, nested as in a file; `UserError` if one is unknown or bad.
 
-    Args:
-        content: settings, nested as in a file.
-        written: whether this program wrote them; version 0.1 may have, by other names.
-
-    Raises:
-        UserError: a setting is unknown or bad.
+    If `written` by this program, they may be version 0.1's, by other names.
     """
     model = settings_of(content)
     for old, new in model.renamed.items():
@@ -73,16 +67,11 @@ def as_config(content: Mapping[str, Any], written: bool = False) -> RunConfig:
 
 
 def load_config(path: Path, **others: str) -> RunConfig:
-    """Read a configuration file; `others` are settings that stand above it.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or holds unknown or bad settings.
-    """
+    """Read a configuration file; `others` are settings that stand above it."""
     content = read_yaml(path)
     if "grid" in content:
-        raise UserError(
-            f"{path}: is a sweep; run it with oversight-rl sweep {as_asked(path)} --out DIR"
-        )
+        command = f"oversight-rl sweep {as_asked(path)} --out DIR"
+        raise UserError(f"{path}: is a sweep; run it with {command}")
     # a run folder's says how the run came about
     written = content.pop("provenance", None) is not None
     try:

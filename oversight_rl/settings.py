@@ -112,9 +112,8 @@ class RunConfig(Settings):
         import torch  # takes a second, and settings are read without it
 
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "device: cuda was asked for, but there is no GPU here; try --device cpu"
-            )
+            found = "but there is no GPU here; try --device cpu"
+            raise UserError(f"device: cuda was asked for, {found}")
         use_gpu = self.device != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if use_gpu else "cpu")
 
@@ -147,12 +146,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, unchecked.
+    """The settings in a YAML file, unchecked; `UserError` if it cannot be read as such.
 
     Aliases are refused: a few lines of them can stand for more than fits into memory.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or holds no settings.
     """
     text = read_text(path, MOST_TEXT)
     try:
@@ -183,10 +179,8 @@ def settings_file(given: Path) -> Path:
         return given
     if str(given) in presets:
         return PRESETS / f"{given}.yaml"
-    raise UserError(
-        f"{given}: cannot read it (no such file, nor a preset: {', '.join(presets)})"
-        f"{nearest(given.stem, presets)}"
-    )
+    why = f"no such file, nor a preset: {', '.join(presets)}"
+    raise UserError(f"{given}: cannot read it ({why}){nearest(given.stem, presets)}")
 
 
 def as_asked(path: Path) -> str:
@@ -206,5 +200,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             settings |= flat(value, f"{prefix}{key}.")
         else:
-            settings[prefix + key] = value
+            settings[f"{prefix}{key}"] = value
     return settings

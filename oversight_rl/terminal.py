@@ -19,15 +19,7 @@ UNSHOWN, BAD_INPUT, STOPPED = 1, 2, 130  # exit codes
 
 
 def run(command: Callable[[list[str]], object], args: list[str]) -> None:
-    """Run a command in a terminal.
-
-    Args:
-        command: takes the arguments; what a user did wrong it says by `UserError`.
-        args: what stands after its name.
-
-    Raises:
-        SystemExit: something went wrong; the line that says what is written.
-    """
+    """Run a command with what stands after its name; `SystemExit`, and a line, if it goes wrong."""
     with standard_streams():
         try:
             command(args)
@@ -58,9 +50,6 @@ class Stream:
     """A standard stream that may fail: on a full disk, or left by its reader.
 
     What a command was asked to do is done all the same, and what it cannot show is dropped.
-
-    Args:
-        stream: to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -95,8 +84,7 @@ class Stream:
 def standard_streams() -> Iterator[None]:
     """For a command: streams that may be closed, full or ASCII, and warnings of one line each.
 
-    Raises:
-        SystemExit: all went well, but could not be shown for a reason other than that nobody reads.
+    `SystemExit` if what went well could not be shown, unless because nobody reads it.
     """
     before = sys.stdout, sys.stderr, warnings.formatwarning
     # descriptors that are closed: a file that is opened later shall not be taken for one of them

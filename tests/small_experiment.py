@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 
-from oversight_rl.agents.learner import check_numbers, check_shapes
+from oversight_rl.agents.learner import Learner
 from oversight_rl.envs.settings import Settings
 from oversight_rl.kinds import Kind
 from oversight_rl.runs.experiment import Experiment
@@ -34,17 +34,13 @@ class ClimbConfig(RunConfig):
     climb: ClimberConfig = ClimberConfig()
 
 
-class Climber:
-    """R climbers, who keep `agents.learner.Learner`."""
+class Climber(Learner):
+    """R climbers, a learner as `Learner` has it."""
 
     def __init__(self, config, seeds):
         self.runs, self.updates, self.total = len(seeds), 0, config.climb.updates
         self.config, self.seeds = config, seeds
         self.place = torch.zeros(self.runs, 2, dtype=torch.float64)
-
-    @property
-    def env_steps(self):
-        return self.updates
 
     @property
     def height(self):  # [R], 0 at the peak
@@ -63,24 +59,8 @@ class Climber:
     def curves(self):
         return [{"height": float(height)} for height in self.height]
 
-    def numbers(self):
-        return {"height": self.height}
-
     def learned(self):
         return [self.place]
-
-    def state(self, run):
-        return {"place": self.place[run]}
-
-    def bounds(self):
-        return {}
-
-    def load(self, states, update):
-        for run, saved in enumerate(states):
-            check_shapes(saved, self.state(run))
-            check_numbers(saved, self.bounds())
-            self.place[run] = saved["place"]
-        self.updates = update
 
 
 class Way(NamedTuple):

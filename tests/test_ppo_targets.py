@@ -299,7 +299,7 @@ def test_a_limit_that_ends_an_episode_in_a_behavior_ends_it(method):
     ends, cuts = (
         collected(lambda cut=cut: Random(cut=cut), method=method) for cut in (False, True)
     )
-    for name in vars(ends.targets):
+    for name in ends.targets._fields:
         ours, theirs = (getattr(m.targets, name) for m in (ends, cuts))
         assert np.array_equal(ours, theirs), name
 

@@ -18,7 +18,7 @@ from test_promises import python_blocks
 from oversight_rl import RoutedPPO
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.cli import main, train
-from oversight_rl.envs.settings import UserError, WorldConfig
+from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight import figures
 from oversight_rl.kinds import KINDS
@@ -89,7 +89,7 @@ def test_an_experiment_with_other_figures(run, tmp_path, capsys):
 
 
 def test_a_learner(run, tmp_path, capsys):
-    climber = run("climb").Climber
+    run("climb")
     folder = the_run(tmp_path)
     before = (folder.path / "metrics.csv").read_text()
     heights = pd.read_csv(folder.path / "metrics.csv")["height"]
@@ -100,22 +100,6 @@ def test_a_learner(run, tmp_path, capsys):
         path.unlink()
     train(["--resume", str(folder.path)])  # from update 50
     assert (folder.path / "metrics.csv").read_text() == before
-
-    pair, alone = climber(9, [4, 5]), climber(9, [5])
-    for _ in range(9):
-        pair.update()
-        alone.update()
-    assert torch.equal(pair.place[1:], alone.place)
-    other = climber(9, [4, 5])
-    other.load([pair.state(0), pair.state(1)], 9)
-    assert (other.updates, other.env_steps) == (9, 9)
-    assert torch.equal(other.place, pair.place)
-    pair.place[1, 0] = torch.nan
-    (sizes,) = pair.numbers().values()
-    assert sizes.isfinite().tolist() == [True, False]
-    for wrong in ({}, {"learned.0": torch.zeros(3)}):
-        with pytest.raises(UserError, match="learned"):
-            alone.load([wrong], 9)
 
 
 @pytest.mark.parametrize("algo", SMALL)

@@ -29,8 +29,7 @@ from oversight_rl.reports.gather import gather
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import EVENTS, RunFolder
-from oversight_rl.runs.health import Watch
-from oversight_rl.runs.loop import _Training
+from oversight_rl.runs.loop import Watch, _Training
 from oversight_rl.terminal import STOPPED
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,6 @@ from rich.console import Console
 
 from oversight_rl.cli import main
 from oversight_rl.envs.settings import UserError
-from oversight_rl.experiments.oversight.grid import GridRuns
 from oversight_rl.kinds import KINDS, Kind
 from oversight_rl.runs import folder
 from oversight_rl.runs.experiment import Experiment
@@ -164,7 +163,7 @@ def test_a_sweep_trains_what_its_stacks_would_alone(done, tmp_path):
     assert all(run.finished for run in runs)
     together = [run for run in runs if run.config.method == "routing"]
     paths = [tmp_path / f"{run.config.oversight}-{run.path.name}" for run in together]
-    fit(GridRuns, [run.config for run in together], paths, quiet())
+    fit(dict(zip(paths, [run.config for run in together], strict=True)), quiet())
     for run, path in zip(together, paths, strict=True):
         assert (path / METRICS).read_bytes() == (run.path / METRICS).read_bytes()
 

@@ -5,8 +5,6 @@ meet SB3's PPO, its environments, callbacks, logger and files. A label is known 
 end, so `RoutedRolloutBuffer` writes it back to the episode's steps before the learner sees them.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

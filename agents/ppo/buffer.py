@@ -1,7 +1,5 @@
 """A rollout buffer that learns at an episode's end, or later, what the episode was."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Hashable, Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """SB3 callbacks that look at what will be deployed, and not at the mixture in training."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rollouts of environments in which the deployed expert acts by itself in some of the episodes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Settings of the PPO learner, apart from it so that reading them does not load SB3."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar, Self
 

@@ -1,7 +1,5 @@
 """Warnings, once of each cause, of data from which little can be learned."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What an environment declares of its behaviors, its overseer and its reward."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What the networks say of a whole rollout, and of the window of steps that its labels reach."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Features of observations, where none are asked for."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, cast
 

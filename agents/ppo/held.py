@@ -6,8 +6,6 @@ until its episode has ended, or until it is as old as labels reach. By then it w
 older policy, and PPO is corrected for that: see `targets.Experience.share`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self

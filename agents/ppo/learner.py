@@ -4,8 +4,6 @@ Every update draws from streams of its own, seeded by the run's seed and the upd
 resumed run takes the numbers that the uninterrupted one would have taken.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

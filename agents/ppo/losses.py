@@ -1,7 +1,5 @@
 """PPO's losses of a minibatch, with every gradient routed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 What is remembered of them are rows of numbers, all entries side by side.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -10,8 +10,6 @@ reward is +1 or -1 at an episode's end, or what a reward model expects of that),
 off-policy from what the mixture did.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar

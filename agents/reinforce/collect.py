@@ -1,7 +1,5 @@
 """Windows of experience, each distinct state of them evaluated once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Diagnostics of a window: how episodes ended, the gate, a reward model against the truth."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The learner: one update reads as collect -> label -> loss -> step."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 

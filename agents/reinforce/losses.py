@@ -1,7 +1,5 @@
 """What is learned from a window, and its losses, with every gradient routed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -7,8 +7,6 @@ always flagged and an unlabeled one hardly ever is, so that a model which reads 
 endings unlike all that it was taught.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -36,7 +36,6 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
     "svg.fonttype": "none",
 }
-LEGEND: dict[str, Any] = {"fontsize": 7.5, "frameon": False, "loc": "best"}  # of one panel
 MANY_STEPS = 1e5  # are counted in millions
 
 
@@ -119,7 +118,12 @@ def draw_scores(found: Found, axes: Axes, names: Sequence[str]) -> None:
         axes.annotate("optimum", (0.01, found.optimum), (0, 2), xycoords=("axes fraction", "data"),
                       textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
     axes.set_ylabel(found.score)
-    axes.legend(**LEGEND)
+    legend(axes)
+
+
+def legend(axes: Axes) -> None:
+    """A panel's own legend."""
+    axes.legend(fontsize=7.5, frameon=False, loc="best")
 
 
 def shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -22,7 +22,7 @@ from oversight_rl.kinds import KINDS
 from oversight_rl.runs.experiment import Experiment, experiment_of
 from oversight_rl.runs.folder import CONFIG, METRICS, TRAINING, RunFolder
 from oversight_rl.runs.rows import deployed_row
-from oversight_rl.settings import flat, read_yaml
+from oversight_rl.settings import flat
 from oversight_rl.sweeps.plan import SWEEP, load_sweep, plan
 
 MOST_TABLE = 2**28  # bytes of a CSV file that is read
@@ -80,12 +80,10 @@ class Found:
 
     @cached_property
     def report(self) -> Report:
-        """What reports on these runs hold."""
         return resolve_name(self.kind.report)  # type: ignore[no-any-return]
 
     @property
     def score(self) -> str:
-        """What the score is called."""
         return self.report.score or self.kind.score.replace("_", " ")
 
     @cached_property
@@ -132,11 +130,7 @@ class Found:
 
 
 def gather(directory: Path) -> Found:
-    """Read every run folder below a directory.
-
-    Raises:
-        UserError: there is no finished run.
-    """
+    """Read every run folder below a directory; `UserError` if none is of a finished run."""
     check_there(directory, "folder")
     if not directory.is_dir():
         raise UserError(f"{directory}: is not a folder")
@@ -154,10 +148,9 @@ def gather(directory: Path) -> Found:
             unfinished.setdefault(str(Path(where).parent), []).append(Path(where).name)
         else:
             runs.append(run)
-    missing += [
-        f"Not finished and left out: {listed(names)}{f' in {parent}' if parent != '.' else ''}."
-        for parent, names in unfinished.items()
-    ]
+    for parent, names in unfinished.items():
+        below = f" in {parent}" if parent != "." else ""
+        missing.append(f"Not finished and left out: {listed(names)}{below}.")
     missing += _not_begun(directory)
     if not runs:
         more = f": {missing[0]}" if missing else ""
@@ -184,14 +177,9 @@ class _Run:
 
 
 def _read(path: Path, where: str) -> _Run | None:
-    """A run folder, if the run is finished.
-
-    Raises:
-        UserError, ValueError, OSError: it is damaged.
-    """
+    """A run folder, if the run is finished; if it is damaged, what `gather` catches is raised."""
     folder = RunFolder.open(path)
     config = folder.config()
-    provenance = read_yaml(path / CONFIG).get("provenance")
     if not folder.finished:
         return None
     kind, rows = experiment_of(config), folder.result()
@@ -200,13 +188,12 @@ def _read(path: Path, where: str) -> _Run | None:
         named = curves["policy"] == deployed_row(rows).policy
         curves = curves[curves.get("deployed", named)]
     others = set(KINDS) - {config.algo}  # sections of the learners not in use
-    facts = flat(provenance) if isinstance(provenance, dict) else {}
     return _Run(
         where,
         kind,
         key=(config.method, config.oversight, config.seeds[0]),
         settings=flat(config.model_dump(mode="json", exclude=ELSEWHERE | others)),
-        made_by=", ".join(f"{k} {v}" for k, v in facts.items()) or "unknown",
+        made_by=", ".join(f"{k} {v}" for k, v in folder.provenance.items()) or "unknown",
         tables={
             "results": pd.DataFrame([row.record for row in rows]),
             "curves": curves,
@@ -221,18 +208,16 @@ def _alike(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
     def judged(run: _Run) -> tuple[Any, ...]:
         return run.kind.score, run.kind.optimum, run.kind.report, list(run.kind.methods)
 
-    alike = [run for run in runs if judged(run) == judged(runs[0])]
     if others := [run.where for run in runs if judged(run) != judged(runs[0])]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         missing.append(
             f"Left out: {others[0]}{more}, of another kind of experiment than {runs[0].where}; "
             "report on a folder that holds them alone."
         )
-    return alike
+    return [run for run in runs if judged(run) == judged(runs[0])]
 
 
 def _together(runs: Sequence[_Run]) -> dict[str, pd.DataFrame]:
-    """The tables of all runs, each as one."""
     tables = {}
     for part in ("results", "curves", "training"):
         frames = [
@@ -260,12 +245,7 @@ def _find(directory: Path) -> list[Path]:
 
 
 def _read_table(path: Path, needed: set[str], kind: type[Experiment]) -> pd.DataFrame:
-    """A CSV file, empty if there is none.
-
-    Raises:
-        ValueError: columns are missing, or hold what they cannot.
-        UserError: the file is too long, or no text.
-    """
+    """A CSV file, empty if there is none; `ValueError` if columns miss or hold what they cannot."""
     if not path.is_file() or not path.stat().st_size:
         return pd.DataFrame()
     table = pd.read_csv(io.StringIO(read_text(path, MOST_TABLE)))
@@ -275,11 +255,9 @@ def _read_table(path: Path, needed: set[str], kind: type[Experiment]) -> pd.Data
         raise ValueError(f"{path.name} names a method that is none")
     for column in table:
         dtype = table[column].dtype
-        fits = (
-            pd.api.types.is_bool_dtype(dtype)
-            if column in TRUTH
-            else pd.api.types.is_numeric_dtype(dtype) != (column in TEXT)
-        )
+        fits = pd.api.types.is_numeric_dtype(dtype) != (column in TEXT)
+        if column in TRUTH:
+            fits = pd.api.types.is_bool_dtype(dtype)
         known = column not in needed or not table[column].isin([np.nan, np.inf, -np.inf]).any()
         if not (fits and known):
             raise ValueError(f"{path.name} is damaged in its column {column}")
@@ -298,12 +276,10 @@ def _not_begun(directory: Path) -> list[str]:
     for run in runs:
         if not (run.path / CONFIG).is_file():
             absent.setdefault(run.path.parent.name, []).append(run.path.name)
-    whole = [parent for parent, names in absent.items() if not (directory / parent).is_dir()]
-    parts = [
-        f"{listed(names)} in {parent}" for parent, names in absent.items() if parent not in whole
-    ]
-    lines = [f"Planned and not begun: {part}." for part in parts]
-    return lines + ([f"Planned and not begun: all of {listed(whole)}."] if whole else [])
+    whole = [parent for parent in absent if not (directory / parent).is_dir()]
+    parts = [f"{listed(absent[parent])} in {parent}" for parent in absent if parent not in whole]
+    parts += [f"all of {listed(whole)}"] if whole else []
+    return [f"Planned and not begun: {part}." for part in parts]
 
 
 def _named(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:

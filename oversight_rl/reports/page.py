@@ -23,11 +23,7 @@ from oversight_rl.reports.tables import summary, verdict
 def write(directory: Path) -> tuple[Found, str]:
     """Write report.html, summary.csv and figures/ from the runs below a directory, into it.
 
-    Returns:
-        What was found, with what is missing; and the verdict.
-
-    Raises:
-        UserError: there is no finished run, or the directory cannot be written.
+    Returns what was found, with what is missing; and the verdict.
     """
     found = gather(directory)
     table = summary(found)

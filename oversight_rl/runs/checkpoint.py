@@ -33,11 +33,7 @@ def save(
 ) -> None:
     """Save a checkpoint, unless it is there, and drop all but the newest few.
 
-    Args:
-        folder: to write it to, made if need be; the run folder around it must be there.
-        update: that it was taken after.
-        tensors: by name.
-        facts: what else there is to remember, for `load`.
+    The folder is made if need be; the run folder around it must be there.
     """
     folder.mkdir(exist_ok=True)
     if update not in updates(folder):
@@ -79,15 +75,9 @@ def updates(folder: Path) -> list[int]:
 def load(
     folder: Path, update: int, like: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of a checkpoint.
+    """Tensors and facts of a checkpoint; `UserError` if it is missing, damaged, or none such.
 
-    Args:
-        folder: of checkpoints.
-        update: which one.
-        like: tensors to read, with the shapes and types that they must have; on any device.
-
-    Raises:
-        UserError: a file is missing, damaged or not such a checkpoint.
+    Tensors `like` those to read have the shapes and types that these must have, on any device.
     """
     path = folder / f"update_{update:08d}.json"
     check_plain(path)
@@ -108,10 +98,8 @@ def load(
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """CRC-32 of each tensor's bytes, to notice damage."""
-    return {
-        name: zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
-        for name, tensor in tensors.items()
-    }
+    plain = {name: tensor.flatten().view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return {name: zlib.crc32(content.data) for name, content in plain.items()}
 
 
 def read_tensors(
@@ -123,9 +111,6 @@ def read_tensors(
         path: the file.
         like: tensors to read, with the shapes and types that they must have.
         wanted: their checksums.
-
-    Raises:
-        UserError: the file is missing, damaged, of another kind or of other tensors.
     """
     check_plain(path)
     tensors = {}
@@ -160,6 +145,5 @@ def check_shape(
     """Refuse a tensor of another shape than is wanted, or none."""
     if found is None or tuple(found) != tuple(wanted):
         was = "is missing" if found is None else f"has shape {tuple(found)}"
-        raise UserError(
-            f"{source}: does not fit its configuration: {name} {was}, expected {tuple(wanted)}"
-        )
+        what = f"{name} {was}, expected {tuple(wanted)}"
+        raise UserError(f"{source}: does not fit its configuration: {what}")

@@ -65,13 +65,16 @@ class Experiment(ABC):
 
     @classmethod
     def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:
-        """Which figures are shown in tables and curves, each by a short name.
+        """Which of the figures that there are tables and curves show, each by a short name.
 
-        Args:
-            figures: that there are.
-            details: whether a policy is looked at by itself.
+        With `details`, a policy is looked at by itself.
         """
         return {figure: figure for figure in figures}
+
+    @classmethod
+    def shown_of(cls, row: Row) -> dict[str, float]:
+        """The figures of a row that are shown, by their short names."""
+        return {s: row.figures[name] for s, name in cls.shown(list(row.figures)).items()}
 
     @classmethod
     def notes(cls, rows: Sequence[Row]) -> list[str]:

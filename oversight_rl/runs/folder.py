@@ -49,9 +49,6 @@ class Events:
     """TensorBoard's file: one for the whole run, which can be cut back and gone on with.
 
     Runs go on without it if it cannot be written, and say so once.
-
-    Args:
-        path: of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +75,6 @@ class Events:
             self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        """Write what was added."""
         records = self._buffer.getvalue()
         self._buffer.seek(0)
         self._buffer.truncate()
@@ -102,18 +98,12 @@ class Events:
             yield
         except OSError as error:
             self.broken = True
-            print(
-                f"warning: {self.path}: {error.strerror}; going on without TensorBoard",
-                file=sys.stderr,
-            )
+            what = f"{self.path}: {error.strerror}; going on without TensorBoard"
+            print(f"warning: {what}", file=sys.stderr)
 
 
 class RunFolder:
-    """One run on disk.
-
-    Args:
-        path: the folder; see `create` and `open`.
-    """
+    """One run on disk; see `create` and `open`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,11 +112,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, imported: str | None = None) -> RunFolder:
-        """Begin a run in a new folder; `imported` says where its policy comes from, if not trained.
-
-        Raises:
-            UserError: the folder already holds something, or cannot be made.
-        """
+        """Begin a run in a new folder; `imported` says where its policy is from, if not trained."""
         check_free(path)
         facts = provenance() | ({"imported": imported} if imported else {})
         folder = cls(path)
@@ -157,24 +143,20 @@ class RunFolder:
         return cls(path)
 
     def config(self) -> RunConfig:
-        """The configuration of the run."""
         return load_config(self.path / CONFIG)
 
     @property
-    def version(self) -> str:
-        """Version of this program that began the run."""
+    def provenance(self) -> dict[str, Any]:
+        """Commit and versions that began the run, by their dotted names; empty if not known."""
         facts = read_yaml(self.path / CONFIG).get("provenance")
-        versions = facts.get("versions") if isinstance(facts, dict) else None
-        return str(versions.get("oversight-rl")) if isinstance(versions, dict) else "unknown"
+        return flat(facts) if isinstance(facts, dict) else {}
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
         return (self.path / RESULT).is_file()
 
     @property
     def has_evaluations(self) -> bool:
-        """Whether metrics.csv has anything in it."""
         metrics = self.path / METRICS
         return metrics.is_file() and metrics.stat().st_size > 0
 
@@ -185,11 +167,7 @@ class RunFolder:
         return read_rows(self.path / RESULT, kind.methods, kind.score, others)
 
     def load(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and facts of the newest checkpoint, see `checkpoint.load`.
-
-        Raises:
-            UserError: there is none, or it is damaged or of another run.
-        """
+        """Tensors and facts of the newest checkpoint, see `checkpoint.load`."""
         tried = -1
         while True:
             newest = max(checkpoint.updates(self.checkpoints), default=-1)
@@ -212,11 +190,7 @@ class RunFolder:
         return lengths
 
     def rewind(self, logged: object) -> None:
-        """Cut the logs back to what they were, as `logged` told, to go on from there.
-
-        Raises:
-            UserError: they are shorter than that, or `logged` tells nothing.
-        """
+        """Cut the logs back to what they were, as `logged` told, to go on from there."""
         lengths = logged if isinstance(logged, dict) else {}
         for name in (METRICS, TRAINING, EVENTS):
             path, length = self.path / name, lengths.get(name)
@@ -250,10 +224,8 @@ class RunFolder:
             del record[_UNTRACKED]
         _append(self.path / METRICS, records)
         for row in rows:
-            shown = kind.shown(list(row.figures)).items()
-            self.log(
-                update, {f"evaluation/{s}/{row.policy}": row.figures[name] for s, name in shown}
-            )
+            shown = kind.shown_of(row).items()
+            self.log(update, {f"evaluation/{short}/{row.policy}": x for short, x in shown})
         if kind.optimum is not None:
             (short,) = (s for s, name in kind.shown([kind.score]).items() if name == kind.score)
             self.log(update, {f"evaluation/{short}/optimum": rows[0].figures[kind.optimum]})
@@ -262,25 +234,19 @@ class RunFolder:
     def picture(self, tag: str, update: int, encoded: bytes) -> None:
         """A PNG or an animated GIF to TensorBoard, as it is."""
         width, height = Image.open(io.BytesIO(encoded)).size
-        image = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=encoded
-        )
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self.events.add(summary, update)
+        size = {"height": height, "width": width, "colorspace": 3}
+        image = Summary.Image(encoded_image_string=encoded, **size)
+        self.events.add(Summary(value=[Summary.Value(tag=tag, image=image)]), update)
 
     def finish(self, config: RunConfig, rows: Sequence[Row], kind: type[Experiment]) -> None:
         """Write the hyperparameter summary and result.json, which makes the run finished."""
-        deployed = deployed_row(rows)
-        settings = flat(
-            config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
-        )
+        settings = config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
         hyperparameters = {
-            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()
+            k: v if isinstance(v, int | float | str | bool) else str(v)
+            for k, v in flat(settings).items()
         }
-        metrics = {
-            f"hparam/deployed_{short}": deployed.figures[name]
-            for short, name in kind.shown(list(deployed.figures)).items()
-        }
+        shown = kind.shown_of(deployed_row(rows)).items()
+        metrics = {f"hparam/deployed_{short}": value for short, value in shown}
         for summary in hparams(hyperparameters, metrics):
             self.events.add(summary)
         self.log(config.learner.updates, metrics)
@@ -289,23 +255,18 @@ class RunFolder:
 
     def _describe(self, config: RunConfig) -> None:
         """The text page and the charts of several curves."""
-        kind = experiment_of(config)
-        settings = "\n".join(
-            f"| `{k}` | {v} |" for k, v in flat(config.model_dump(mode="json")).items()
-        )
-        page = text(
-            "run",
+        kind, settings = experiment_of(config), flat(config.model_dump(mode="json"))
+        table = "\n".join(f"| `{name}` | {value} |" for name, value in settings.items())
+        page = (
             f"## {config.method}, {config.oversight:.2%} oversight, seed {config.seeds[0]}\n\n"
-            f"{kind.describe(config)}\n\n| setting | value |\n| --- | --- |\n{settings}\n",
+            f"{kind.describe(config)}\n\n| setting | value |\n| --- | --- |\n{table}\n"
         )
-        charts = custom_scalars(
-            {
-                title: {name: ["Multiline", [tags]] for name, tags in group.items()}
-                for title, group in kind.charts.items()
-            }
-        )
-        for summary in (page, charts):
-            self.events.add(summary)
+        charts = {
+            title: {name: ["Multiline", [tags]] for name, tags in group.items()}
+            for title, group in kind.charts.items()
+        }
+        self.events.add(text("run", page))
+        self.events.add(custom_scalars(charts))
         self.events.flush()
 
 

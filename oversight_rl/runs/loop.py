@@ -1,12 +1,12 @@
-"""The one loop: it drives a learner, whichever, and owns time, logs, checkpoints and stopping."""
+"""The one loop: it drives any learner, and owns time, logs, checkpoints, health and stopping."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import writing
 from oversight_rl.runs import checkpoint
-from oversight_rl.runs.experiment import LOG_EVERY, Experiment
+from oversight_rl.runs.experiment import LOG_EVERY, Experiment, experiment_of
 from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
-from oversight_rl.runs.health import Watch
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
 from oversight_rl.terminal import say
@@ -35,20 +35,12 @@ class Interrupted(Exception):
     """Training was asked to stop; everything is saved."""
 
 
-def fit(
-    kind: type[Experiment],
-    configs: Sequence[RunConfig],
-    paths: Sequence[Path],
-    console: Console,
-    resume: bool = False,
-) -> list[list[Row]]:
+def fit(runs: Mapping[Path, RunConfig], console: Console, resume: bool = False) -> list[list[Row]]:
     """Train runs to their end, as one stack or one after another, writing their folders.
 
     Args:
-        kind: of experiment that they are.
-        configs: one per run, with one seed each.
-        paths: folder of each run, new or empty, or one to go on with (where it is empty, the run
-            begins).
+        runs: configurations, of one kind and with one seed each, by the run's folder, new or empty,
+            or one to go on with (where it is empty, the run begins).
         console: shows a progress bar, if it is a terminal.
         resume: go on from the newest checkpoint that all folders of a stack have.
 
@@ -60,26 +52,27 @@ def fit(
         UserError: there is nothing to resume from, another process is at work on these runs, the
             folders cannot be written, numbers went bad, or there is too little memory.
     """
+    configs = list(runs.values())
     size = len(configs) if configs[0].most_runs(math.inf) > 1 else 1
     tables: list[list[Row]] = []
     with _stop_requested() as stopping, on_threads(configs[0].threads), ExitStack() as opened:
         # before there is a folder, so that nothing is left of a run that cannot begin
-        runs = None if resume else _begin(kind, configs[:size])
-        folders = opened.enter_context(run_folders(configs, paths, resume))
+        stack = None if resume else _begin(configs[:size])
+        folders = opened.enter_context(run_folders(runs, resume))
         for start in range(0, len(configs), size):
             own = folders[start : start + size]
             if resume and all(folder.finished for folder in own):
                 tables += [folder.result() for folder in own]
                 continue
-            with closing(runs or _begin(kind, configs[start : start + size])) as runs:
-                tables += _Training(runs, own, console, stopping).to_the_end(resume)
-            runs = None
+            with closing(stack or _begin(configs[start : start + size])) as stack:
+                tables += _Training(stack, own, console, stopping).to_the_end(resume)
+            stack = None
     return tables
 
 
-def _begin(kind: type[Experiment], configs: Sequence[RunConfig]) -> Experiment:
+def _begin(configs: Sequence[RunConfig]) -> Experiment:
     try:
-        return kind(configs)
+        return experiment_of(configs[0])(configs)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -87,26 +80,22 @@ def _begin(kind: type[Experiment], configs: Sequence[RunConfig]) -> Experiment:
 
 
 @contextmanager
-def run_folders(
-    configs: Sequence[RunConfig], paths: Sequence[Path], resume: bool
-) -> Iterator[list[RunFolder]]:
+def run_folders(runs: Mapping[Path, RunConfig], resume: bool) -> Iterator[list[RunFolder]]:
     """The folders of runs, made or opened to go on with, for this process alone."""
     with ExitStack() as locks:
-        for path in paths:
+        for path in runs:
             if not resume:
                 check_free(path)
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
             locks.enter_context(locked(path))
-        folders = [
-            RunFolder.open(path)
-            if resume and (path / CONFIG).is_file()
-            else RunFolder.create(path, config)
-            for path, config in zip(paths, configs, strict=True)
-        ]
+        folders = []
+        for path, config in runs.items():
+            begun = resume and (path / CONFIG).is_file()
+            folders.append(RunFolder.open(path) if begun else RunFolder.create(path, config))
         if resume and all(folder.finished for folder in folders):
-            raise UserError(f"{paths[0]}: this run is finished")
-        with writing(paths[0], "; what was saved before is whole"):
+            raise UserError(f"{folders[0].path}: this run is finished")
+        with writing(folders[0].path, "; what was saved before is whole"):
             yield folders
 
 
@@ -144,9 +133,8 @@ class _Training:
         if not (resume and self._go_on()):
             self._save()
         with self.progress:
-            self.task = self.progress.add_task(
-                "", total=total, completed=learner.updates, speed=0.0, note=""
-            )
+            done = learner.updates
+            self.task = self.progress.add_task("", total=total, completed=done, speed=0.0, note="")
             if learner.updates == 0:
                 self._evaluate()
                 self._draw()
@@ -178,11 +166,8 @@ class _Training:
         return tables
 
     def _facts(self) -> list[Facts]:
-        """What result tables say of each run."""
-        steps = self.learner.env_steps
-        return [
-            Facts(c.method, c.seeds[0], c.oversight, steps, self.seconds) for c in self.runs.configs
-        ]
+        come, configs = (self.learner.env_steps, self.seconds), self.runs.configs
+        return [Facts(c.method, c.seeds[0], c.oversight, *come) for c in configs]
 
     def _update(self) -> None:
         """One update; it is taken back in runs where numbers went bad, if they are to go on."""
@@ -278,7 +263,7 @@ class _Training:
             ]
             self.learner.load([states for states, _ in saved], newest)
         except UserError as error:
-            then = self.folders[0].version
+            then = self.folders[0].provenance.get("versions.oversight-rl", "unknown")
             hint = f" (begun with version {then}; evaluate it, or train anew)"
             raise UserError(f"{error}{hint * (then != version('oversight-rl'))}") from None
         self.seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
@@ -297,12 +282,50 @@ def newest_common(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) ->
     if common:
         return max(common)
     if any(folder.has_evaluations for folder in folders):
-        raise UserError(
-            f"{folders[0].path}: no checkpoint to resume from; remove it and train anew"
-        )
+        where = folders[0].path
+        raise UserError(f"{where}: no checkpoint to resume from; remove it and train anew")
     for config, folder in zip(configs, folders, strict=True):
         folder.clear(config)
     return None
+
+
+class Watch:
+    """Notes the first number of each of R runs that is not finite, without making a GPU wait."""
+
+    def __init__(self, runs: int, device: torch.device) -> None:
+        self.names: list[str] = []
+        self.update = torch.zeros(runs, dtype=torch.int64, device=device)  # of the first, or 0
+        self.which = torch.zeros_like(self.update)  # index into names
+        self.value = torch.zeros(runs, device=device)
+        self.count = torch.zeros_like(self.update)  # updates with any
+
+    @torch.no_grad()
+    def look(self, update: int, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Look at what an update (counted from 1) made; returns whether all is finite, [R] bool.
+
+        The numbers are `[R]` each, see `Learner.numbers`.
+        """
+        self.names = list(numbers)
+        values = torch.stack(list(numbers.values())).to(self.value)  # [numbers, R]
+        bad = ~values.isfinite()
+        any_bad = bad.any(0)
+        first = any_bad & (self.count == 0)
+        which = bad.int().argmax(0)  # the first of several
+        self.update = torch.where(first, update, self.update)
+        self.which = torch.where(first, which, self.which)
+        self.value = torch.where(first, values.gather(0, which[None])[0], self.value)
+        self.count = self.count + any_bad
+        return ~any_bad
+
+    def seen(self) -> dict[int, str]:
+        """What was seen first, in words, by run; waits for the device."""
+        if not bool(self.count.any()):
+            return {}
+        return {
+            run: f"update {self.update[run]}: the {self.names[which]} is {float(self.value[run])}"
+            for run, which in enumerate(self.which.tolist())
+            if self.count[run]
+        }
 
 
 @contextmanager
@@ -314,20 +337,20 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
     asked = False
     before: dict[signal.Signals, object] = {}
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+    def give_back() -> None:
         for name, handler in before.items():
             signal.signal(name, handler)  # type: ignore[arg-type]
 
-    try:
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        give_back()
+
+    with suppress(ValueError):  # not the main thread: whoever runs it handles signals
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             before[signal.SIGINT] = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread: whoever runs it handles signals
-        pass
     try:
         yield lambda: asked
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)  # type: ignore[arg-type]
+        give_back()

@@ -59,11 +59,6 @@ class Row(Facts):
         first, last = ({name: getattr(self, name) for name in part} for part in (BEFORE, AFTER))
         return first | dict(self.figures) | last
 
-    @property
-    def as_trained(self) -> bool:
-        """Whether it is a sampled policy at the level that the run was trained at."""
-        return not self.greedy and self.deploy_oversight == self.train_oversight
-
 
 # in the order of files, before the figures and after them
 BEFORE = ("method", "seed", "train_oversight", "deploy_oversight", "policy", "deployed", "greedy",
@@ -75,7 +70,8 @@ _ROW = TypeAdapter(Row)  # checks the types of what is read
 
 def deployed_row(rows: Sequence[Row]) -> Row:
     """The row of the deployed policy, sampled, at the training oversight level."""
-    (match,) = (row for row in rows if row.deployed and row.as_trained)
+    as_trained = (row for row in rows if row.deploy_oversight == row.train_oversight)
+    (match,) = (row for row in as_trained if row.deployed and not row.greedy)
     return match
 
 
@@ -89,19 +85,10 @@ def deployed_before(policies: Sequence[str]) -> str | None:
     return names[place] if place < len(names) else None
 
 
-def read_rows(
-    path: Path, methods: Container[str], score: str, others: Sequence[str] = ()
-) -> list[Row]:
-    """The rows of a JSON file.
+def read_rows(path: Path, methods: Container[str], score: str, others: Sequence[str]) -> list[Row]:
+    """The rows of a JSON file; `UserError` if it is no list of rows, or says what cannot be.
 
-    Args:
-        path: the file.
-        methods: that a run of this kind can be of.
-        score: the figure that must be known.
-        others: figures that there must be, known or not.
-
-    Raises:
-        UserError: it is no list of such rows, or says what cannot be.
+    A run can be of these methods; the score is a figure that must be known, others must be there.
     """
     records = read_json(path, MOST_RESULT)
     try:
@@ -125,7 +112,6 @@ def _row(record: Mapping[str, Any], deployed: str | None) -> Row:
 
 
 def _check(row: Row, methods: Container[str], score: str) -> None:
-    """Refuse a row that no run can have."""
     if score not in row.figures:
         raise ValueError(f"{score} is missing")
     for name, value in row.record.items():

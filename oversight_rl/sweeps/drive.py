@@ -46,9 +46,6 @@ def sweep(
 
     Returns:
         Why runs failed, or cannot be read, by folder; empty if all are finished.
-
-    Raises:
-        UserError: the folder holds another sweep, a setting is bad, or an environment does not fit.
     """
     out = out.resolve()  # workers may run in other folders
     runs = plan(config, out)
@@ -65,7 +62,9 @@ def sweep(
         waiting = [(stack, 1) for stack in stacks(runs, most)]
         pending: dict[Future[None], tuple[list[Run], int]] = {}
         while waiting or pending:
-            pending |= {submit(_job(stack)): (stack, attempt) for stack, attempt in waiting}
+            for stack, attempt in waiting:
+                job = [[str(run.path), run.config.model_dump(mode="json")] for run in stack]
+                pending[submit(json.dumps(job))] = stack, attempt
             waiting = []
             done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
             for future in done:
@@ -95,10 +94,6 @@ def _again(rest: list[Run], attempt: int, lost: bool, most: int) -> list[tuple[l
 
 def _cell(run: Run) -> tuple[str, float]:
     return run.config.method, run.config.oversight
-
-
-def _job(stack: Sequence[Run]) -> str:
-    return json.dumps([[str(r.path), r.config.model_dump(mode="json")] for r in stack])
 
 
 def _claim(config: SweepConfig, out: Path, runs: Sequence[Run]) -> None:
@@ -179,11 +174,11 @@ class _Overview:
     def refresh(self, pending: Sequence[Sequence[Run]]) -> None:
         """Show how far things are, stacks under way included."""
         if self.console.is_terminal:
-            shares = [
-                len(stack) * max(0, stack[0].update) / stack[0].config.learner.updates
-                for stack in pending
-            ]
-            self._progress.update(self._task, completed=self._done() + sum(shares))
+            done: float = self._done()
+            for first, *others in pending:
+                share = max(0, first.update) / first.config.learner.updates
+                done += share * (1 + len(others))
+            self._progress.update(self._task, completed=done)
             self._live.refresh()
 
     def _render(self) -> Group:

@@ -48,7 +48,6 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
         return (self.path / RESULT).is_file()
 
     @property
@@ -146,9 +145,8 @@ def load_sweep(path: Path) -> SweepConfig:
     """Read a sweep from YAML."""
     content = read_yaml(path)
     if "grid" not in content:
-        raise UserError(
-            f"{path}: has no grid, so is no sweep; train it with --config {as_asked(path)}"
-        )
+        hint = f"train it with --config {as_asked(path)}"
+        raise UserError(f"{path}: has no grid, so is no sweep; {hint}")
     try:
         return SweepConfig.model_validate(content)
     except UserError as error:

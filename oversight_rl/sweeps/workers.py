@@ -38,20 +38,18 @@ def work(job: str) -> None:
 
     Raises:
         Interrupted: the worker was asked to stop; everything is saved.
-        UserError: the runs cannot be trained.
     """
     runs = [Run(Path(path), as_config(config)) for path, config in json.loads(job)]
-    kind = experiment_of(runs[0].config)
     resume = all(run.update >= 0 for run in runs)
     if not resume:
-        kind.try_out(runs[0].config)
+        experiment_of(runs[0].config).try_out(runs[0].config)
     for run in runs:
         if not resume and run.path.is_dir():  # broken off before its first checkpoint
             if any(not file.name.endswith(".tmp") for file in run.path.iterdir()):
                 RunFolder.open(run.path)  # refuses to remove what is not a run
             shutil.rmtree(run.path)
     quiet = Console(file=sys.stderr, force_terminal=False)
-    fit(kind, [run.config for run in runs], [run.path for run in runs], quiet, resume)
+    fit({run.path: run.config for run in runs}, quiet, resume)
 
 
 def _main() -> None:
@@ -150,9 +148,6 @@ def ray_workers(address: str, gpu: bool = False) -> Iterator[Submit]:
         address: of the cluster, or `local` to start one on this machine. All of its machines must
             reach the run folders under the same paths.
         gpu: whether each job takes a GPU of the cluster.
-
-    Raises:
-        UserError: Ray is not installed, or there is no such cluster.
     """
     try:
         import ray  # an extra, which few have

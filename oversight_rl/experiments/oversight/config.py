@@ -72,10 +72,8 @@ class Config(RunConfig):
     def _fits_together(self) -> Self:
         if self.kind.one_environment and self.env != GRID:
             others = [name for name, kind in KINDS.items() if not kind.one_environment]
-            raise UserError(
-                f"env: {self.env} needs --algo {' or '.join(others)} ({self.algo} trains on {GRID} "
-                "only)"
-            )
+            needs = f"needs --algo {' or '.join(others)}"
+            raise UserError(f"env: {self.env} {needs} ({self.algo} trains on {GRID} only)")
         if ":" in self.env:  # settings are data: they shall not name code to run
             raise UserError(
                 f"env: must be an id that gymnasium knows, got {self.env!r}; docs/environments.md "
@@ -89,10 +87,8 @@ class Config(RunConfig):
         method = METHODS[self.method]
         if not (self.kind.one_environment or method.any_environment):
             fitting = [name for name, other in METHODS.items() if other.any_environment]
-            raise UserError(
-                f"method: with --algo {self.algo} must be one of {', '.join(fitting)}, "
-                f"got {self.method!r}"
-            )
+            known = f"must be one of {', '.join(fitting)}, got {self.method!r}"
+            raise UserError(f"method: with --algo {self.algo} {known}")
         return self
 
     @model_validator(mode="after")
@@ -108,7 +104,6 @@ class Config(RunConfig):
 
     @property
     def kind(self) -> Kind:
-        """The line of the table of kinds that it is of."""
         return KINDS[self.algo]
 
     def stack_key(self) -> str:
@@ -148,18 +143,15 @@ class Config(RunConfig):
     @property
     def overseer(self) -> Overseer:
         """What the overseer catches and gets right."""
-        return Overseer(
-            self.oversight, self.world.ghost_oversight, self.label_recall, self.label_error
-        )
+        ghosts = self.world.ghost_oversight
+        return Overseer(self.oversight, ghosts, self.label_recall, self.label_error)
 
     def refuse_unused(self) -> None:
         for section in set(KINDS) & set(type(self).model_fields) - {self.algo}:
             own = getattr(self, section)
             if own != type(own)():
-                raise UserError(
-                    f"{section}: not used with --algo {self.algo}, whose settings are under "
-                    f"{self.algo}"
-                )
+                where = f"whose settings are under {self.algo}"
+                raise UserError(f"{section}: not used with --algo {self.algo}, {where}")
         shown = self.world.model_copy(update={"flags_visible": True})
         if self.env != GRID and shown != WorldConfig():
             raise UserError(f"world: is {GRID}'s; settings of {self.env} are env_settings")

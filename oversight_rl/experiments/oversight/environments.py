@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator, no_policy, policy_row
-from oversight_rl.experiments.oversight.pictures import FRAMES, MOST_POLICIES, Frames, side_by_side
+from oversight_rl.experiments.oversight.grid import FRAMES, MOST_POLICIES, Frames, side_by_side
 from oversight_rl.experiments.oversight.runs import OversightRuns
 from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
@@ -38,15 +39,12 @@ TRIAL = 32  # steps that an environment is tried out for
 class EnvJudge:
     """Evaluates and draws policies in the environment of a run; by rollouts, unless it is our grid.
 
-    Args:
-        config: of the run. A deployment level takes the place of its overall oversight level; what
-            its environment sets apart from that stays so.
-        seed: of the rollouts.
+    A deployment level takes the place of the run's overall oversight level; what its environment
+    sets apart from that stays so.
     """
 
-    def __init__(self, config: Config, seed: int = 0) -> None:
-        self.config, self.seed = config, seed
-        self.exact = None
+    def __init__(self, config: Config) -> None:
+        self.config, self.exact = config, None
         if config.env == GRID:
             exact = Evaluator(config.world, config.learner.discount)
             self.exact = exact if exact.mdp is not None else None
@@ -65,14 +63,20 @@ class EnvJudge:
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
         with torch.random.fork_rng(devices=[]):
-            found = [
-                (p, level, self._figures(agent, own, p, level)) for p in policies for level in at
-            ]
+            cells = product(policies, at)
+            found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
         return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
-        animation = env_rollouts(agent, self.config, policies)
-        return {} if animation is None else {"rollouts": animation}
+        columns = []
+        with torch.random.fork_rng(devices=[]):
+            for steering in policies[:MOST_POLICIES]:
+                torch.manual_seed(0)
+                frames = _env_rollout(agent.steered(steering), self.config, steering.name)
+                if frames is None:
+                    return {}
+                columns.append(frames)
+        return {"rollouts": side_by_side(columns)}
 
     def _figures(
         self, agent: MoEPolicy, facts: Facts, steering: Steering, level: float
@@ -105,8 +109,8 @@ class EnvJudge:
         """
         env = make_env(self.config, level, min(ENVIRONMENTS, self.config.episodes))
         each = -(-self.config.episodes // env.num_envs)
-        torch.manual_seed(self.seed)
-        env.seed(self.seed)
+        torch.manual_seed(0)
+        env.seed(0)
         observation = env.reset()
         played, steps = np.zeros((2, env.num_envs), np.int64)
         figures = []
@@ -146,31 +150,16 @@ def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:
     return forward
 
 
-def env_rollouts(
-    policy: MoEPolicy, config: Config, steerings: Sequence[Steering], seed: int = 0
-) -> bytes | None:
-    """Policies of a PPO run at work, a GIF; None where its environment has no pictures."""
-    columns = []
-    with torch.random.fork_rng(devices=[]):
-        for steering in steerings[:MOST_POLICIES]:
-            torch.manual_seed(seed)
-            frames = _env_rollout(policy.steered(steering), config, steering.name, seed)
-            if frames is None:
-                return None
-            columns.append(frames)
-    return side_by_side(columns)
-
-
-def _env_rollout(policy: MoEPolicy, config: Config, name: str, seed: int) -> Frames | None:
+def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:
     """Frames of one policy with their captions; None where there are no pictures."""
-    settings = config.model_copy(
-        update={"env_settings": config.env_settings | {"render_mode": "rgb_array"}}
-    )
+    if config.env != GRID:
+        drawn = config.env_settings | {"render_mode": "rgb_array"}
+        config = config.model_copy(update={"env_settings": drawn})
     try:
-        env = make_env(settings if config.env != GRID else config, config.oversight, 1)
+        env = make_env(config, config.oversight, 1)
     except UserError:
         return None  # it was made for training, but knows no render_mode
-    env.seed(seed)
+    env.seed(0)
     observation = env.reset()
     tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)
     shown: Frames = []

@@ -48,7 +48,6 @@ class Evaluator:
         discount: per step.
         device: where to compute.
         episodes: per policy and level, where exact evaluation does not apply.
-        seed: of the rollouts.
     """
 
     def __init__(
@@ -57,10 +56,9 @@ class Evaluator:
         discount: float,
         device: torch.device | str = "cpu",
         episodes: int = 20_000,
-        seed: int = 0,
     ) -> None:
         self.config, self.discount, self.device = config, discount, torch.device(device)
-        self.episodes, self.seed = episodes, seed
+        self.episodes = episodes
         world = World(self.config, device=device)
         self.mdp = None if why_not(world) else WorldMDP(world)
         plain = World(self.config.model_copy(update={"spurious_oversight": 0.0}), device=device)
@@ -168,7 +166,7 @@ class Evaluator:
         window's edges. A window starts at a random phase after the first episodes, for worlds
         that mostly time out stay in step with each other.
         """
-        generator = torch.Generator(self.device).manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(0)
         limit, channels = self.config.max_steps, world.noise_channels
         finite = torch.ones(runs, dtype=torch.bool, device=self.device)
         batches = []

@@ -19,12 +19,12 @@ from oversight_rl.agents.methods import METHODS
 from oversight_rl.reports.figures import (
     IMPROVEMENT,
     LEARNING,
-    LEGEND,
     color,
     draw_bands,
     draw_levels,
     draw_scores,
     learning,
+    legend,
     level_axis,
     level_panels,
     new_panels,
@@ -109,7 +109,7 @@ def returns(found: Found) -> Figure:
                       markerfacecolor="none", label=f"{name}, as published")  # fmt: skip
         axes.set_title("next to the paper's figure 6a")
         axes.set_ylabel("window return (the paper's metric)")
-        axes.legend(**LEGEND)
+        legend(axes)
     return figure
 
 

@@ -1,8 +1,9 @@
-"""REINFORCE on the diamond/ghost grid: runs train as one stack and are evaluated exactly."""
+"""REINFORCE on the diamond/ghost grid: runs train as one stack, are evaluated exactly, drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,12 +13,16 @@ from oversight_rl.agents.networks import Agent, new_agent, take_run
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.steering import SteeredPolicy, Steering, expert_names, standard
 from oversight_rl.envs import render
-from oversight_rl.envs.world import World
-from oversight_rl.experiments.oversight import pictures
+from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL
+from oversight_rl.envs.world import State, World
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.runs import OversightRuns
 from oversight_rl.runs.rows import Facts, Row, deployed_row
+
+MOST_POLICIES = 4  # panels in a row; a page shows no more
+FRAMES = 48
+Frames: TypeAlias = list[tuple[render.Picture, str]]
 
 
 class GridJudge:
@@ -40,10 +45,9 @@ class GridJudge:
 
     def pictures(self, agent: Agent, policies: Sequence[Steering]) -> dict[str, bytes]:
         world = World(self.config.world, self.config.oversight)
-        return {
-            "policies": render.png(pictures.policies(agent, world, policies)),
-            "rollouts": pictures.rollouts(agent, world, policies),
-        }
+        arrows = render.png(draw_policies(agent, world, policies))
+        columns = [_rollout(agent, world, policy) for policy in policies[:MOST_POLICIES]]
+        return {"policies": arrows, "rollouts": side_by_side(columns)}
 
 
 class GridRuns(OversightRuns):
@@ -100,3 +104,86 @@ class GridRuns(OversightRuns):
     @classmethod
     def prefix(cls, config: Config) -> str:
         return "agent." if METHODS[config.method].deploys == "last" else "selected.agent."
+
+
+# ---- pictures
+
+
+def placement(world: World, flagged: bool) -> State:
+    """Agents on all cells around one fixed diamond and ghost. Batch shape `[S]`."""
+    rows, cols = world.config.rows, world.config.cols
+    inset = (min(1, rows // 4), min(1, cols // 4))
+    diamond = inset[0] * cols + cols - 1 - inset[1]
+    ghost = (rows - 1 - inset[0]) * cols + inset[1]
+    agent = torch.arange(world.config.cells, device=world.device)
+    flags = torch.full_like(agent, flagged, dtype=torch.bool)
+    return State(
+        agent=agent,
+        diamond=torch.full_like(agent, diamond),
+        ghost=torch.full_like(agent, ghost),
+        diamond_flag=flags,
+        ghost_flag=flags,
+        spurious=flags.new_zeros(world.config.cells, world.config.cells),
+        time=torch.zeros_like(agent),
+    )
+
+
+def draw_policies(agent: Agent, world: World, steerings: Sequence[Steering]) -> render.Picture:
+    """Arrows of each policy of a stack of one run, a column each, unwatched above watched.
+
+    The gate's heat lies below them, where there is a gate.
+    """
+    rows = []
+    for flagged in (False, True):
+        state = placement(world, flagged)
+        observation = world.observe(state)
+        panels, captions = [], []
+        for steering in steerings[:MOST_POLICIES]:
+            chances = SteeredPolicy(agent, steering)(observation).cpu().numpy()
+            heat = None
+            if agent.has_gate:
+                with torch.no_grad():
+                    heat = agent(observation.flatten(1)[None]).gate[0, :, 0].cpu().numpy()
+            shown = state.map(lambda x: x.cpu())[0]
+            panels.append(render.policy(world.config, shown, chances, heat))
+            captions.append(f"{steering.name}, {'watched' if flagged else 'unwatched'}")
+        rows.append(render.panels(panels, captions))
+    return render.stack(rows)
+
+
+def side_by_side(columns: Sequence[Frames]) -> bytes:
+    """A GIF of policies' frames, each with its caption."""
+    joined = []
+    for step in zip(*columns, strict=True):
+        pictures, captions = zip(*step, strict=True)
+        joined.append(render.panels(pictures, captions))
+    return render.gif(joined)
+
+
+def _rollout(agent: Agent, world: World, steering: Steering) -> Frames:
+    """Frames of one policy, with captions that count endings; an episode's last shows its end."""
+    generator = torch.Generator(world.device).manual_seed(0)
+    policy = SteeredPolicy(agent, steering)
+    tally = dict.fromkeys([*BEHAVIORS, "timeout"], 0)
+    shown: Frames = []
+
+    def show(state: State) -> None:
+        count = ", ".join(f"{name} {n}" for name, n in tally.items())
+        picture = render.frame(world.config, state.map(lambda x: x.cpu())[0])
+        shown.append((picture, f"policy: {steering.name}\nreached: {count}"))
+
+    noise = torch.rand(FRAMES, 1, world.noise_channels, generator=generator, device=world.device)
+    starts = world.reset(noise)  # of all episodes, so that every policy meets the same
+    episode, state = 0, starts[0]
+    show(state)
+    while len(shown) < FRAMES:
+        action = policy.act(world.observe(state), generator)
+        state, step = world.step(state, action, starts[episode + 1])
+        if bool(step.seen.terminated | step.seen.truncated):
+            ending = int(step.truth.ending)
+            tally["timeout" if ending == NO_LABEL else BEHAVIORS[ending]] += 1
+            show(step.last)
+            episode += 1
+        if len(shown) < FRAMES:
+            show(state)
+    return shown

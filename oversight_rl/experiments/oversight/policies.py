@@ -46,7 +46,6 @@ class Saved:
 
     @property
     def kind(self) -> type[OversightRuns]:
-        """What kind of runs its run is of."""
         return kind_of(self.config)
 
     def steerings(self, texts: Sequence[str], greedy: bool, temperature: float) -> list[Steering]:
@@ -66,7 +65,6 @@ class Saved:
         return self.kind.judges(config).tables(self.agent, facts, policies, [levels])[0]
 
     def pictures(self, policies: Sequence[Steering]) -> dict[str, bytes]:
-        """Pictures of policies as files, by name."""
         return self.kind.judges(self.config).pictures(self.agent, policies)
 
 
@@ -95,11 +93,7 @@ def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
 
 
 def read(path: Path) -> list[Saved]:
-    """The agents at a path: of a run folder, of a folder of runs by seed, or an exported one.
-
-    Raises:
-        UserError: there is none, or it is damaged or of another kind.
-    """
+    """The agents at a path: of a run folder, of a folder of runs by seed, or an exported one."""
     check_there(path)
     if path.is_dir():
         return [read_run(folder) for folder in open_runs(path)]
@@ -135,12 +129,10 @@ def fill(
     return agent, facts
 
 
-def tensors_of(saved: Saved, prefix: str = PREFIX) -> dict[str, Tensor]:
-    """The parameters of an agent as files have them."""
-    return {
-        f"{prefix}{name}": saved.kind.of_one_run(parameter.detach()).contiguous()
-        for name, parameter in saved.agent.named_parameters()
-    }
+def tensors_of(saved: Saved) -> dict[str, Tensor]:
+    """The parameters of an agent as files of policies have them."""
+    one, parameters = saved.kind.of_one_run, dict(saved.agent.named_parameters())
+    return {f"{PREFIX}{name}": one(p.detach()).contiguous() for name, p in parameters.items()}
 
 
 def write_policy(path: Path, steering: Steering, source: Saved) -> None:
@@ -167,10 +159,7 @@ def read_policy(path: Path) -> Saved:
         about = json.loads(metadata[POLICY])
         config: Any = as_config(about["config"], written=True)
         kind_of(config)
-        fields = about["steering"]
-        for name in ("weights", "ablated"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        steering = _STEERING.validate_python(fields)
+        steering = _STEERING.validate_python(about["steering"])
         facts = int(about["env_steps"]), float(about["wall_seconds"])
         wanted = dict(about["checksums"])
     # UserError: of its settings or its steering

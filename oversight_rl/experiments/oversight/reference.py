@@ -34,17 +34,9 @@ def import_state_dict(
 ) -> RunFolder:
     """Write a run folder with the policy in a state dict of the published code.
 
-    The value net is not part of the published policy; it is left at zero.
-
-    Args:
-        source: a state dict saved by torch; loading executes nothing and accepts tensors only.
-        run_dir: new or empty.
-        oversight: level that it was trained at.
-        method: None: `naive` for one expert, `no_gate` for a constant gate, else `routing`.
-        seed: recorded.
-
-    Raises:
-        UserError: the file or a setting is not what it should be.
+    The value net is not part of the published policy; it is left at zero. A method that is not
+    given is `naive` for one expert, `no_gate` for a constant gate, else `routing`. Loading executes
+    nothing and accepts tensors only; `UserError` if the file or a setting is not what it should be.
     """
     state = _read(source)
     single = f"{SINGLE}.layers.0.weight" in state
@@ -65,16 +57,13 @@ def import_state_dict(
             f"{source}: {trunks[0]}.layers.0.weight has shape {tuple(first.shape)}, not the "
             f"{len(PLANES)} planes of a square grid"
         )
+    hidden = len(first), len(take(f"{trunks[0]}.layers.1.weight"))
     config = Config(
         method=method or ("naive" if single else "routing" if learned else "no_gate"),
         oversight=oversight,
         seeds=(seed,),
         world=WorldConfig(rows=side, cols=side),
-        agent=AgentConfig(
-            hidden=(len(first), len(take(f"{trunks[0]}.layers.1.weight"))),
-            value_activation="none",
-            gate_conv=learned,
-        ),
+        agent=AgentConfig(hidden=hidden, value_activation="none", gate_conv=learned),
     )
     made_by = METHODS[config.method].policy
     if (made_by.experts == "one") != single or (
@@ -85,13 +74,7 @@ def import_state_dict(
 
 
 def _renamed(source: Path, trunks: Sequence[str], take: Callable[[str], Tensor]) -> Tensors:
-    """The published tensors by our names.
-
-    Args:
-        source: their file.
-        trunks: names of experts and gate there; of a gate that learns, the last.
-        take: finds a tensor there.
-    """
+    """The published tensors by our names; `trunks` are experts, and the gate if it learns."""
     tensors = {}
     for kind in ("weight", "bias"):
         for i in range(2):
@@ -150,11 +133,11 @@ def _read(source: Path) -> dict[str, Tensor]:
         raise UserError(f"{source}: cannot read the file ({error.strerror})") from None
     except Exception:  # whatever a damaged archive or program makes zipfile and torch raise
         raise UserError(f"{source}: not a state dict of tensors saved by torch") from None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise UserError(f"{source}: expected a dictionary of tensors")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{source}: expected a dictionary of tensors")
         if (
             tensor.layout != torch.strided
             or not tensor.is_floating_point()
