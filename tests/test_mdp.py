@@ -239,11 +239,13 @@ import resource, torch
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.envs.settings import WorldConfig
-from oversight_rl.evaluation import Evaluator, Subject
+from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.runs.rows import Facts
 from oversight_rl.agents.steering import standard
 agent = Agent(AgentConfig(hidden=(128, 128)), (4, 8, 8), 4, 1, generators=[torch.Generator()])
 evaluator = Evaluator(WorldConfig(rows=8, cols=8), 0.97)
-rows = evaluator.evaluate(agent, [Subject("routing", 0, 0.1)], standard(2)[:1], [[0.1]])[0]
+facts = [Facts("routing", 0, 0.1)]
+rows = evaluator.evaluate(agent.prepare(), facts, standard(2)[:1], [[0.1]], "diamond")[0]
 assert rows[0].evaluator == "exact"
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """

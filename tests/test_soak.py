@@ -1,5 +1,6 @@
 """The soak kills runs of every learner, and of all that learners keep between updates."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def kept(algo, method):
 @pytest.mark.parametrize("algo", KINDS)
 def test_all_that_is_kept_is_killed(algo):
     presets = {"smoke": "reinforce", "minigrid": "ppo"}
-    flags = [dict(zip(words, words[1:], strict=False)) for words in soak.VARIANTS]
+    flags = [dict(pairwise(words)) for words in soak.VARIANTS]
     killed = {
         words.get("--method", KINDS[algo].default_method)
         for words in flags
