@@ -178,7 +178,8 @@ class _Training:
         healthy = self.watch.look(learner.updates, learner.numbers())
         with torch.no_grad():
             for now, was in zip(learner.learned() if skips else [], before, strict=True):
-                now.copy_(torch.where(healthy.view(-1, *[1] * (now.ndim - 1)), now, was))
+                well = healthy.to(now.device)  # Adam may count on the CPU
+                now.copy_(torch.where(well.view(-1, *[1] * (now.ndim - 1)), now, was))
 
     @contextmanager
     def _saying_where(self) -> Iterator[None]:
