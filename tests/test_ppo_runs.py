@@ -512,7 +512,7 @@ def test_runs_of_which_no_episode_times_out_are_read(ends, tmp_path, capsys):
     assert len(rows) > 8
     assert {row.figures["p_timeout"] for row in rows} == {0.0}
     shown = capsys.readouterr().out
-    assert {"wanted", "unwanted"} <= set(shown.split())
+    assert {"right", "left", "down"} <= set(shown.split())
     assert "diamond" not in shown
     assert "-0.0%" not in shown
 
