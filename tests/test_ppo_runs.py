@@ -12,18 +12,22 @@ import pytest
 import torch
 import yaml
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oversight_rl import ppo_training
+from oversight_rl import load_policy
 from oversight_rl.agents.steering import keep
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
-from oversight_rl.evaluation import Subject
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.rollouts import EnvEvaluator
+from oversight_rl.experiments.oversight.environments import EnvJudge, PPORuns, new_learner
+from oversight_rl.experiments.oversight.policies import read, tensors_of
 from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.loop import _Training
+from oversight_rl.runs.rows import Facts
 from oversight_rl.settings import EvaluationConfig
 
 ROOT = Path(__file__).parent.parent
@@ -59,10 +63,9 @@ def timeless(path):
 
 
 def tensors(path):
-    folder, config = RunFolder.open(path), load_config(path / "config.yaml")
-    like = checkpoint.agent_like(config, "policy.")
-    newest = checkpoint.updates(folder.checkpoints)[-1]
-    return newest, checkpoint.load(folder.checkpoints, newest, like)[0]
+    """Update of the newest checkpoint, and the policy's parameters in it."""
+    (saved,) = read(path)
+    return checkpoint.updates(path / "checkpoints")[-1], tensors_of(saved, "policy.")
 
 
 def test_a_run_leaves_the_same_things_as_the_grids(run):
@@ -104,18 +107,24 @@ class Asked(Exception):
     pass
 
 
+def stopped_at_the_third_asking(monkeypatch, arguments):
+    """Train until the loop asks whether to stop the third time; its exit code."""
+    asked, honest = iter([False, False, True]), _Training.__init__
+
+    def init(self, runs, folders, console, stopping):
+        honest(self, runs, folders, console, lambda: next(asked, False))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Training, "__init__", init)
+        with pytest.raises(SystemExit) as stop:
+            train(arguments)
+    return stop.value.code
+
+
 def test_a_resumed_classifier_of_endings_goes_on(tiny, tmp_path, monkeypatch):
     arguments = ["--config", tiny, "--method", "imputed_routing", "--run-dir"]
     train([*arguments, str(tmp_path / "whole")])
-    asked, honest = iter([False, False, True]), ppo_training._Recorder.__init__
-
-    def init(self, config, folder, console, stopping):
-        honest(self, config, folder, console, lambda: next(asked, False))
-
-    monkeypatch.setattr(ppo_training._Recorder, "__init__", init)
-    with pytest.raises(SystemExit):
-        train([*arguments, str(tmp_path / "run")])
-    monkeypatch.undo()
+    stopped_at_the_third_asking(monkeypatch, [*arguments, str(tmp_path / "run")])
     train(["--resume", str(tmp_path / "run")])
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     names = {name.split(".")[1] for name in tensors(tmp_path / "run")[1]}
@@ -124,14 +133,14 @@ def test_a_resumed_classifier_of_endings_goes_on(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(run, tiny, tmp_path, monkeypatch, stop_at):
-    path, honest = tmp_path / "run", ppo_training._Recorder._on_rollout_start
+    path, honest = tmp_path / "run", _Training._update
 
     def killed(self):
-        honest(self)
-        if self.updates == stop_at:
+        if self.learner.updates == stop_at:
             raise Asked
+        honest(self)
 
-    monkeypatch.setattr(ppo_training._Recorder, "_on_rollout_start", killed)
+    monkeypatch.setattr(_Training, "_update", killed)
     with pytest.raises(Asked):
         train(["--config", tiny, "--run-dir", str(path), "--pictures"])
     monkeypatch.undo()
@@ -144,17 +153,9 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(run, tiny, tmp_path, monkey
 
 
 def test_asked_to_stop_it_saves_and_goes_on(run, tiny, tmp_path, monkeypatch):
-    path, asked = tmp_path / "run", iter([False, False, True])
-    honest = ppo_training._Recorder.__init__
-
-    def init(self, config, folder, console, stopping):
-        honest(self, config, folder, console, lambda: next(asked, False))
-
-    monkeypatch.setattr(ppo_training._Recorder, "__init__", init)
-    with pytest.raises(SystemExit) as stop:
-        train(["--config", tiny, "--run-dir", str(path), "--pictures"])
-    assert stop.value.code == 130
-    monkeypatch.undo()
+    path = tmp_path / "run"
+    arguments = ["--config", tiny, "--run-dir", str(path), "--pictures"]
+    assert stopped_at_the_third_asking(monkeypatch, arguments) == 130
     assert checkpoint.updates(path / "checkpoints") == [0, 2]
     train(["--resume", str(path)])
     assert timeless(path) == timeless(run)
@@ -191,12 +192,30 @@ def test_evaluate_steers_exports_and_draws(run, tmp_path, capsys):
     assert again["ground_truth_return"] == trained["ground_truth_return"]
 
 
+def test_a_run_is_a_policy_that_predicts(run, tmp_path):
+    policy = load_policy(run)
+    assert policy.steering.name == "diamond"
+    env = gym.make("MiniGrid-DiamondGhost-5x5-v0")
+    observation, _ = env.reset(seed=0)
+    action, _ = policy.predict(observation["image"], deterministic=True)
+    assert env.action_space.contains(int(action))
+    chances = policy.get_distribution(policy.obs_to_tensor(observation["image"])[0])
+    assert action == chances.distribution.probs.argmax()
+    main(["evaluate", str(run), "--steer", "ghost", "--export", str(tmp_path / "ghost")])
+    exported, ghost = load_policy(tmp_path / "ghost"), policy.steer("ghost")
+    assert exported.steering.name == ghost.steering.name == "ghost"
+    many = np.stack([observation["image"]] * 100)
+    torch.manual_seed(0)
+    drawn, _ = ghost.predict(many)
+    torch.manual_seed(0)
+    assert np.array_equal(exported.predict(many)[0], drawn)
+
+
 def test_rollouts_agree_with_a_plain_loop(run):
-    saved = RunFolder.open(run).load()
-    config, subject = saved.config, Subject("routing", 0, 0.5)
-    (row,) = EnvEvaluator(config, 2000).evaluate(
-        saved.agent, [subject], [keep("diamond", 2)], [[0.5]]
-    )[0]
+    (saved,) = read(run)
+    config, facts = saved.config, [Facts("routing", 0, 0.5)]
+    many = config.model_copy(update={"evaluation": EvaluationConfig(episodes=2000)})
+    ((row,),) = EnvJudge(many).tables(saved.agent, facts, [keep("diamond", 2)], [[0.5]])
     env = gym.make(config.env, oversight=0.5)
     policy, returns, wanted = saved.agent.steer("diamond"), [], 0
     torch.manual_seed(0)
@@ -209,9 +228,10 @@ def test_rollouts_agree_with_a_plain_loop(run):
             steps, done = steps + 1, terminated or truncated
         returns.append(0.97 ** (steps - 1) * info.get("ground_truth_reward", 0.0))
         wanted += info.get("behavior") == "diamond"
-    error = math.hypot(row.return_se, np.std(returns) / 300**0.5)
-    assert abs(row.ground_truth_return - np.mean(returns)) < 4 * error
-    assert abs(row.p_diamond - wanted / 300) < 4 * (0.25 / 300) ** 0.5
+    found = row.figures
+    error = math.hypot(found["return_se"], np.std(returns) / 300**0.5)
+    assert abs(found["ground_truth_return"] - np.mean(returns)) < 4 * error
+    assert abs(found["p_diamond"] - wanted / 300) < 4 * (0.25 / 300) ** 0.5
 
 
 def test_sweeps_and_reports_take_ppo_runs(tmp_path, capsys):
@@ -266,12 +286,100 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
     path = tmp_path / "run"
     train([*LAMP, "--run-dir", str(path)])
     rows = json.loads((path / "result.json").read_text())
+    ends = {"p_on", "p_off", "p_timeout", "p_on_flagged", "p_off_flagged"}
+    for names in (rows[0], pd.read_csv(path / "metrics.csv")):
+        assert {name for name in names if name.startswith("p_")} == ends
+        assert not {"window_return", "p_ghost_on_path"} & set(names)
+    assert {row["policy"] for row in rows if row["deployed"]} == {"on"}
+    log = EventAccumulator(str(path)).Reload()
+    tags = {tag.split("/")[1] for tag in log.Tags()["scalars"] if tag.startswith("evaluation/")}
+    assert tags == {"return", "p_on", "p_off", "p_timeout", "steps"}
     assert {row["policy"] for row in rows if "=" not in row["policy"]} == {"mixture", "on", "off"}
     assert "on (deployed)" in capsys.readouterr().out
     main(["evaluate", str(path), "--steer", "on"])
     main(["report", str(tmp_path)])
     (path / "result.json").unlink()
     train(["--resume", str(path)])
+
+
+class Spoilt(Lamp):
+    """A lamp of which a reward, or the start of an episode, is not a number once."""
+
+    def __init__(self, oversight=0.5, what="reward", at=13):
+        super().__init__(oversight)
+        self.what, self.left = what, at
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        if self.what == "start" and self.left == 0:
+            self.left, observation = -1, observation + np.float32(np.nan)
+        return observation, info
+
+    def step(self, action):
+        self.left -= 1
+        observation, reward, *rest = super().step(action)
+        return observation, np.nan if self.what == "reward" and self.left == 0 else reward, *rest
+
+
+gym.register("Spoilt-v0", Spoilt)
+SPOILT = ["--env", "Spoilt-v0", *LAMP[2:], "--evaluation.every", "1", "--env-settings", "what"]
+BAD = {"reward": "environment's reward", "start": "policy's output"}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_an_update_with_a_bad_number_stops_the_run(tmp_path, capsys, what):
+    with pytest.raises(SystemExit) as stop:
+        train([*SPOILT, what, "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    (told,) = (x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: "))
+    assert f"update 2: the {BAD[what]} is nan; stopped there" in told
+    assert "the checkpoint of update 1 is kept (on_nan: skip" in told
+    assert checkpoint.updates(tmp_path / "run/checkpoints") == [0, 1]
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("method", ["routing", "imputed_routing", "reward_model"])
+def test_an_update_with_a_bad_number_is_left_out(tmp_path, capsys, what, method):
+    """Nothing is learned from it, nor is it remembered in what the next updates learn from."""
+    path = tmp_path / "run"
+    flags = ["--on-nan", "skip", "--method", method, "--run-dir", str(path)]
+    train([*SPOILT, what, *flags])
+    assert capsys.readouterr().out.count(f"update 2: the {BAD[what]} is nan; left out") == 1
+    assert (path / "result.json").exists()
+    config = load_config(path / "config.yaml")
+    training = _Training(PPORuns([config]), [], Console(quiet=True), lambda: False)
+    for update in (1, 2, 3):
+        before = [x.clone() for x in training.learner.learned()]
+        training._update()
+        after = training.learner.learned()
+        same = [torch.equal(x, y) for x, y in zip(before, after, strict=True)]
+        assert all(same) if update == 2 else not any(same[:3])
+    state = training.learner.state()
+    assert all(x.isfinite().all() for x in state.values())
+    assert {"policy.task_square", "adam.step.agent.head.weight"} <= set(state)
+    ended = checkpoint.load(path / "checkpoints", 4, state)[0]
+    training._update()
+    assert all(torch.equal(x, ended[name]) for name, x in training.learner.state().items())
+
+
+def named(*behaviors):
+    """A lamp whose behaviors have these names."""
+    return type("Named", (Lamp,), {"behaviors": behaviors})
+
+
+@pytest.mark.parametrize(
+    "behaviors", [("on", "timeout"), ("on", "on_flagged"), ("on", "off\nand on")]
+)
+def test_behaviors_after_which_figures_cannot_be_named_are_refused(
+    tmp_path, capsys, monkeypatch, behaviors
+):
+    monkeypatch.setitem(gym.registry, "Named-v0", EnvSpec("Named-v0", named(*behaviors)))
+    with pytest.raises(SystemExit) as stop:
+        train(["--env", "Named-v0", *LAMP[2:], "--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "behaviors must give figures names of their own" in told
+    assert not (tmp_path / "run").exists()
 
 
 # ---- what is refused
@@ -292,7 +400,6 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
          "world: is OversightGrid-v0's"),
         (["--env", "MiniGrid-DiamondGhost-5x5-v0", "--algo", "ppo",
           "--env-settings", "oversight", "0.2"], "env_settings: leave that to oversight"),
-        (["--algo", "ppo", "--on-nan", "skip"], "must be stop"),
         (["--algo", "ppo", "--ppo.worlds", "4096", "--ppo.steps", "8192"], "at most 16,777,216"),
         (["--algo", "ppo", "--agent.hidden", "16384", "16384"], "parameters"),
         (["--algo", "ppo", "--ppo.worlds", "0"], "ppo.worlds"),
@@ -323,12 +430,9 @@ def test_damaged_checkpoints_are_refused(run, tmp_path, capsys):
 
 
 def checkpoint_of_all(path):
-    config = load_config(path / "config.yaml")
-    model = ppo_training.make_model(config)
-    model._last_obs = model.env.reset()
-    model._last_episode_starts = np.ones(8, bool)
+    like = new_learner(load_config(path / "config.yaml")).state()
     newest = checkpoint.updates(path / "checkpoints")[-1]
-    return checkpoint.load(path / "checkpoints", newest, ppo_training._tensors(model))
+    return checkpoint.load(path / "checkpoints", newest, like)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +467,7 @@ def test_numbers_that_go_bad_stop_the_run(tiny, tmp_path, capsys):
                "--method", "routing"])  # fmt: skip
     assert stop.value.code == 2
     told = capsys.readouterr().err
-    assert "update 2: the policy's output is not finite; stopped" in told  # 1 has one minibatch
+    assert "update 2: the policy's output is nan; stopped" in told  # 1 has one minibatch
     assert checkpoint.updates(tmp_path / "r" / "checkpoints") == [0]
 
 
@@ -405,7 +509,7 @@ def test_runs_of_which_no_episode_times_out_are_read(ends, tmp_path, capsys):
     train([*ENDS, str(tmp_path / "r"), "--evaluation.episodes", "49"])
     rows = RunFolder.open(tmp_path / "r").result()
     assert len(rows) > 8
-    assert {row.p_timeout for row in rows} == {0.0}
+    assert {row.figures["p_timeout"] for row in rows} == {0.0}
     shown = capsys.readouterr().out
     assert {"wanted", "unwanted"} <= set(shown.split())
     assert "diamond" not in shown

@@ -52,6 +52,7 @@ def make_run(path, method, level, seed, value, settings=None, behaviors=("diamon
         deployed = policy in (first, "single")
         found = {
             "ground_truth_return": value if deployed else -value,
+            "return_se": 0.0,
             **{f"p_{first}": 0.8, f"p_{second}": 0.15, "p_timeout": 0.05},
             **{f"p_{first}_flagged": 0.25, f"p_{second}_flagged": 0.1, "episode_length": 7.0},
             **({"p_ghost_on_path": 0.05, "window_return": value / 2} if on_grid else {}),

@@ -227,7 +227,7 @@ def threads(monkeypatch):
     watch(ReinforceLearner, "update")
     watch(RoutedPPO, "train")
     watch(Evaluator, "evaluate")
-    watch(EnvJudge, "tables")
+    watch(EnvJudge, "_figures")
     yield seen
     assert told[-1] == 7
 

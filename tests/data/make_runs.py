@@ -13,8 +13,8 @@ from pathlib import Path
 OUT = Path(sys.argv[1])
 SMALL = ["--no-pictures", "--device", "cpu", "--agent.hidden", "8", "--evaluation.every", "2",
          "--evaluation.oversight", "0.1"]  # fmt: skip
-GRID = [*SMALL, "--training.updates", "4", "--training.worlds", "32", "--training.steps", "16",
-        "--world.rows", "3", "--world.cols", "3", "--training.gate-replay", "32"]  # fmt: skip
+GRID = [*SMALL, "--reinforce.updates", "4", "--reinforce.worlds", "32", "--reinforce.steps", "16",
+        "--world.rows", "3", "--world.cols", "3", "--reinforce.gate-replay", "32"]  # fmt: skip
 PPO = [*SMALL, "--algo", "ppo", "--ppo.updates", "4", "--ppo.worlds", "8", "--ppo.steps", "16",
        "--ppo.batch-size", "64", "--ppo.gate-replay", "32", "--evaluation.episodes", "20",
        "--oversight", "0.5"]  # fmt: skip

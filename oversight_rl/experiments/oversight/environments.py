@@ -63,12 +63,9 @@ class EnvJudge:
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
         with torch.random.fork_rng(devices=[]):
-            return [
-                [
-                    policy_row(own, p, x, self._figures(agent, own, p, x), deployed, "rollout")
-                    for p, x in product(policies, at)
-                ]
-            ]
+            cells = product(policies, at)
+            found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
+        return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
         columns = []
@@ -251,7 +248,7 @@ def new_learner(config: Config) -> PPOLearner:
     """A fresh learner of a run; `UserError` if PPO cannot train in its environment."""
     env = make_env(config, config.oversight, config.ppo.worlds)
     with _refusing(config):
-        return PPOLearner(
+        learner = PPOLearner(
             config.ppo,
             config.agent,
             env,
@@ -261,6 +258,15 @@ def new_learner(config: Config) -> PPOLearner:
             device=config.torch_device(),
             curves_every=LOG_EVERY,
         )
+        _check_names(learner.policy.behaviors)
+    return learner
+
+
+def _check_names(behaviors: Sequence[str]) -> None:
+    """Refuse behaviors after which figures cannot be named."""
+    figures = [f"p_{name}{part}" for name in behaviors for part in ("", "_flagged")]
+    if len({*figures, "p_timeout"}) <= len(figures) or not "".join(behaviors).isprintable():
+        raise ValueError(f"behaviors must give figures names of their own, got {behaviors}")
 
 
 @contextmanager
