@@ -1,6 +1,7 @@
 """What a training loop knows of a learner, and how learners read what was saved of their runs."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -51,8 +52,9 @@ class Learner(Protocol):
         """Steps taken by each run so far, in looks between updates too; here, there are none."""
         return self.updates * self.steps
 
+    @abstractmethod
     def update(self) -> None:
-        """One update of every run; numbers that go bad do not raise, see `numbers`."""
+        """One update of every run, counted; numbers that go bad do not raise, see `numbers`."""
 
     def curves(self) -> list[dict[str, float]]:
         """Points of the training curves after an update, for each run; here, none."""
@@ -66,6 +68,7 @@ class Learner(Protocol):
         flat = [tensor.detach().reshape(self.runs, -1) for tensor in self.learned()]
         return {f"tensor {i} learned": tensor.norm(dim=-1) for i, tensor in enumerate(flat)}
 
+    @abstractmethod
     def learned(self) -> list[Tensor]:
         """All that learning changes in place (parameters, moments), `[R, ...]` each.
 

@@ -51,14 +51,8 @@ class Overseer:
 def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[list[float]]:
     """Routes of labeled episodes: each behavior trains the expert of the same index alone.
 
-    Args:
-        experts: number of experts K, at least `behaviors`.
-        behaviors: number of behaviors that labels tell apart.
-        other: weight of the gradient into the other experts (0 in the paper).
-
-    Returns:
-        `[behaviors][K + 1]` weights; the last column is the gate, which a labeled episode teaches
-        through the gate loss and not through the policy loss.
+    `[behaviors][K + 1]` weights, of the gradient into the `other` experts too (0 in the paper); the
+    last is the gate's, which a labeled episode teaches through the gate loss, not the policy loss.
     """
     own = range(behaviors)
     return [[1.0 if k == b else other for k in range(experts)] + [0.0] for b in own]
@@ -323,12 +317,8 @@ def tables(
 ) -> MethodTables:
     """The tables of one method and overseer per run.
 
-    Args:
-        names: keys of METHODS, one per run.
-        overseers: one per run.
-        experts: number of experts K of the stack.
-        device: where the tensors live.
-        behaviors: that labels tell apart; the first is wanted, all others are as ghosts.
+    The stack has K experts; of the behaviors that labels tell apart the first is wanted, all others
+    are as ghosts.
 
     Raises:
         ValueError: a method's rewards depend on labels that its overseer does not give.
@@ -381,17 +371,9 @@ def outcomes(
     """The outcome of the episode that each sample belongs to, and the steps left until its end.
 
     A label is known at an episode's end only, and is written back to all of its steps. Only runs
-    of oracle methods look at the truth.
-
-    Args:
-        seen: what the learner sees of each step, `[R, T, N]`.
-        truth: how episodes ended.
-        uniform: in [0, 1), decides which labels go missing or wrong, `[R, T, N]`.
-        methods: of the R runs.
-
-    Returns:
-        outcome `[R, T, N]`, and steps `[R, T, N]` from the sample to its episode's last step, or
-        to the end of the window where the episode is unfinished.
+    of oracle methods look at the truth; `uniform`, in [0, 1), decides which labels go missing or
+    wrong. Steps are those to the episode's last, or to the window's end where it is unfinished. All
+    are `[R, T, N]`.
     """
     import torch  # takes a second to load
 

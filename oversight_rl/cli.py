@@ -210,14 +210,12 @@ def evaluate(
 
     rows: list[Row] = []
     loaded = read(run_dir)
-    if export is not None and len(loaded) > 1:
-        raise UserError("--export: takes one run and one --steer")
     if pictures is not None and len(loaded) > 1:
         raise UserError("--pictures: takes one run")
-    for saved in loaded:
-        policies = saved.steerings(steer, greedy, temperature)
-        if export is not None and len(policies) > 1:
-            raise UserError("--export: takes one run and one --steer")
+    asked = [(saved, saved.steerings(steer, greedy, temperature)) for saved in loaded]
+    if export is not None and sum(len(policies) for _, policies in asked) > 1:
+        raise UserError("--export: takes one run and one --steer")
+    for saved, policies in asked:
         with on_threads(saved.config.threads):
             rows += saved.rows(policies, oversight)
             if pictures is not None:
@@ -330,10 +328,10 @@ def print_summary(
     tables: Sequence[Sequence[Row]], kind: type[Experiment], console: Console
 ) -> None:
     """The table at the training level: means over the runs, and the score's range."""
-    every = [row for row in itertools.chain(*tables) if "=" not in row.policy]
+    every = [row for row in itertools.chain(*tables) if row.deployed or "=" not in row.policy]
     rows = [row for row in every if row.deploy_oversight == row.train_oversight]
     shown = kind.shown(list(rows[0].figures))
-    headings = {name: short for short, name in shown.items()}
+    headings = {kind.score: kind.score} | {name: short for short, name in shown.items()}
     others = [name for name in shown.values() if name != kind.score]
     several, greedy = len(tables) > 1, any(row.greedy for row in rows)
     table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
@@ -341,7 +339,7 @@ def print_summary(
         table.add_column(heading, justify="right")
     for name in others:
         table.add_column(headings[name].removeprefix("p_"), justify="right")
-    for policy in dict.fromkeys(row.policy for row in rows):
+    for policy in dict.fromkeys(row.policy for row in rows if not row.greedy):
         sampled = [row for row in rows if row.policy == policy and not row.greedy]
         scores = [row.figures[kind.score] for row in sampled]
         taken = [row.figures[kind.score] for row in rows if row.policy == policy and row.greedy]

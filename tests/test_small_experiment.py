@@ -1,22 +1,29 @@
 """An experiment that has no behaviors: commands, files, curves, sweeps and reports take it."""
 
 import json
+import math
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import small_experiment
+import torch
 import yaml
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from oversight_rl.agents.learner import Learner
 from oversight_rl.cli import main, train
+from oversight_rl.envs.settings import Settings, UserError
 from oversight_rl.kinds import KINDS
 from oversight_rl.reports import page
 from oversight_rl.reports.figures import STANDARD, draw_levels, new_panels
 from oversight_rl.reports.gather import Part
+from oversight_rl.runs.rows import Row
 from oversight_rl.sweeps.drive import sweep
 from oversight_rl.sweeps.plan import load_sweep
 from oversight_rl.sweeps.workers import work
@@ -38,6 +45,15 @@ def in_here():
         return done
 
     yield submit
+
+
+def refused(capsys, command, args):
+    """Run a command that must fail: exit code 2 and one line, returned."""
+    with pytest.raises(SystemExit) as stop:
+        command([str(a) for a in args])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def test_it_is_trained_and_goes_on(tmp_path, capsys):
@@ -119,3 +135,72 @@ def test_runs_of_another_kind_are_left_out_of_a_report_and_named(tmp_path):
     assert found.names == ["careful"]
     (line,) = found.missing
     assert line.startswith("Left out: b and 1 more, of another kind of experiment than a;")
+
+
+def test_rows_that_could_not_be_read_again_are_refused_at_once(tmp_path, capsys, monkeypatch):
+    """Not after a whole training, by the report."""
+    known = {"height": 1.0, "east": 2.0}
+    wrong = {
+        "height cannot be nan": [{"height": math.nan}],
+        "height is missing": [{"east": 1.0}],
+        "p_up cannot be 3.0": [known | {"p_up": 3.0}],
+        "east cannot be inf": [known | {"east": math.inf}],
+        "a figure cannot be called 'seed'": [known | {"seed": 1.0}],
+        r"a figure cannot be called 'a\nb'": [known | {"a\nb": 1.0}],
+        "rows of other figures: height": [known, {"height": 1.0}],
+        "of the deployed policy as trained, got 2": [known, known],
+        "of the deployed policy as trained, got 0": [],
+    }
+    for i, (why, tables) in enumerate(wrong.items()):
+        monkeypatch.setattr(
+            small_experiment.Climb,
+            "evaluate",
+            lambda self, facts, tables=tables: [[Row.of(facts[0], "a", x) for x in tables]],
+        )
+        path = tmp_path / str(i)
+        assert why in refused(capsys, train, ["--algo", "climb", "--run-dir", path])
+        assert not (path / "result.json").exists()
+
+
+def test_a_method_that_is_none_and_settings_without_updates_are_refused(tmp_path, capsys):
+    config = small_experiment.ClimbConfig().model_copy(update={"method": "carefull"})
+    with pytest.raises(UserError, match="got 'carefull'; did you mean 'careful'"):
+        small_experiment.Climb.try_out(config)
+    config = config.model_copy(update={"method": "careful", "climb": Settings()})
+    with pytest.raises(UserError, match="climb: must be settings that say how many updates"):
+        small_experiment.Climb.try_out(config)
+
+
+def test_methods_need_not_assume_and_policies_may_have_any_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        small_experiment.Climb, "methods", {"careful": SimpleNamespace(summary="climbs")}
+    )
+    monkeypatch.setattr(
+        small_experiment.Climb,
+        "evaluate",
+        lambda self, facts: [
+            [
+                Row.of(facts[0], "k=1 [best]", {"height": np.float32(1), "east": torch.ones(())}),
+                Row.of(facts[0], "b", {"height": 2, "east": 1}, greedy=True, deployed=False),
+            ]
+        ],
+    )
+    train(["--algo", "climb", "--run-dir", str(tmp_path / "run")])
+    main(["report", str(tmp_path)])
+    assert "k=1" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "summary.csv")["assumes"].tolist() == ["labels"]
+
+
+def test_a_learner_without_its_update_is_not_made():
+    class Idle(Learner):
+        def learned(self):
+            return []
+
+    with pytest.raises(TypeError, match="update"):
+        Idle()
+
+
+def test_a_sweep_says_where_shared_settings_stand(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text("algo: climb\ngrid: {seeds: [0]}\n")
+    line = refused(capsys, main, ["sweep", tmp_path / "s.yaml", "--out", tmp_path / "out"])
+    assert "unknown setting sweep.algo (what all runs share stands under settings)" in line

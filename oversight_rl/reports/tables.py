@@ -26,7 +26,7 @@ def summary(found: Found) -> pd.DataFrame:
         lines.append(
             {
                 "method": name,
-                "assumes": found.kind.methods[found.methods[name]].assumes,
+                "assumes": getattr(found.kind.methods[found.methods[name]], "assumes", ALONE),
                 "train_oversight": level,
                 "n_seeds": len(rows),
                 "iqm": estimate.value,

@@ -8,8 +8,9 @@ from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from oversight_rl.agents.learner import Learner
+from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.kinds import KINDS
-from oversight_rl.runs.rows import Facts, Row
+from oversight_rl.runs.rows import Facts, Row, check_row, deployed_row
 from oversight_rl.settings import RunConfig
 
 LOG_EVERY = 10  # updates between points of the training curves
@@ -31,7 +32,7 @@ class Experiment(ABC):
     error: ClassVar[str | None] = None
     """The figure that says the score's standard error, if one does."""
     methods: ClassVar[Mapping[str, Any]]
-    """What can be trained with, by name: what has a `summary`, and says what it `assumes`."""
+    """What can be trained with, by name: what has a `summary`, and `assumes` (labels, if not)."""
     report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
     """What its reports hold, a `reports.gather.Report` as `module:NAME`, loaded when it is used."""
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
@@ -61,7 +62,22 @@ class Experiment(ABC):
     @classmethod
     def try_out(cls, config: Any) -> None:
         """Refuse, by `UserError`, what cannot be trained here, before anything is written."""
+        if (name := config.method) not in cls.methods:
+            known = f"must be one of {', '.join(cls.methods)}, got {name!r}"
+            raise UserError(f"method: {known}{nearest(name, cls.methods)}")
+        if not hasattr(getattr(config, config.algo, None), "updates"):
+            raise UserError(f"{config.algo}: must be settings that say how many updates there are")
         config.torch_device()
+
+    @classmethod
+    def check(cls, rows: Sequence[Row]) -> None:
+        """Refuse, by `ValueError`, a table that says what cannot be."""
+        others = {figure for figure in (cls.optimum, cls.error) if figure}
+        for row in rows:
+            check_row(row, cls.methods, cls.score)
+            if row.figures.keys() != rows[0].figures.keys() or not row.figures.keys() >= others:
+                raise ValueError(f"rows of other figures: {', '.join(row.figures)}")
+        deployed_row(rows)
 
     @classmethod
     def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:

@@ -162,9 +162,7 @@ class RunFolder:
 
     def result(self) -> list[Row]:
         """The rows of a finished run; `UserError` if there are none yet, or they are damaged."""
-        kind = experiment_of(self.config())
-        others = [figure for figure in (kind.optimum, kind.error) if figure]
-        return read_rows(self.path / RESULT, kind.methods, kind.score, others)
+        return read_rows(self.path / RESULT, experiment_of(self.config()).check)
 
     def load(self, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and facts of the newest checkpoint, see `checkpoint.load`."""

@@ -160,7 +160,7 @@ class _Training:
                         self._draw()
                     self._save()
                     self._start_watch()
-        tables = self.runs.final(self._facts())
+        tables = self._found(self.runs.final)
         for config, folder, rows in zip(self.runs.configs, self.folders, tables, strict=True):
             folder.finish(config, rows, type(self.runs))
         return tables
@@ -227,11 +227,21 @@ class _Training:
 
     def _evaluate(self) -> None:
         self.progress.update(self.task, note="evaluating")
-        with self._saying_where():
-            tables = self.runs.evaluate(self._facts())
+        tables = self._found(self.runs.evaluate)
         for folder, rows in zip(self.folders, tables, strict=True):
             folder.log_rows(self.learner.updates, rows, type(self.runs))
         self.progress.update(self.task, note=self._note(tables))
+
+    def _found(self, judge: Callable[[Sequence[Facts]], list[list[Row]]]) -> list[list[Row]]:
+        """The table of each run, refused if it could not be read again."""
+        with self._saying_where():
+            tables = judge(self._facts())
+            try:
+                for rows in tables:
+                    self.runs.check(rows)
+            except ValueError as error:
+                raise UserError(f"cannot report: {error}") from None
+        return tables
 
     def _note(self, tables: Sequence[Sequence[Row]]) -> str:
         """The scores of policies, averaged over the stack's runs, and the best that can be."""

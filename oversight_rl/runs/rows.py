@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Row(Facts):
     def of(cls, facts: Facts, policy: str, figures: Mapping[str, float], **others: Any) -> Row:
         """A row of a run, at its training level if `others` name none."""
         known = vars(facts) | {"deploy_oversight": facts.train_oversight} | others
-        return cls(policy=policy, figures=dict(figures), **known)
+        return cls(policy=policy, figures={k: float(v) for k, v in figures.items()}, **known)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -65,14 +65,17 @@ BEFORE = ("method", "seed", "train_oversight", "deploy_oversight", "policy", "de
           "temperature")  # fmt: skip
 AFTER = ("evaluator", "env_steps", "wall_seconds")
 FACTS = BEFORE + AFTER
+TAKEN = {*FACTS, "update", "name", "level", "run"}  # columns of tables beside the figures
 _ROW = TypeAdapter(Row)  # checks the types of what is read
 
 
 def deployed_row(rows: Sequence[Row]) -> Row:
     """The row of the deployed policy, sampled, at the training oversight level."""
     as_trained = (row for row in rows if row.deploy_oversight == row.train_oversight)
-    (match,) = (row for row in as_trained if row.deployed and not row.greedy)
-    return match
+    found = [row for row in as_trained if row.deployed and not row.greedy]
+    if len(found) != 1:
+        raise ValueError(f"one row must be of the deployed policy as trained, got {len(found)}")
+    return found[0]
 
 
 def deployed_before(policies: Sequence[str]) -> str | None:
@@ -85,20 +88,13 @@ def deployed_before(policies: Sequence[str]) -> str | None:
     return names[place] if place < len(names) else None
 
 
-def read_rows(path: Path, methods: Container[str], score: str, others: Sequence[str]) -> list[Row]:
-    """The rows of a JSON file; `UserError` if it is no list of rows, or says what cannot be.
-
-    A run can be of these methods; the score is a figure that must be known, others must be there.
-    """
+def read_rows(path: Path, check: Callable[[Sequence[Row]], None]) -> list[Row]:
+    """The rows of a JSON file; `UserError` if it is no list of rows, or they fail the check."""
     records = read_json(path, MOST_RESULT)
     try:
         before = deployed_before([record["policy"] for record in records])
         rows = [_row(record, before) for record in records]
-        for row in rows:
-            _check(row, methods, score)
-            if row.figures.keys() != rows[0].figures.keys() or not row.figures.keys() >= {*others}:
-                raise ValueError(f"rows of other figures: {', '.join(row.figures)}")
-        deployed_row(rows)
+        check(rows)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path}: not a readable result ({error})") from None
     return rows
@@ -111,7 +107,10 @@ def _row(record: Mapping[str, Any], deployed: str | None) -> Row:
     return _ROW.validate_python(facts | {"figures": known})
 
 
-def _check(row: Row, methods: Container[str], score: str) -> None:
+def check_row(row: Row, methods: Container[str], score: str) -> None:
+    """Refuse, by `ValueError`, what cannot be, of runs of these methods with a known score."""
+    if odd := [name for name in row.figures if name in TAKEN or not name.isprintable()]:
+        raise ValueError(f"a figure cannot be called {odd[0]!r}")
     if score not in row.figures:
         raise ValueError(f"{score} is missing")
     for name, value in row.record.items():

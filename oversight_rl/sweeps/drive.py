@@ -37,15 +37,9 @@ def sweep(
 ) -> dict[Path, str]:
     """Bring every run of a sweep to its end.
 
-    Args:
-        config: the sweep.
-        out: folder of the runs, new or of the same sweep with a smaller grid.
-        workers: who runs the jobs: `local_workers` or `ray_workers`.
-        console: shows the overview.
-        memory: bytes that a stack may take.
-
-    Returns:
-        Why runs failed, or cannot be read, by folder; empty if all are finished.
+    The folder `out` is new, or of the same sweep with a smaller grid; the workers are
+    `local_workers` or `ray_workers`; a stack may take `memory` bytes. Returns why runs failed, or
+    cannot be read, by folder; empty if all are finished.
     """
     out = out.resolve()  # workers may run in other folders
     runs = plan(config, out)

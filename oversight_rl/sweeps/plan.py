@@ -150,4 +150,5 @@ def load_sweep(path: Path) -> SweepConfig:
     try:
         return SweepConfig.model_validate(content)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        hint = " (what all runs share stands under settings)"
+        raise UserError(f"{path}: {error}{hint * str(error).startswith('unknown')}") from None

@@ -112,12 +112,9 @@ def fill(
     prefix: str,
     load: Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], Any]],
 ) -> tuple[Any, Any]:
-    """An agent as a configuration wants it, with parameters from a file.
+    """An agent as a configuration wants it, with parameters from a file, whose names begin so.
 
-    Args:
-        config: of its run.
-        prefix: of the names of its tensors.
-        load: reads tensors like those given, by name; returns them, and facts, returned too.
+    `load` reads tensors like those given, by name; returns them, and facts, returned too.
     """
     kind = kind_of(config)
     agent = kind.blank(config)
