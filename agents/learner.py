@@ -43,10 +43,13 @@ class Learner(Protocol):
     total: int
     """Updates of a whole training."""
 
+    steps: int = 1
+    """That each run takes in an update."""
+
     @property
     def env_steps(self) -> int:
-        """Steps taken by each run so far; here, one in every update."""
-        return self.updates
+        """Steps taken by each run so far, in looks between updates too; here, there are none."""
+        return self.updates * self.steps
 
     def update(self) -> None:
         """One update of every run; numbers that go bad do not raise, see `numbers`."""

@@ -166,11 +166,6 @@ class Method:
         return reward(overseer, behaviors) if callable(reward) else reward
 
     @property
-    def deployed(self) -> str:
-        """Name of the policy that is deployed."""
-        return BEHAVIORS[0] if self.policy.experts == "many" else "single"
-
-    @property
     def any_environment(self) -> bool:
         """Whether it needs nothing but what an episode's end says, so that PPO can follow it."""
         return self.deploys == "last"

@@ -27,7 +27,7 @@ def cpu_seconds(*args: str) -> float:
 
 def first_update() -> float:
     with tempfile.TemporaryDirectory() as folder:
-        settings = ["--training.updates", "1", "--evaluation.every", "1", "--no-pictures"]
+        settings = ["--reinforce.updates", "1", "--evaluation.every", "1", "--no-pictures"]
         run = Path(folder, "run")
         since = time.perf_counter()
         process = subprocess.Popen(

@@ -15,10 +15,10 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
-from oversight_rl.envs.settings import nearest
+from oversight_rl.envs.settings import UserError, nearest
 
 
-class LabelError(ValueError):
+class LabelError(UserError, ValueError):
     """An environment told of a behavior that it has not got."""
 
 

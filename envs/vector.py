@@ -13,7 +13,6 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from oversight_rl.envs.gym import OversightGridVecEnv
-from oversight_rl.envs.labels import LabelError
 from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
 from oversight_rl.envs.plugins import find_spec, why
 from oversight_rl.envs.readable import readable
@@ -90,7 +89,7 @@ class OneLineErrors(gym.Wrapper[Any, Any, Any, Any]):
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (UserError, LabelError):  # which tell themselves
+        except UserError:  # which tells itself
             raise
         except (Exception, SystemExit) as error:
             name = self.spec.id if self.spec else type(self.unwrapped).__name__

@@ -724,7 +724,7 @@ def test_methods_are_as_published(name, rewards, unlabeled, routes, deployed):
     assert row.reward[0].tolist() == [0, 0, *rewards]
     assert row.sample_weight[0].tolist() == [1, 1, unlabeled, 1, 1]
     assert row.routes[0].tolist() == [[1, 1, 1]] * 3 + routes
-    assert METHODS[name].deployed == deployed
+    assert METHODS[name].policy.experts == ("one" if deployed == "single" else "many")
 
 
 def test_what_an_oracle_labels_does_not_hang_on_the_actions():

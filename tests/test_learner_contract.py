@@ -1,6 +1,7 @@
 """What a training loop relies on in any learner; a new one is a line in LEARNERS."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import gymnasium as gym
 import numpy as np
@@ -197,6 +198,7 @@ def test_it_says_how_far_it_is(make):
     steps = [learner.env_steps, *(advance(learner, 1).env_steps for _ in range(3))]
     assert learner.updates == 3
     assert steps == sorted(set(steps))
+    assert min(after - before for before, after in pairwise(steps)) == learner.steps
     points = learner.curves()
     assert len(points) == learner.runs
     assert all(isinstance(x, float) for point in points for x in point.values())

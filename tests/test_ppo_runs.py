@@ -495,8 +495,8 @@ class Ends(gym.Env):
     behaviors = ("right", "left", "down")
     observation_space, action_space = spaces.Box(0, 1, (1,), np.float32), spaces.Discrete(2)
 
-    def __init__(self, oversight=1.0, fails=10**9):
-        self.oversight, self.fails = oversight, fails
+    def __init__(self, oversight=1.0, fails=10**9, errs=10**9):
+        self.oversight, self.fails, self.errs = oversight, fails, errs
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -507,7 +507,8 @@ class Ends(gym.Env):
         if self.fails == 0:
             raise RuntimeError("the simulator broke")
         behavior = self.behaviors[self.np_random.integers(3)]
-        info = {"behavior": behavior, "label": behavior}
+        self.errs -= 1
+        info = {"behavior": behavior, "label": behavior if self.errs else "rigth"}
         return np.zeros(1, np.float32), 0.0, True, False, info
 
 
@@ -549,3 +550,24 @@ def test_an_environment_that_breaks_later_says_how_to_go_on(ends, tmp_path, caps
     told = capsys.readouterr().err
     assert "step failed (RuntimeError: the simulator broke" in told
     assert f"go on with --resume {tmp_path / 'r'}" in told
+
+
+def test_an_environment_that_errs_later_is_told_of_in_one_line(ends, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train([*ENDS, str(tmp_path / "r"), "--evaluation.episodes", "40", "--env-settings",
+               "errs", "50"])  # fmt: skip
+    assert stop.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "must be one of right, left, down" in told
+    assert "got 'rigth'; did you mean 'right'?" in told
+    assert told.endswith(f"stopped there, go on with --resume {tmp_path / 'r'}")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("env", ["OversightGrid-v0", "MiniGrid-DiamondGhost-5x5-v0"])
+def test_a_gpu_trains_evaluates_and_leaves_updates_out(tiny, tmp_path, env):
+    path = tmp_path / "r"
+    train(["--config", tiny, "--env", env, "--device", "cuda", "--on-nan", "skip", "--run-dir",
+           str(path)])  # fmt: skip
+    main(["evaluate", str(path)])
+    assert RunFolder.open(path).finished

@@ -143,8 +143,11 @@ class PPOLearner(Learner):
         self.seed, self.curves_every = seed, curves_every
         self.env.seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
         self.model._start(self.env)
-        steps = self.total * self.model.n_steps * self.env.num_envs
-        self._steps, self._callback = self.model._setup_learn(steps, reset_num_timesteps=False)
+        # a rollout that broke off counts as a whole one
+        self.steps = self.model.n_steps * self.env.num_envs
+        self._steps, self._callback = self.model._setup_learn(
+            self.total * self.steps, reset_num_timesteps=False
+        )
         self._statistics: dict[str, float] = {}  # of the latest rollout, if they are due
         self._made: dict[str, float] = {}
 
@@ -157,11 +160,6 @@ class PPOLearner(Learner):
     def policy(self) -> MoEPolicy:
         """In training."""
         return self.model.policy
-
-    @property
-    def env_steps(self) -> int:
-        """Steps taken so far, those of a rollout that broke off counted as a whole one's."""
-        return self.updates * self.model.n_steps * self.env.num_envs
 
     def close(self) -> None:
         """Close the environments."""

@@ -61,6 +61,7 @@ class ReinforceLearner(Learner):
             raise ValueError("runs of one stack may differ in seed, oversight and method only")
         method, self.runs, self.total = METHODS[methods[0]], len(methods), settings.updates
         self.settings, self.seeds, self.looks_every = settings, seeds, looks_every
+        self.steps = settings.steps * settings.worlds
         self.device, self.updates = torch.device(device), 0
         streams = [np.random.SeedSequence(seed).generate_state(2) for seed in seeds]
         initial = [_generator(stream[0], "cpu") for stream in streams]
@@ -139,7 +140,7 @@ class ReinforceLearner(Learner):
     @property
     def env_steps(self) -> int:
         """Steps taken by each run, those of its looks at held-out episodes too."""
-        trained = self.updates * self.settings.steps * self.settings.worlds
+        trained = super().env_steps
         if self.deploys != "best_labeled":
             return trained
         every, ended = self.looks_every, self.updates == self.total
@@ -198,7 +199,7 @@ class ReinforceLearner(Learner):
         return found | {"generator": self.generators[run].get_state()}
 
     def bounds(self) -> Bounds:
-        cell, settings = (0, self.world.config.cells - 1), self.settings
+        cell = 0, self.world.config.cells - 1
         found: Bounds = {f"world.{name}": cell for name in ("agent", "diamond", "ghost")}
         found |= {f"world.{name}": (0, 1) for name in FLAGS}
         found["world.time"] = 0, self.world.config.max_steps - 1
@@ -209,7 +210,7 @@ class ReinforceLearner(Learner):
             elif name.endswith("memory.label"):
                 found[name] = 0, len(BEHAVIORS) - 1
             elif name.endswith("memory.count"):
-                found[name] = 0, self.updates * settings.steps * settings.worlds
+                found[name] = 0, self.updates * self.steps
         if self.selected is not None:
             found["selected.update"] = 0, self.updates
         return found

@@ -178,7 +178,8 @@ class _Training:
         healthy = self.watch.look(learner.updates, learner.numbers())
         with torch.no_grad():
             for now, was in zip(learner.learned() if skips else [], before, strict=True):
-                now.copy_(torch.where(healthy.view(-1, *[1] * (now.ndim - 1)), now, was))
+                well = healthy.to(now.device)  # Adam may count on the CPU
+                now.copy_(torch.where(well.view(-1, *[1] * (now.ndim - 1)), now, was))
 
     @contextmanager
     def _saying_where(self) -> Iterator[None]:
@@ -204,16 +205,17 @@ class _Training:
                 say(self.console, f"{folder.path}: {what}; left out, as further ones will be")
 
     def _start_watch(self) -> None:
-        self.since, self.steps = time.perf_counter(), self.learner.env_steps
+        self.since, self.done = time.perf_counter(), self.learner.updates
 
     def _lap(self) -> float:
         """Add the training time since the start, per run; returns steps per second, of all runs."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        elapsed, steps = time.perf_counter() - self.since, self.learner.env_steps - self.steps
-        self.seconds += elapsed / self.learner.runs
+        elapsed, learner = time.perf_counter() - self.since, self.learner
+        steps = (learner.updates - self.done) * learner.steps * learner.runs
+        self.seconds += elapsed / learner.runs
         self._start_watch()
-        return steps * self.learner.runs / elapsed
+        return steps / elapsed
 
     def _log(self) -> None:
         speed, n = self._lap(), self.learner.updates

@@ -218,10 +218,11 @@ class PPORuns(OversightRuns):
                 bad = [what for what, x in learner.numbers().items() if not x.isfinite().all()]
                 if bad and config.on_nan == "stop":
                     raise NotFinite(bad[0])
-            except UserError:
-                raise
             except Exception as error:  # whatever a stranger's environment leads to
-                reason = str(error) if isinstance(error, LabelError | NotFinite) else why(error)
+                says = isinstance(error, LabelError | NotFinite)
+                if isinstance(error, UserError) and not says:
+                    raise
+                reason = str(error) if says else why(error)
                 raise UserError(f"env: {config.env}: no first update ({reason})") from None
             finally:
                 learner.close()

@@ -129,7 +129,7 @@ class Evaluator:
         def table(active: Tensor) -> Tensor:
             output = forward(active[None])
             steered = torch.stack([p.probabilities(output) for p in policies], dim=1)
-            return steered.flatten(0, 1)  # [R * Q, B, A]
+            return steered.flatten(0, 1).to(self.device)  # [R * Q, B, A]; an agent may be elsewhere
 
         probabilities = self.mdp.policy_table(table)
         finite = probabilities.isfinite().flatten(1).all(1)
