@@ -65,6 +65,7 @@ def test_ppo_on_the_grid_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stop):
     small += ["--evaluation.every", "2", "--evaluation.episodes", "16", "--run-dir"]
     run, whole = tmp_path / "run", tmp_path / "whole"
     train([*small, str(whole)])
+    assert {row.evaluator for row in RunFolder.open(whole).result()} == {"exact"}
     steps, honest = itertools.count(1), OversightGridVecEnv.step_wait
 
     def step_wait(self):
