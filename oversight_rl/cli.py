@@ -334,7 +334,7 @@ def print_summary(
     headings = {kind.score: kind.score} | {name: short for short, name in shown.items()}
     others = [name for name in shown.values() if name != kind.score]
     several, greedy = len(tables) > 1, any(row.greedy for row in rows)
-    table = _table(f"ground truth at {rows[0].train_oversight:.2%} oversight")
+    table = _table(f"trained at {rows[0].train_oversight:.2%} oversight")
     for heading in (headings[kind.score], *["range"] * several, *["greedy"] * greedy):
         table.add_column(heading, justify="right")
     for name in others:

@@ -200,6 +200,12 @@ def test_a_learner_without_its_update_is_not_made():
         Idle()
 
 
+def test_a_learner_that_does_not_count_its_updates_ends_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(small_experiment.Climber, "update", lambda self: None)
+    with pytest.raises(TypeError, match=r"Climber\.update must count itself in updates"):
+        train(["--algo", "climb", "--run-dir", str(tmp_path)])
+
+
 def test_a_sweep_says_where_shared_settings_stand(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text("algo: climb\ngrid: {seeds: [0]}\n")
     line = refused(capsys, main, ["sweep", tmp_path / "s.yaml", "--out", tmp_path / "out"])

@@ -173,8 +173,11 @@ class _Training:
         """One update; it is taken back in runs where numbers went bad, if they are to go on."""
         learner, skips = self.learner, self.config.on_nan == "skip"
         before = [x.detach().clone() for x in learner.learned()] if skips else []
+        done = learner.updates
         with self._saying_where():
             learner.update()
+        if learner.updates != done + 1:
+            raise TypeError(f"{type(learner).__name__}.update must count itself in updates")
         healthy = self.watch.look(learner.updates, learner.numbers())
         with torch.no_grad():
             for now, was in zip(learner.learned() if skips else [], before, strict=True):
