@@ -322,7 +322,8 @@ class Spoilt(Lamp):
 
 
 gym.register("Spoilt-v0", Spoilt)
-SPOILT = ["--env", "Spoilt-v0", *LAMP[2:], "--evaluation.every", "1", "--env-settings", "what"]
+SPOILT = ["--env", "Spoilt-v0", *LAMP[2:], "--evaluation.every", "1", "--no-pictures",
+          "--env-settings", "what"]  # fmt: skip
 BAD = {"reward": "environment's reward", "start": "policy's output"}
 
 
