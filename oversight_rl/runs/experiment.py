@@ -65,7 +65,7 @@ class Experiment(ABC):
         if (name := config.method) not in cls.methods:
             known = f"must be one of {', '.join(cls.methods)}, got {name!r}"
             raise UserError(f"method: {known}{nearest(name, cls.methods)}")
-        if not hasattr(getattr(config, config.algo, None), "updates"):
+        if not hasattr(getattr(config, "learner", None), "updates"):
             raise UserError(f"{config.algo}: must be settings that say how many updates there are")
         config.torch_device()
 
