@@ -10,22 +10,18 @@ import time
 import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
+import small_experiment
 import yaml
 from rich.console import Console
 
 from oversight_rl.cli import main
 from oversight_rl.envs.settings import UserError
-from oversight_rl.kinds import KINDS, Kind
+from oversight_rl.kinds import KINDS
 from oversight_rl.runs import folder
-from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.folder import METRICS, RunFolder, locked
 from oversight_rl.runs.loop import fit
-from oversight_rl.runs.rows import Row
-from oversight_rl.settings import RunConfig
 from oversight_rl.sweeps.drive import sweep
 from oversight_rl.sweeps.plan import SWEEP, SweepConfig, load_sweep, plan, stacks
 from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers, work
@@ -297,62 +293,6 @@ def test_names_of_version_0_1_are_read_in_its_folders_and_mended_in_files(tmp_pa
     assert all(run.finished for run in runs)
 
 
-class ClimbConfig(RunConfig):
-    algo: str = "climb"
-    method: str = "steps"
-    climb: dict[str, int] = {}
-
-    @property
-    def learner(self):
-        return SimpleNamespace(**{"updates": 3, "by": 1} | self.climb)
-
-
-class Climber:
-    """A learner of one number, which goes up."""
-
-    def __init__(self, config):
-        self.runs, self.updates, self.total = 1, 0, config.learner.updates
-        self.by, self.height = config.learner.by, torch.zeros(1)
-
-    @property
-    def env_steps(self):
-        return self.updates
-
-    def update(self):
-        self.updates += 1
-        self.height += self.by
-
-    def curves(self):
-        return [{"height": self.height.item()}]
-
-    def numbers(self):
-        return {"height": self.height}
-
-    def learned(self):
-        return [self.height]
-
-    def state(self, run):
-        return {"height": self.height}
-
-    def bounds(self):
-        return {}
-
-    def load(self, states, update):
-        self.updates = update
-        self.height.copy_(states[0]["height"])
-
-
-class Climb(Experiment):
-    score = "height"
-    methods = {"steps": SimpleNamespace(summary="it climbs", assumes="nothing")}
-
-    def __init__(self, configs):
-        self.configs, self.learner = configs, Climber(configs[0])
-
-    def evaluate(self, facts):
-        return [[Row.of(facts[0], "climber", {"height": self.learner.height.item()})]]
-
-
 class Here:
     """A worker in this process."""
 
@@ -370,24 +310,28 @@ class Here:
 
 
 def test_a_sweep_over_an_experiment_that_knows_no_behavior(tmp_path, monkeypatch):
-    here = f"{__name__}:"
-    kind = Kind(f"{here}ClimbConfig", f"{here}Climb", default_method="steps")
-    monkeypatch.setitem(KINDS, "climb", kind)
+    monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
     config = SweepConfig(
         settings={"algo": "climb", "climb": {"updates": 4}, "device": "cpu"},
-        grid={"climb.by": [1, 2], "oversight": [0.5, 1], "seeds": [0, 1]},
-        methods={"steps": {"evaluation": {"every": 2}}},
+        grid={"climb.stride": [1, 2], "oversight": [0.5, 1], "seeds": [0, 1]},
+        methods={"careful": {"evaluation": {"every": 2}}},
     )
     out = tmp_path / "out"
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None)
     assert sweep(config, out, Here(), terminal) == {}
-    assert "deployed height" in terminal.file.getvalue()
-    assert terminal.file.getvalue().count("+6.00 4/4") >= 2
+    heights = {}
     for run in plan(config, out):
+        alone = small_experiment.Climb([run.config]).learner
+        for _ in range(4):
+            alone.update()
         rows = RunFolder.open(run.path).result()
-        assert [row.figures for row in rows] == [{"height": 4.0 * run.config.learner.by}]
-    with pytest.raises(UserError, match="did you mean 'steps'"):
-        plan(config.model_copy(update={"methods": {"step": {}}}), out)
+        assert [row.figures["height"] for row in rows] == alone.height.tolist()
+        heights.setdefault(run.config.oversight, []).extend(alone.height.tolist())
+    shown = terminal.file.getvalue()
+    assert "deployed height" in shown
+    assert all(f"{sum(own) / 4:+.2f} 4/4" in shown for own in heights.values())
+    with pytest.raises(UserError, match="did you mean 'careful'"):
+        plan(config.model_copy(update={"methods": {"carful": {}}}), out)
 
 
 def wait_for(condition, seconds=60):
