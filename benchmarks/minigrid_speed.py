@@ -104,11 +104,12 @@ def learning() -> dict[str, Work]:
     def dummy() -> VecEnv:
         return DummyVecEnv([one] * DUMMIES)
 
-    ours = {name: RoutedPPO.DEFAULTS[name] for name in ("batch_size", "n_epochs")}
+    routed = RoutedPPO("MoEPolicy", WORLDS["8x8"], oversight=0.1)
+    ours = {"batch_size": routed.batch_size, "n_epochs": routed.n_epochs}
     models = {
         "sb3_ppo": PPO("MlpPolicy", dummy(), n_steps=256, device="cpu"),
         "sb3_ppo_our_settings": PPO("MlpPolicy", dummy(), n_steps=512, device="cpu", **ours),
-        "routed_ppo": RoutedPPO("MoEPolicy", WORLDS["8x8"], oversight=0.1),
+        "routed_ppo": routed,
     }
 
     def work(model: PPO) -> int:
