@@ -3,6 +3,8 @@
 At some steps (their share is the oversight level) a climber is told whether it would go up.
 """
 
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from oversight_rl.kinds import Kind
 from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.rows import Row
 from oversight_rl.settings import RunConfig
+from oversight_rl.sweeps.workers import work
 
 PEAK = torch.tensor([3.0, -2.0])
 
@@ -90,3 +93,16 @@ class Climb(Experiment):
 
 
 KIND = Kind(f"{__name__}:ClimbConfig", f"{__name__}:Climb", "careful")  # a line of `kinds.KINDS`
+
+
+@contextmanager
+def in_here():
+    """The worker of its sweeps: this process, for others do not know the experiment."""
+
+    def submit(job):
+        done = Future()
+        work(job)
+        done.set_result(None)
+        return done
+
+    yield submit

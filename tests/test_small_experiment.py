@@ -2,8 +2,6 @@
 
 import json
 import math
-from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,25 +24,11 @@ from oversight_rl.reports.gather import Part
 from oversight_rl.runs.rows import Row
 from oversight_rl.sweeps.drive import sweep
 from oversight_rl.sweeps.plan import load_sweep
-from oversight_rl.sweeps.workers import work
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
     monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
-
-
-@contextmanager
-def in_here():
-    """The sweep's worker: this process, for others do not know the experiment."""
-
-    def submit(job):
-        done = Future()
-        work(job)
-        done.set_result(None)
-        return done
-
-    yield submit
 
 
 def refused(capsys, command, args):
@@ -83,7 +67,7 @@ def test_sweeps_and_reports_take_it(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"settings": settings, "grid": grid}))
     out = tmp_path / "out"
     quiet = Console(quiet=True)
-    assert sweep(load_sweep(tmp_path / "s.yaml"), out, in_here(), quiet) == {}
+    assert sweep(load_sweep(tmp_path / "s.yaml"), out, small_experiment.in_here(), quiet) == {}
     main(["report", str(out)])
     assert "the best height (IQM) has careful at" in capsys.readouterr().out
     table = pd.read_csv(out / "summary.csv").set_index(["method", "train_oversight"])

@@ -24,7 +24,7 @@ from oversight_rl.runs.folder import METRICS, RunFolder, locked
 from oversight_rl.runs.loop import fit
 from oversight_rl.sweeps.drive import sweep
 from oversight_rl.sweeps.plan import SWEEP, SweepConfig, load_sweep, plan, stacks
-from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers, work
+from oversight_rl.sweeps.workers import WorkerLost, local_workers, ray_workers
 
 TINY = {
     "device": "cpu",
@@ -293,22 +293,6 @@ def test_names_of_version_0_1_are_read_in_its_folders_and_mended_in_files(tmp_pa
     assert all(run.finished for run in runs)
 
 
-class Here:
-    """A worker in this process."""
-
-    def __enter__(self):
-        def submit(job):
-            future = Future()
-            work(job)
-            future.set_result(None)
-            return future
-
-        return submit
-
-    def __exit__(self, *error):
-        pass
-
-
 def test_a_sweep_over_an_experiment_that_knows_no_behavior(tmp_path, monkeypatch):
     monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
     config = SweepConfig(
@@ -318,7 +302,7 @@ def test_a_sweep_over_an_experiment_that_knows_no_behavior(tmp_path, monkeypatch
     )
     out = tmp_path / "out"
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None)
-    assert sweep(config, out, Here(), terminal) == {}
+    assert sweep(config, out, small_experiment.in_here(), terminal) == {}
     heights = {}
     for run in plan(config, out):
         alone = small_experiment.Climb([run.config]).learner

@@ -57,7 +57,6 @@ def make_model(
 ) -> RoutedPPO:
     """A fresh model; arguments and errors are those of `PPOLearner`."""
     _check_size(agent)
-    experts = {} if agent.experts == 2 else {"experts": agent.experts}
     return RoutedPPO(
         "MoEPolicy", env, seed=seed, device=device, method=method,
         learning_rate=functools.partial(_schedule, settings.learning_rate),
@@ -70,7 +69,7 @@ def make_model(
         gate_replay=settings.gate_replay, label_reach=settings.label_reach,
         label_recall=overseer.recall, label_error=overseer.error,
         threads=None,  # those of the whole run
-        policy_kwargs={"net_arch": list(agent.hidden), **experts},
+        policy_kwargs={"net_arch": list(agent.hidden), "experts": _experts(agent)},
     )  # fmt: skip
 
 
@@ -79,6 +78,11 @@ def _check_size(agent: AgentConfig) -> None:
     parameters = (agent.experts + 2) * sum(ins * outs for ins, outs in layers)
     if parameters > MOST_PARAMETERS:
         raise UserError(f"agent: at most {MOST_PARAMETERS:,} parameters, got {parameters:,}")
+
+
+def _experts(agent: AgentConfig) -> int | None:
+    """Number of experts; None, where it is the default, for one for each behavior."""
+    return None if agent.experts == 2 else agent.experts
 
 
 def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
@@ -93,10 +97,8 @@ def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
     _check_size(agent)
     env = RoutedPPO._wrap_env(env)
     declared = ask(env, method, (), {})
-    experts = None if agent.experts == 2 else agent.experts
-    arguments = policy_arguments(
-        method, declared.behaviors or BEHAVIORS, experts, declared.flags, declared.has_task
-    )
+    behaviors, experts = declared.behaviors or BEHAVIORS, _experts(agent)
+    arguments = policy_arguments(method, behaviors, experts, declared.flags, declared.has_task)
     with torch.random.fork_rng(devices=[]):
         return MoEPolicy(
             env.observation_space, env.action_space, None, net_arch=list(agent.hidden), **arguments
@@ -272,7 +274,8 @@ class PPOLearner(Learner):
         (state,), model, self.updates = states, self.model, update
         model.num_timesteps = self.env_steps
         check_states(states, self, _looked_at)
-        others = {k: state[k].numpy() for k in self.state() if k not in self._kept}
+        kept = self._kept
+        others = {name: state[name].numpy() for name in self.state() if name not in kept}
         world, held, last = (unnamed(part, others) for part in ("world", "held", "last"))
         if world:
             try:
@@ -281,7 +284,7 @@ class PPOLearner(Learner):
                 raise UserError(f"the checkpoint holds what cannot be: world: {error}") from None
             model._last_obs = last["observation"]
             model._last_episode_starts = last["episode_starts"]
-        for name, tensor in self._kept.items():
+        for name, tensor in kept.items():
             tensor.copy_(state[name])
         if held:
             self.model.rollout_buffer.held.load(held)

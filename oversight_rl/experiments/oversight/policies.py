@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from oversight_rl.agents.steering import KEPT, SteeredPolicy, Steering, parse, standard
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.runs import OversightRuns
+from oversight_rl.experiments.oversight.runs import Judge, OversightRuns
 from oversight_rl.files import check_there, write_atomically, writing
 from oversight_rl.kinds import as_config
 from oversight_rl.runs import checkpoint
@@ -48,6 +49,10 @@ class Saved:
     def kind(self) -> type[OversightRuns]:
         return kind_of(self.config)
 
+    @cached_property
+    def judge(self) -> Judge:
+        return self.kind.judges(self.config)
+
     def steerings(self, texts: Sequence[str], greedy: bool, temperature: float) -> list[Steering]:
         """The policies to look at: as asked for, as exported, or the standard ones."""
         if self.steering is not None and not texts:
@@ -62,10 +67,10 @@ class Saved:
         config, progress = self.config, (self.env_steps, self.wall_seconds)
         facts = [Facts(config.method, config.seeds[0], config.oversight, *progress)]
         levels = levels or [config.oversight]
-        return self.kind.judges(config).tables(self.agent, facts, policies, [levels])[0]
+        return self.judge.tables(self.agent, facts, policies, [levels])[0]
 
     def pictures(self, policies: Sequence[Steering]) -> dict[str, bytes]:
-        return self.kind.judges(self.config).pictures(self.agent, policies)
+        return self.judge.pictures(self.agent, policies)
 
 
 def kind_of(config: RunConfig) -> type[OversightRuns]:
