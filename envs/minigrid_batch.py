@@ -26,6 +26,8 @@ UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall
 SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag
 FORWARD = 2
 TURNS = np.array([-1, 1, 0])  # of the direction, per action
+MOST_SIGHTS = 2**20  # entries of a table of what is seen from where
+OFF_GRID = np.array([UNSEEN, EMPTY], np.uint8)  # beside cells: what is hidden; under the agent
 SHARED = ("oversight", "paid", "max_steps")  # attributes that may change between steps
 
 Tiles = NDArray[np.uint8]
@@ -70,7 +72,9 @@ class DiamondGhostVecEnv(Batch):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        self._tiles: Tiles | None = None  # [N, size * size], tile of cell y * size + x
+        self._tiles: Tiles | None = (
+            None  # [N, size * size + 2], tile of cell y * size + x; then OFF_GRID
+        )
         self._one = DiamondGhostEnv(  # checks and holds the settings
             size, layout, oversight, flags_visible, lava, reward, max_steps,
             agent_view_size=agent_view_size, render_mode=render_mode,
@@ -86,14 +90,19 @@ class DiamondGhostVecEnv(Batch):
         self._view = _view(self._moves, agent_view_size)
         wall, self._gaps = walls(size, layout)
         self._walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
+        self._sights: Ints | None = None  # [cells * 4, v * v], where walls are the same always
+        poses = self._walls.size * len(DIR_TO_VEC)
+        if not self._gaps and poses * agent_view_size**2 <= MOST_SIGHTS:
+            agent, direction = np.divmod(np.arange(poses), len(DIR_TO_VEC))
+            self._sights = self._sight(self._walls, np.int64(0), agent, direction)
         self._all = np.arange(num_envs)
-        self._first = self._all * size**2  # each world's first tile
+        self._first = self._all * (size**2 + len(OFF_GRID))  # each world's first tile
         self._agent, self._direction, self._steps = np.zeros((3, num_envs), np.int64)
         self._clock = time.time()
 
     def reset(self) -> Tiles:
         self._reseed()
-        self._tiles = np.empty((self.num_envs, self._walls.size), np.uint8)
+        self._tiles = _with_off_grid(np.empty((self.num_envs, self._walls.size), np.uint8))
         self._start(self._all)
         return self._observe(self._all)
 
@@ -133,7 +142,7 @@ class DiamondGhostVecEnv(Batch):
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         worlds = {"agent": self._agent, "direction": self._direction, "steps": self._steps}
-        return {"tiles": self._started()} | worlds
+        return {"tiles": self._started()[:, : self._walls.size]} | worlds
 
     def _kinds(self) -> dict[str, str]:
         worlds = dict.fromkeys(("agent", "direction", "steps"), f"int64[{self.num_envs}]")
@@ -154,12 +163,12 @@ class DiamondGhostVecEnv(Batch):
         )
 
     def _go_on(self, state: Mapping[str, NDArray[Any]]) -> None:
-        self._tiles, self._agent = state["tiles"], state["agent"]
+        self._tiles, self._agent = _with_off_grid(state["tiles"]), state["agent"]
         self._direction, self._steps = state["direction"], state["steps"]
 
     def world(self, i: int) -> DiamondGhostEnv:
         """World `i` as it is now, as an environment of its own."""
-        tiles, size = self._started()[i], self._one.width
+        tiles, size = self._started()[i, : self._walls.size], self._one.width
         env = copy.copy(self._one)
         env.grid = Grid(size, size)
         for cell in np.flatnonzero(tiles != EMPTY).tolist():
@@ -213,20 +222,35 @@ class DiamondGhostVecEnv(Batch):
             else:
                 flagged = rng.random(len(worlds)) < self._one.oversight
                 tiles[each, cell] = SQUARES + 2 * kind + flagged
-        self._started()[worlds] = tiles
+        self._started()[worlds, : tiles.shape[1]] = tiles
         self._direction[worlds] = rng.integers(len(DIR_TO_VEC), size=len(worlds))
         self._steps[worlds] = 0
 
     def _observe(self, worlds: Ints) -> Tiles:
         """What the agents of these worlds see: `[n]` to `[n, v, v, 3]`."""
-        at = self._first[worlds] + self._agent[worlds]
-        cells = self._view.take(self._direction[worlds], axis=2) + at  # [v, v, n]
+        tiles, v = self._started(), self._one.agent_view_size
+        agent, direction = self._agent[worlds], self._direction[worlds]
+        if self._sights is None:
+            cells = self._sight(tiles, self._first[worlds], agent, direction)
+        else:
+            cells = self._sights.take(agent * len(DIR_TO_VEC) + direction, axis=0)
+        seen = tiles.take(cells + self._first[worlds, None])
+        return self._encodings.take(seen, axis=0).reshape(-1, v, v, 3)
+
+    def _sight(self, tiles: Tiles, first: Any, agent: Ints, direction: Ints) -> Ints:
+        """Which tile of its world, which begins at `first`, each tile of a view is. `[n, v * v]`"""
+        cells = self._view.take(direction, axis=2) + agent  # [v, v, n]
         # An index beyond the outer wall meets some other tile; walls hide it.
-        tiles = self._started().take(cells, mode="clip")
-        tiles = np.where(_seen(tiles != WALL), tiles, np.uint8(UNSEEN))
+        clear = tiles.take(cells + first, mode="clip") != WALL
+        cells = np.where(_seen(clear), cells, self._walls.size)
         v = self._one.agent_view_size
-        tiles[v // 2, v - 1] = EMPTY  # what the agent stands on
-        return self._encodings.take(tiles.transpose(2, 0, 1), axis=0)
+        cells[v // 2, v - 1] = self._walls.size + 1  # what the agent stands on
+        return cells.reshape(v * v, -1).T
+
+
+def _with_off_grid(tiles: Tiles) -> Tiles:
+    """Worlds' tiles with those beside them: `[n, cells]` to `[n, cells + 2]`."""
+    return np.hstack([tiles, np.broadcast_to(OFF_GRID, (len(tiles), len(OFF_GRID)))])
 
 
 def _view(moves: Ints, v: int) -> Ints:
