@@ -74,14 +74,18 @@ class Output(Record):
 
     def mix(self, weights: Tensor) -> Tensor:
         """Policy logits of a mixture: weights `[R, B, K]` (broadcastable) -> `[R, B, A]`."""
-        logits = self.expert_logits + (self.head_logits - self.head_logits.detach())
-        return (weights[..., None] * logits).sum(-2) + self.bias
+        return (weights[..., None] * self._logits).sum(-2) + self.bias
 
     def alone(self, expert: int) -> Tensor:
         """Policy logits of one expert under the shared head. [R, B, A]"""
-        weights = torch.zeros_like(self.gate_logits[:, :1])
-        weights[..., expert] = 1.0
-        return self.mix(weights)
+        return self._logits[..., expert, :] + self.bias
+
+    @property
+    def _logits(self) -> Tensor:
+        """W h_k, with gradients into both. [R, B, K, A]"""
+        if not self.head_logits.requires_grad:
+            return self.expert_logits
+        return self.expert_logits + (self.head_logits - self.head_logits.detach())
 
     @property
     def gate(self) -> Tensor:
@@ -259,13 +263,16 @@ class Prepared:
 
     def products(self, observation: Tensor) -> tuple[Tensor, ...]:
         """All that takes time: what `output` needs, `[R, J, B, ...]` each."""
-        two = _two_ways(self._hidden(observation), self.out_weight, self.out_bias)
+        parts = self._hidden(observation), self.out_weight, self.out_bias
+        two = _two_ways(*parts) if torch.is_grad_enabled() else (affine(*parts),) * 2
         return (*two, self.affine_value(observation)) if self.agent.affine_value else two
 
     def output(self, own: Tensor, shared: Tensor, value: Tensor | None = None) -> Output:
         """The output made of `products`, or of those of several batches joined."""
         agent, k = self.agent, self.agent.n_experts
-        both = own[:, k:] + (shared[:, k:] - shared[:, k:].detach())
+        both = own[:, k:]
+        if shared.requires_grad:
+            both = both + (shared[:, k:] - shared[:, k:].detach())
         return Output(
             expert_logits=own[:, :k, :, : agent.n_actions].transpose(1, 2),
             head_logits=shared[:, :k, :, : agent.n_actions].transpose(1, 2),
@@ -315,10 +322,12 @@ class FirstLayer:
     def __call__(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Before the activation, nets `start` to `stop`: `[R or 1, B, ...]` -> `[R, J, B, H]`."""
         if observation.is_floating_point():
-            weight = self.weight[:, start:stop]
-            dense = observation @ weight.flatten(1, 2).transpose(-2, -1)  # one product for all nets
+            weight, bias = self.weight[:, start:stop], self.bias[:, start:stop]
+            # one product for all nets
+            rows = observation.expand(len(weight), -1, -1)
+            dense = affine(rows, weight.flatten(1, 2), bias.flatten(1, 2))
             product: Tensor = dense.unflatten(-1, weight.shape[1:3]).transpose(1, 2)
-            return product + self.bias[:, start:stop, None]
+            return product.contiguous()
         table = self.table[:, start:stop]
         rows = F.pad(observation, (0, 1), value=table.shape[2] - 1)  # the bias, always
         return _row_sums(rows.expand(len(table), -1, -1), table)

@@ -7,8 +7,9 @@ end, so `RoutedRolloutBuffer` writes it back to the episode's steps before the l
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import repeat
 from typing import Any, ClassVar, Self
 from zipfile import ZipFile
 
@@ -37,8 +38,8 @@ from oversight_rl.agents.ppo.environment import (
     policy_arguments,
 )
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
-from oversight_rl.agents.ppo.losses import learn_reward_model, losses
-from oversight_rl.agents.ppo.observations import each, row_type, row_width
+from oversight_rl.agents.ppo.losses import Replay, learn_reward_model, losses, remembered
+from oversight_rl.agents.ppo.observations import row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Experience, Samples, Targets, targets
 from oversight_rl.agents.steering import MIXTURE
@@ -273,7 +274,7 @@ class RoutedPPO(CollectingPPO):
         due = window.due(outcome, buffer.held.reach, waits)
         window.remember(outcome, self.memory, self.endings)
         taught = self.endings is not None and bool(self.endings.count)
-        x = rollout.experience(window, ends, due, taught, self.clip_range_vf is not None)
+        x = rollout.experience(window, ends, due, taught)
         found = targets(
             x, self.tables, discount=self.gamma, trace=self.gae_lambda,
             labeled_weight=self.labeled_weight, normalize=self.normalize_advantage,
@@ -282,7 +283,7 @@ class RoutedPPO(CollectingPPO):
         self.experience, self.targets = x, found
         counts = x.share.T > 0
         buffer.samples = Targets(  # one environment after another
-            *(each(lambda part: part.swapaxes(0, 1)[counts], whole) for whole in found)
+            *(part.swapaxes(0, 1)[counts] for part in found)
         )
         # as SB3 has them, for callbacks
         buffer.advantages, buffer.returns = map(
@@ -306,8 +307,9 @@ class RoutedPPO(CollectingPPO):
         figures: dict[str, list[Tensor]] = {}
         if self.endings is not None:
             figures["reward_model_loss"] = learn_reward_model(self.policy, self.endings)
+        replays = self._replays(buffer.minibatches(self.batch_size) * self.n_epochs)
         for _ in range(self.n_epochs):
-            if not self._pass_over(buffer, clip, figures):
+            if not self._pass_over(buffer, clip, replays, figures):
                 break
             self._n_updates += 1
         for name, values in figures.items():
@@ -324,12 +326,23 @@ class RoutedPPO(CollectingPPO):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/clip_range", clip)
 
+    def _replays(self, minibatches: int) -> Iterator[Replay | None]:
+        """What the gate learns from in each minibatch of an update."""
+        if self.memory is None or not minibatches:
+            return repeat(None)
+        replay = remembered(self.policy, self.memory, minibatches)
+        return (replay.part(number, minibatches) for number in range(minibatches))
+
     def _pass_over(
-        self, buffer: RoutedRolloutBuffer, clip: float, figures: dict[str, list[Tensor]]
+        self,
+        buffer: RoutedRolloutBuffer,
+        clip: float,
+        replays: Iterator[Replay | None],
+        figures: dict[str, list[Tensor]],
     ) -> bool:
         """Learn from every sample once; False where the policy has moved as far as it may."""
-        for batch in buffer.get(self.batch_size):
-            loss, parts = self.loss(batch, clip)
+        for batch, replay in zip(buffer.get(self.batch_size), replays, strict=False):
+            loss, parts = self.loss(batch, clip, replay)
             for name, value in parts.items():
                 figures.setdefault(name, []).append(value)
             if self.target_kl is not None and parts["approx_kl"] > 1.5 * self.target_kl:
@@ -355,11 +368,14 @@ class RoutedPPO(CollectingPPO):
             and self._current_progress_remaining > 1 - LOOKING
         )
 
-    def loss(self, batch: Targets[Tensor], clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, batch: Targets[Tensor], clip: float, replay: Replay | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a minibatch, and its parts."""
         within: Any = self.clip_range_vf
         clip_value = within and within(self._current_progress_remaining)
-        parts = losses(self.policy, batch, self.memory, clip=clip, clip_value=clip_value)
+        views = self.rollout_buffer.views
+        parts = losses(self.policy, batch, views, replay, clip=clip, clip_value=clip_value)
         acting = parts["policy_gradient_loss"] + self.ent_coef * parts["entropy_loss"]
         acting = acting + self.contrast_coef * parts.get("contrast_loss", 0.0)
         value = parts["value_loss"] + parts.get("task_value_loss", 0.0)

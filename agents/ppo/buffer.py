@@ -10,8 +10,8 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
 from oversight_rl.agents.memory import MOST_BYTES
 from oversight_rl.agents.ppo.held import Held, LateLabel, Steps, Window
-from oversight_rl.agents.ppo.observations import each
 from oversight_rl.agents.ppo.targets import Samples, Targets
+from oversight_rl.agents.ppo.views import Views
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.settings import NO_LABEL
 
@@ -27,6 +27,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         kwargs: as SB3's RolloutBuffer.
     """
 
+    views: Views
+    """Observations that were met since the rollout began, and what the policy says of them."""
+    view: NDArray[np.int64]
+    """Which of these each step saw. [T, N]"""
     samples: Samples | None = None
     """What there is to learn from, once the rollout is whole."""
 
@@ -55,6 +59,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.cuts: list[tuple[int, int, Any]] = []  # (step, environment, last observation)
         self.names: dict[tuple[int, Hashable], int] = {}  # environment, episode's id: its last step
         self.late: list[LateLabel] = []
+        self.view = np.zeros(shape, np.int64)
         self.samples = None
 
     @property
@@ -67,8 +72,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         alone: NDArray[np.bool_] = np.floor((self.turn + 1) * share) > np.floor(self.turn * share)
         return alone
 
-    def note(self, infos: Sequence[dict[str, Any]], dones: NDArray[np.bool_]) -> None:
-        """Keep what the current step's infos say of episodes that ended.
+    def note(
+        self, infos: Sequence[dict[str, Any]], dones: NDArray[np.bool_], view: NDArray[np.int64]
+    ) -> None:
+        """Keep what the current step saw `[N]`, and what infos say of episodes that ended.
 
         An episode that ended in some behavior has it as `info["behavior"]` (only oracle methods
         look at which one it was), and as `info["label"]` too where an overseer saw it. Without
@@ -79,7 +86,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         Raises:
             LabelError: a behavior is unknown.
         """
-        self.alone[self.pos] = self.acts_alone
+        self.view[self.pos], self.alone[self.pos] = view, self.acts_alone
         self.done[self.pos] = dones
         for env in np.flatnonzero(dones).tolist():
             info = infos[env]
@@ -98,8 +105,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
                 self.episodes += 1
             self.labels += label is not None
             self.explained += label is not None and behavior is not None
-        for env, info in enumerate(infos):
-            for name, label in _pairs(info.get("late_labels")):
+        for env, late in enumerate(info.get("late_labels") for info in infos):
+            for name, label in _pairs(late) if late is not None else ():
                 self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
 
     def _name(self, env: int, name: Any) -> None:
@@ -171,15 +178,18 @@ class RoutedRolloutBuffer(RolloutBuffer):
         ended = [(step, env, name) for (env, name), step in self.names.items()]
         self.episodes += self.held.keep(window, due, ended, waits)
 
+    def minibatches(self, batch_size: int | None = None) -> int:
+        """How many `get` yields."""
+        assert self.samples is not None
+        count = len(self.samples.alone)  # none, where all steps wait
+        return math.ceil(count / (batch_size or max(1, count)))
+
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         """Minibatches of `Targets` at most so large and all alike, in random order."""
         assert self.samples is not None
-        count = len(self.samples.alone)  # none, where all steps wait
-        parts = math.ceil(count / (batch_size or max(1, count)))
-        for part in np.array_split(np.random.permutation(count), parts) if parts else ():
-            yield Targets(
-                *(each(lambda x, at=part: self.to_torch(x[at]), whole) for whole in self.samples)
-            )
+        parts, order = self.minibatches(batch_size), np.random.permutation(len(self.samples.alone))
+        for part in np.array_split(order, parts) if parts else ():
+            yield Targets(*(self.to_torch(x[part]) for x in self.samples))
 
 
 class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):
@@ -188,7 +198,7 @@ class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):
 
 def _pairs(late: Any) -> list[tuple[Hashable, Any]]:
     """What an environment says of earlier episodes, as pairs of an id and a label."""
-    pairs = [] if late is None else late if isinstance(late, list | tuple) else [None]
+    pairs = late if isinstance(late, list | tuple) else [None]
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or pair[1] is None:
             raise LabelError(

@@ -10,12 +10,12 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.observations import check_spaces
 from oversight_rl.agents.ppo.policy import MoEPolicy
+from oversight_rl.agents.ppo.views import Views
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.envs.readable import readable, readable_vec
 
@@ -77,11 +77,13 @@ class CollectingPPO(PPO):
             self._start(env)
         policy.set_training_mode(False)
         buffer.reset()
+        views = buffer.views = Views(policy)
+        uniform = torch.rand(n_rollout_steps, env.num_envs).numpy()
         callback.on_rollout_start()
         whole = False
         try:
-            for _ in range(n_rollout_steps):
-                if not self._step(env, callback, buffer):
+            for drawn in uniform:
+                if not self._step(env, callback, buffer, views, drawn):
                     return False
             self.make_targets(buffer)
             whole = True
@@ -96,15 +98,16 @@ class CollectingPPO(PPO):
         return True
 
     def _step(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RoutedRolloutBuffer
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RoutedRolloutBuffer,
+        views: Views,
+        uniform: NDArray[np.float32],
     ) -> bool:
         """A step of every environment; whether callbacks, which see its locals, let it go on."""
         alone = rollout_buffer.acts_alone
-        acting = torch.as_tensor(alone, device=self.device) if alone.any() else None
-        with torch.no_grad():
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)
-            actions, values, log_probs = self.policy(obs_tensor, alone=acting)
-        actions = actions.cpu().numpy()
+        at, actions, values, log_probs = views.act(self._last_obs, alone, uniform)
         clipped_actions = actions
         if isinstance(self.action_space, spaces.Box):
             low, high = self.action_space.low, self.action_space.high
@@ -118,11 +121,9 @@ class CollectingPPO(PPO):
             new_obs, dones = self._reset(env), np.ones_like(dones)
         if goes_on:
             self._update_info_buffer(infos, dones)
-            rollout_buffer.note(infos, dones)
-            if isinstance(self.action_space, spaces.Discrete):
-                actions = actions.reshape(-1, 1)
+            rollout_buffer.note(infos, dones, at)
             begun = self._last_obs, actions, rewards, self._last_episode_starts
-            rollout_buffer.add(*begun, values, log_probs)
+            rollout_buffer.add(*begun, *map(torch.from_numpy, (values, log_probs)))
         rollout_buffer.pass_on(dones)
         self._last_obs, self._last_episode_starts = new_obs, dones
         return goes_on

@@ -1,55 +1,67 @@
 """What the networks say of a whole rollout, and of the window of steps that its labels reach."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from stable_baselines3.common.utils import obs_as_tensor
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.methods import MethodTables, outcomes
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.held import Steps, Window
-from oversight_rl.agents.ppo.observations import each, how_many
+from oversight_rl.agents.ppo.observations import each
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Experience, gae, older_share
+from oversight_rl.agents.ppo.views import AT_ONCE
 from oversight_rl.envs.world import Seen, Truth
 
 Floats = NDArray[np.float32]
 SETTLED = 50
 """Rollouts after which it should be warned of episodes that are longer than a rollout, and about as
 many as the scale of the task's returns is a mean over."""
-AT_ONCE = 4096
-"""Observations that a network judges at once."""
 
 
-@dataclass(frozen=True)
 class Rollout:
-    """A whole rollout and what followed it."""
+    """A whole rollout and what followed it.
 
-    policy: MoEPolicy
-    buffer: RoutedRolloutBuffer
-    last: Any  # observations after it, [N, ...]
+    Args:
+        policy: that took its steps.
+        buffer: of its steps.
+        last: observations after it, `[N, ...]`.
+    """
+
+    def __init__(self, policy: MoEPolicy, buffer: RoutedRolloutBuffer, last: Any) -> None:
+        self.policy, self.buffer = policy, buffer
+        finals = [cut[2] for cut in buffer.cuts]
+        rows = each(_one_below_another, buffer.observations, last, *finals)
+        # views after the rollout, and where episodes were cut in it
+        self.following = buffer.views.find(rows)  # [N + cuts]
+        self._features = buffer.views.features
 
     @cached_property
-    def following(self) -> Any:
-        """Observations after the rollout, and where episodes were cut in it. `[N + cuts, ...]`"""
-        finals = [cut[2] for cut in self.buffer.cuts]
-        return each(_one_below_another, self.buffer.observations, self.last, *finals)
+    def deployed_values(self) -> Floats:
+        """Of the deployed expert by itself, of each view. [U]"""
+        with torch.no_grad():
+            return self.policy.deployed_values(self._features).cpu().numpy()
+
+    @cached_property
+    def task_values(self) -> Floats:
+        """Of the task, of each view: `[U, 2]`, for the mixture and the deployed expert."""
+        with torch.no_grad():
+            return self.policy.task_values(self._features).cpu().numpy()
 
     def values(self) -> tuple[Floats, Floats]:
         """Of the deployed expert by itself, and of the task, at its steps; `[T, N]`, 0 without."""
-        policy, buffer, shape = self.policy, self.buffer, self.buffer.done.shape
-        steps = each(lambda x: x.reshape(-1, *x.shape[2:]), buffer.observations)
-        own = task = np.zeros(shape, np.float32)
+        view, policy = self.buffer.view, self.policy
+        own = task = np.zeros(view.shape, np.float32)
         if "acts_alone" in policy.lessons:
-            own = of_all(policy, policy.deployed_values, steps).reshape(shape)
+            own = self.deployed_values[view]
         if policy.task:
-            task = of_all(policy, policy.task_values, steps, buffer.alone.ravel()).reshape(shape)
+            task = self.task_values[view, self.buffer.alone.astype(int)]
         return own, task
 
     def experience(
@@ -58,7 +70,6 @@ class Rollout:
         ends: tuple[NDArray[np.int64], NDArray[np.int64]],
         due: NDArray[np.bool_],
         taught: bool,
-        with_values: bool,
     ) -> Experience:
         """All that the targets are made of.
 
@@ -67,24 +78,26 @@ class Rollout:
             ends: see `outcomes_of`.
             due: see `Experience`.
             taught: likewise.
-            with_values: whether values of older steps are asked for, too.
         """
-        policy, (outcome, left) = self.policy, ends
-        share, log_prob, old_value = judged_anew(policy, window, due, with_values)
-        after = {"value_after": self._after(window, "value", _values(policy, self.following))}
+        policy, (outcome, left), beyond = self.policy, ends, self.following
+        views = self.buffer.views
+        after: dict[str, Any] = {}
         if "reward_model" in policy.lessons:
             after["chances"] = impute(policy, window.steps, left)
         if "acts_alone" in policy.lessons:
-            beyond = of_all(policy, policy.deployed_values, self.following)
-            after["deployed_value_after"] = self._after(window, "deployed_value", beyond)
+            said = self.deployed_values[beyond]
+            after["deployed_value_after"] = self._after(window, "deployed_value", said)
         if policy.task:
             turns = np.append(self.buffer.acts_alone, self.buffer.alone[self._cut])
-            beyond = of_all(policy, policy.task_values, self.following, turns)
-            after["task_value_after"] = self._after(window, "task_value", beyond)
-        x = Experience(
-            window, outcome, left, due, share, log_prob, old_value, taught=taught, **after
-        )
-        return replace(x, gate=_foretold(policy, x)) if policy.agent.has_gate else x
+            said = self.task_values[beyond, turns.astype(int)]
+            after["task_value_after"] = self._after(window, "task_value", said)
+        view, share, log_prob, value = judged_anew(self.buffer, window, due)
+        value_after = self._after(window, "value", views.values[beyond])
+        now = window, view, outcome, left, due, share, log_prob, value, value_after
+        x = Experience(*now, taught=taught, **after)
+        if not policy.agent.has_gate:
+            return x
+        return replace(x, gate=views.gates[x.view] * x.judged[..., None])
 
     @property
     def _cut(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -122,58 +135,23 @@ def outcomes_of(
 
 
 def judged_anew(
-    policy: MoEPolicy, window: Window, due: NDArray[np.bool_], with_values: bool
-) -> tuple[Floats, ...]:
-    """How much the window's steps count, and their log-probabilities and values now. `[W, C]` each
+    buffer: RoutedRolloutBuffer, window: Window, due: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], Floats, Floats, Floats]:
+    """What the window's steps saw; how much they count, their log-probabilities and values now.
 
-    Only those that are due and older than the policy are judged; by their values, if asked for.
+    `[W, C]` each; of the steps that are older than the policy, those that are due.
     """
-    steps = window.steps
-    share, log_prob = due.astype(np.float32), steps.log_prob.copy()
-    value, older = steps.value.copy(), window.older & due
+    steps, views, older = window.steps, buffer.views, window.older & due
+    view = np.zeros(due.shape, np.int64)
+    window.of_rollout(view)[:] = buffer.view
+    share, log_prob, value = due.astype(np.float32), steps.log_prob.copy(), steps.value.copy()
     if older.any():
-        seen = each(lambda x: x[older], steps.observations)
-        taken = steps.actions[older], steps.alone[older]
-        now = of_all(policy, policy.log_probabilities, seen, *taken)
+        seen = views.find(each(lambda x: x[older], steps.observations))
+        now = views.log_probabilities(seen, steps.actions[older], steps.alone[older])
+        view[older], value[older] = seen, views.values[seen]
         share[older] = older_share(now, log_prob[older])
         log_prob[older] = now
-        if with_values:
-            value[older] = _values(policy, seen)
-    return share, log_prob, value
-
-
-def of_all(
-    policy: MoEPolicy, function: Callable[..., Tensor], observations: Any, *more: NDArray[Any]
-) -> NDArray[Any]:
-    """What a network says of many observations, `[B, ...]`; in parts, to bound the memory."""
-
-    def part(x: NDArray[Any]) -> Tensor:
-        return torch.as_tensor(x[at]).to(policy.device)
-
-    parts = []
-    with torch.no_grad():
-        for start in range(0, how_many(observations), AT_ONCE):
-            at = slice(start, start + AT_ONCE)
-            said = function(each(part, observations), *map(part, more))
-            parts.append(said.cpu().numpy())
-    return np.concatenate(parts)
-
-
-def _values(policy: MoEPolicy, observations: Any) -> Floats:
-    return of_all(policy, lambda x: policy.predict_values(x).flatten(), observations)
-
-
-def _foretold(policy: MoEPolicy, x: Experience) -> Floats:
-    """The gate's probabilities where it is asked, else 0. `[W, C, K]`"""
-    gate = np.zeros((*x.judged.shape, policy.n_experts), np.float32)
-    if x.judged.any():
-        log_gate = of_all(
-            policy,
-            lambda seen: policy.gate_log_probabilities(seen)[0],
-            each(lambda part: part[x.judged], x.steps.observations),
-        )
-        gate[x.judged] = np.exp(log_gate)
-    return gate
+    return view, share, log_prob, value
 
 
 def impute(policy: MoEPolicy, steps: Steps, left: NDArray[np.int64]) -> Floats:
@@ -181,15 +159,16 @@ def impute(policy: MoEPolicy, steps: Steps, left: NDArray[np.int64]) -> Floats:
 
     It is 0 where the episode did not end in one, by the steps `left` until its last one.
     """
-
-    def chances(seen: Any, taken: Tensor) -> Tensor:
-        return policy.behavior_log_probabilities(seen, policy.as_taken(taken)).exp()
-
     ended = steps.ended
     imputed = np.zeros((*ended.shape, len(policy.behaviors)), np.float32)
-    if ended.any():
-        seen = each(lambda x: x[ended], steps.observations)
-        imputed[ended] = of_all(policy, chances, seen, steps.actions[ended])
+    seen, taken = each(lambda x: x[ended], steps.observations), steps.actions[ended]
+    parts = range(0, len(taken), AT_ONCE)
+    with torch.no_grad():
+        for part in (slice(start, start + AT_ONCE) for start in parts):
+            rows = obs_as_tensor(each(lambda x, at=part: x[at], seen), policy.device)
+            actions = policy.as_taken(torch.as_tensor(taken[part], device=policy.device))
+            chances = policy.behavior_log_probabilities(rows, actions).exp()
+            imputed[tuple(i[part] for i in ended.nonzero())] = chances.cpu().numpy()
     end = (np.arange(len(left))[:, None] + left).clip(max=len(left) - 1)
     return np.take_along_axis(imputed, end[..., None], 0)
 

@@ -1,24 +1,48 @@
 """PPO's losses of a minibatch, with every gradient routed."""
 
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import DEPLOYED, Output
-from oversight_rl.agents.ppo.observations import from_rows, row_width
+from oversight_rl.agents.ppo.extractors import prepared
+from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Targets
+from oversight_rl.agents.ppo.views import Views
 from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 LESSONS = 12
 """Steps of the reward model in an update; it must be right before the experts are set."""
 
 
+class Replay(NamedTuple):
+    """Remembered observations, as a features extractor takes them soonest, and what they were."""
+
+    observations: Any  # [B, ...]
+    actions: Tensor | None  # [B, ...], of endings
+    label: Tensor  # [B]
+    weight: Tensor  # [B], 0 where nothing is remembered
+
+    def part(self, number: int, parts: int) -> Replay:
+        """One of so many equal parts."""
+        size = len(self.label) // parts
+        at = torch.arange(number * size, (number + 1) * size, device=self.label.device)
+        rows = each(lambda x: x[at], self.observations)
+        actions = None if self.actions is None else self.actions[at]
+        return Replay(rows, actions, self.label[at], self.weight[at])
+
+
 def losses(
     policy: MoEPolicy,
     batch: Targets[Tensor],
-    memory: Memory | None,
+    views: Views,
+    replay: Replay | None,
     *,
     clip: float,
     clip_value: float | None,
@@ -31,13 +55,16 @@ def losses(
     Args:
         policy: as it is now.
         batch: B samples.
-        memory: of labeled observations, for the gate.
+        views: what they saw.
+        replay: of labeled observations, for the gate.
         clip: how far the ratio of new to old policy counts.
         clip_value: how far values may move; None: as far as they like.
     """
     weight, share = batch.weights, batch.share
     actions = policy.as_taken(batch.actions)
-    output = policy.output(batch.observations)
+    seen, view = batch.view.unique(return_inverse=True)  # [V], [B]
+    features = policy.features(views[seen])
+    output = policy.agent(features[None]).rows(view[None])
     routed = output.routed(batch.routes[None]) if policy.n_experts > 1 else output
     values, log_prob, entropy = policy.judged(routed, routed.mix(routed.gate)[0], actions)
     # a ratio to who did not act may be anything, and 0 times that is nan
@@ -52,15 +79,18 @@ def losses(
         "policy_gradient_loss": -_mean(share * gain, weight),
         "value_loss": _mean(share * (batch.returns - values) ** 2, weight),
         "entropy_loss": -_mean(share * spread, weight),
-        "gate_loss": gate_loss(policy, memory),
+        "gate_loss": gate_loss(policy, replay),
     }
     own = log_prob
     if policy.lessons & {"contrast", "acts_alone"}:
-        own, more = _deployed_losses(policy, batch, output, actions, clip)
+        own_values = None
+        if "acts_alone" in policy.lessons:
+            own_values = policy.deployed_values(features)[view]
+        own, more = _deployed_losses(policy, batch, output, own_values, actions, clip)
         for name, part in more:
             parts[name] = parts[name] + part if name in parts else part
     if policy.task:  # the reward is seen in every episode, whatever the method drops
-        task = policy.task_values(batch.observations, batch.alone)
+        task = policy.task_values(features)[view, batch.alone.long()]
         parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         log_ratio = torch.where(batch.alone, own - batch.old_log_prob, log_ratio)
@@ -80,7 +110,12 @@ def figure_names(policy: MoEPolicy, has_reward_model: bool) -> list[str]:
 
 
 def _deployed_losses(
-    policy: MoEPolicy, batch: Targets[Tensor], output: Output, actions: Tensor, clip: float
+    policy: MoEPolicy,
+    batch: Targets[Tensor],
+    output: Output,
+    own_values: Tensor | None,
+    actions: Tensor,
+    clip: float,
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The deployed expert's log-probabilities `[B]`, and the parts of the loss it has itself."""
     share, weight, alone = batch.share, batch.deployed_weights, batch.alone
@@ -90,11 +125,11 @@ def _deployed_losses(
     if "contrast" in policy.lessons:  # off-policy from what the mixture did
         taken = own, batch.old_log_prob, advantages, weight * ~alone
         parts.append(("contrast_loss", contrast_loss(*(x[None] for x in taken))[0]))
-    if "acts_alone" in policy.lessons:  # PPO from what it did
+    if own_values is not None:  # PPO from what it did
         ratio = torch.where(alone, own - batch.old_log_prob, 0.0).exp()
         spread = distribution.entropy()
         spread = -own if spread is None else spread
-        error = batch.deployed_returns - policy.deployed_values(batch.observations)
+        error = batch.deployed_returns - own_values
         parts += [
             ("contrast_loss", -_mean(_surrogate(advantages, ratio, clip), weight * alone)),
             ("entropy_loss", -_mean(share * spread, weight * alone)),
@@ -103,22 +138,44 @@ def _deployed_losses(
     return own, parts
 
 
-def gate_loss(policy: MoEPolicy, memory: Memory | None) -> Tensor:
+def gate_loss(policy: MoEPolicy, replay: Replay | None) -> Tensor:
     """Cross entropy of the gate against remembered labels; 0 where there are none."""
-    if memory is None:
+    if replay is None:
         return torch.zeros((), device=policy.device)
-    rows, label, known = (x.to(policy.device) for x in memory.draw(torch.rand(1, memory.draws)))
-    observations = from_rows(rows[0], policy.observation_space)
-    return cross_entropy(policy.gate_log_probabilities(observations), label, known)[0]
+    gate = policy.gate_log_probabilities(replay.observations)
+    return cross_entropy(gate, replay.label[None], replay.weight[None])[0]
 
 
-def reward_model_loss(policy: MoEPolicy, memory: Memory) -> Tensor:
+def remembered(policy: MoEPolicy, memory: Memory, times: int) -> Replay:
+    """What the gate learns from in so many minibatches."""
+    rows, label, weight = _drawn(policy, memory, times)
+    seen = prepared(policy.features_extractor, from_rows(rows, policy.observation_space))
+    return Replay(seen, None, label, weight)
+
+
+def remembered_endings(policy: MoEPolicy, memory: Memory, times: int) -> Replay:
+    """What the reward model learns from in so many steps."""
+    rows, label, weight = _drawn(policy, memory, times)
+    seen, actions = rows.tensor_split([row_width(policy.observation_space)], dim=-1)
+    seen = policy.without_flags(from_rows(seen, policy.observation_space))
+    assert policy.endings is not None
+    seen = prepared(policy.endings.extractor, seen)
+    return Replay(seen, policy.as_taken(actions), label, weight)
+
+
+def _drawn(policy: MoEPolicy, memory: Memory, times: int) -> list[Tensor]:
+    """So many draws of rows, labels and weights of a memory, one after another."""
+    draws = [memory.draw(torch.rand(1, memory.draws)) for _ in range(times)]
+    return [torch.cat(parts, dim=1)[0].to(policy.device) for parts in zip(*draws, strict=True)]
+
+
+def reward_model_loss(policy: MoEPolicy, replay: Replay) -> Tensor:
     """Cross entropy of the reward model on remembered endings."""
-    rows, label, known = (x.to(policy.device) for x in memory.draw(torch.rand(1, memory.draws)))
-    seen, actions = rows[0].tensor_split([row_width(policy.observation_space)], dim=-1)
-    observations = from_rows(seen, policy.observation_space)
-    chances = policy.behavior_log_probabilities(observations, policy.as_taken(actions))
-    return cross_entropy(chances[None], label, known)[0]
+    assert policy.endings is not None
+    assert replay.actions is not None
+    features = policy.features(replay.observations, policy.endings.extractor)
+    chances = policy.endings(features, replay.actions).log_softmax(-1)
+    return cross_entropy(chances[None], replay.label[None], replay.weight[None])[0]
 
 
 def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
@@ -127,10 +184,13 @@ def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
     Raises:
         NotFinite: a loss is not.
     """
-    losses = []
-    for _ in range(LESSONS if int(memory.count) else 0):
+    losses: list[Tensor] = []
+    if not int(memory.count):
+        return losses
+    replay = remembered_endings(policy, memory, LESSONS)
+    for lesson in range(LESSONS):
         policy.optimizer.zero_grad()
-        loss = reward_model_loss(policy, memory)
+        loss = reward_model_loss(policy, replay.part(lesson, LESSONS))
         if not loss.isfinite():
             raise NotFinite("reward model's loss", float(loss.detach()))
         loss.backward()

@@ -25,8 +25,8 @@ from torch.distributions import Bernoulli, Categorical, Normal
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.methods import Lesson
-from oversight_rl.agents.networks import DEPLOYED, Agent, Output
-from oversight_rl.agents.ppo.extractors import default_extractor
+from oversight_rl.agents.networks import Agent, Output
+from oversight_rl.agents.ppo.extractors import Patches, default_extractor
 from oversight_rl.agents.ppo.observations import each
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import MIXTURE, Steering, parse
@@ -171,6 +171,8 @@ class MoEPolicy(ActorCriticPolicy):
             self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
         if lr_schedule is not None:
             kwargs = {"lr": lr_schedule(1)} | self.optimizer_kwargs
+            if self.optimizer_class is torch.optim.Adam:
+                kwargs = {"fused": True} | kwargs
             self.optimizer = self.optimizer_class(self.parameters(), **kwargs)
 
     def _value_net(self, outputs: int) -> nn.Sequential:
@@ -179,34 +181,41 @@ class MoEPolicy(ActorCriticPolicy):
 
     def output(self, obs: Any) -> Output:
         """Everything that the networks compute for B observations: `Output` with R = 1."""
-        return self.agent(self._features(obs))  # type: ignore[no-any-return]
+        return self.agent(self.features(obs)[None])  # type: ignore[no-any-return]
 
     def gate_log_probabilities(self, obs: Any) -> Tensor:
         """The gate's log-probabilities alone, `[1, B, K]`."""
-        return self.agent.prepare().gate(self._features(obs)).log_softmax(-1)
+        return self.agent.prepare().gate(self.features(obs)[None]).log_softmax(-1)
 
     def behavior_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
         """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""
         assert self.endings is not None
-        if self.flags is not None:
-            obs = each(_hide, obs, self.flags)
-        features = cast(Tensor, self.extract_features(obs, self.endings.extractor))
+        features = self.features(self.without_flags(obs), self.endings.extractor)
         return self.endings(features, actions).log_softmax(-1)  # type: ignore[no-any-return]
 
-    def deployed_values(self, obs: Any) -> Tensor:
-        """What the deployed expert by itself is to get, `[B]`."""
+    def without_flags(self, obs: Any) -> Any:
+        """Observations as the reward model sees them, without what their oversight flags say."""
+        return obs if self.flags is None else each(_hide, obs, self.flags)
+
+    def deployed_values(self, features: Tensor) -> Tensor:
+        """What the deployed expert by itself is to get, by features `[B, F]`. [B]"""
         assert self.own_value_net is not None
-        return cast(Tensor, self.own_value_net(self.extract_features(obs))).flatten()
+        return cast(Tensor, self.own_value_net(features)).flatten()
 
-    def task_values(self, obs: Any, alone: Tensor) -> Tensor:
-        """What the task is to pay, in its scale; the deployed expert where it is `alone`. `[B]`"""
+    def task_values(self, features: Tensor) -> Tensor:
+        """What the task is to pay whoever acts, by features `[B, F]`: `[B, 2]`, in its scale.
+
+        The second one is the deployed expert, where it acts by itself in some episodes.
+        """
         assert self.task_value_net is not None
-        values = self.task_value_net(self.extract_features(obs))  # [B, 1 or 2]
-        column = alone.long().clamp(max=values.shape[-1] - 1)
-        return values.gather(-1, column[:, None])[:, 0]  # type: ignore[no-any-return]
+        return cast(Tensor, self.task_value_net(features)).expand(-1, 2)
 
-    def _features(self, obs: Any) -> Tensor:
-        return cast(Tensor, self.extract_features(obs))[None]
+    def features(self, obs: Any, extractor: BaseFeaturesExtractor | None = None) -> Tensor:
+        """Features `[B, F]` of observations, which may come as `Patches`."""
+        extractor = extractor or self.features_extractor
+        if isinstance(obs, Patches):
+            return extractor(obs)  # type: ignore[no-any-return]
+        return cast(Tensor, self.extract_features(obs, extractor))
 
     def distribution(self, parameters: Tensor) -> Distribution:
         """The action distribution with these logits or means, `[B, A]`.
@@ -231,37 +240,28 @@ class MoEPolicy(ActorCriticPolicy):
             dist.distribution = kind(logits=parameters, validate_args=False)
         return cast(Distribution, dist)
 
-    def forward(
-        self, obs: Any, deterministic: bool = False, alone: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions of the steered policy, values `[B, 1]` and log-probabilities `[B]`.
 
-        Values are those of the mixture. Where `alone` (`[B]` bool) says so, the deployed expert
-        acts by itself.
+        Values are those of the mixture.
         """
         output = self.output(obs)
-        distribution = self._acting(output, alone)
-        actions = distribution.get_actions(deterministic or self.steering.greedy)
-        log_prob = distribution.log_prob(actions)
-        actions = actions.reshape((-1, *(self.action_space.shape or ())))
+        greedy = deterministic or self.steering.greedy
+        actions, log_prob = self.draw(self._steered(output), greedy)
         return actions, output.value[0][:, None], log_prob
 
-    def log_probabilities(self, obs: Any, actions: Tensor, alone: Tensor) -> Tensor:
-        """Of actions that were taken, by the deployed expert where it was `alone`. `[B]`"""
-        return self._acting(self.output(obs), alone).log_prob(self.as_taken(actions))
+    def draw(self, parameters: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor]:
+        """Actions `[B, ...]` and their log-probabilities `[B]`, by parameters `[B, A]`."""
+        distribution = self.distribution(parameters)
+        actions = distribution.get_actions(deterministic)
+        log_prob = distribution.log_prob(actions)
+        return actions.reshape((-1, *(self.action_space.shape or ()))), log_prob
 
     def as_taken(self, rows: Tensor) -> Tensor:
         """Actions as the distribution has them, from rows of numbers `[B, ...]`."""
         if isinstance(self.action_space, spaces.Discrete):
             return rows.long().flatten()
         return rows.flatten(1).float()
-
-    def _acting(self, output: Output, alone: Tensor | None = None) -> Distribution:
-        """The action distribution of who acts."""
-        parameters = self._steered(output)
-        if alone is not None:
-            parameters = torch.where(alone[:, None], output.alone(DEPLOYED)[0], parameters)
-        return self.distribution(parameters)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         output = self.output(obs)
@@ -289,7 +289,7 @@ class MoEPolicy(ActorCriticPolicy):
         return parameters if temperature == 1 else parameters / temperature
 
     def get_distribution(self, obs: Any) -> Distribution:
-        return self._acting(self.output(obs))
+        return self.distribution(self._steered(self.output(obs)))
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         return super()._predict(observation, deterministic or self.steering.greedy)
@@ -303,7 +303,7 @@ class MoEPolicy(ActorCriticPolicy):
         return np.asarray(actions, self.action_space.dtype), state
 
     def predict_values(self, obs: Any) -> Tensor:
-        return self.agent.prepare().value(self._features(obs))[0][:, None]
+        return self.agent.prepare().value(self.features(obs)[None])[0][:, None]
 
     def steer(self, text: str) -> MoEPolicy:
         """The same policy, steered; it shares the parameters. See `steering.parse`.
@@ -327,5 +327,4 @@ class MoEPolicy(ActorCriticPolicy):
 
 
 def _hide(seen: Tensor, flags: NDArray[np.bool_]) -> Tensor:
-    """Observations without what their oversight flags say. [B, ...]"""
     return torch.where(torch.as_tensor(flags, device=seen.device), torch.zeros_like(seen), seen)

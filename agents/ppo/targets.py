@@ -44,6 +44,7 @@ class Experience:
     """
 
     window: Window
+    view: NDArray[np.int64]  # which observation it was, where it is due, see `Views`
     outcome: NDArray[np.int64]  # of the step's episode, see `methods.outcomes`
     left: NDArray[np.int64]  # steps until the episode's last one
     due: Bools  # to be learned from now, see `Window.due`
@@ -83,7 +84,7 @@ class Experience:
 class Targets(NamedTuple, Generic[A]):
     """What the losses ask of each step: of a window's `[W, C]`, or of samples `[B]`."""
 
-    observations: Any  # [B, ...], of each entry where they are dictionaries
+    view: A  # int, which observation it was, see `Views`
     actions: A
     alone: A  # bool, where the deployed expert acted by itself
     share: A  # as all below, see `Experience`
@@ -153,7 +154,7 @@ def targets(
     parts: tuple[NDArray[Any], ...]
     parts = (weights, deployed_weights, endings.routes, advantages, behavior + steps.value)
     parts = (*parts, deployed, deployed_returns, task_returns)
-    known = steps.observations, steps.actions, steps.alone, x.share, x.log_prob, x.old_value
+    known = x.view, steps.actions, steps.alone, x.share, x.log_prob, x.old_value
     return Targets(*known, *(np.asarray(part, np.float32) for part in parts))
 
 

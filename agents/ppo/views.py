@@ -1,0 +1,184 @@
+"""What a policy says of the observations that a rollout meets, each distinct one worked out once.
+
+A partial view repeats: of the 4,096 observations of a rollout in an 8x8 room some 1,500 are
+distinct. The parameters do not change while a rollout is collected, so what the networks said of an
+observation holds until the update; and in the update, samples of one observation share its forward
+and backward pass.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import obs_as_tensor
+from torch import Tensor
+
+from oversight_rl.agents.learner import NotFinite
+from oversight_rl.agents.networks import DEPLOYED
+from oversight_rl.agents.ppo.extractors import Patches, SymbolicCNN
+from oversight_rl.agents.ppo.observations import each, how_many
+from oversight_rl.agents.ppo.policy import MoEPolicy
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+AT_ONCE = 4096
+"""Observations that networks judge at once."""
+
+
+class Views:
+    """Observations, numbered as they are met, and what a policy says of them.
+
+    Equal ones have one number where the features extractor is one of those that are known to judge
+    each observation by itself; others may not, as those with batch norm, and images never repeat.
+
+    Args:
+        policy: whose parameters stay as they are while observations are met.
+    """
+
+    def __init__(self, policy: MoEPolicy) -> None:
+        self.policy = policy
+        self._chooses = isinstance(policy.action_space, spaces.Discrete)
+        self._width = policy.agent.n_actions
+        extractor = policy.features_extractor
+        self._symbols = extractor if type(extractor) is SymbolicCNN else None
+        self._extract = self._symbols.composed() if self._symbols else policy.features
+        self._merges = type(extractor) in (SymbolicCNN, FlattenExtractor)
+        self._number: dict[bytes, int] = {}
+        self._agent = policy.agent.prepare()
+        self._taken: list[Any] = []  # observations [n, ...] each, or cells of their patches
+        self._features: list[Tensor] = []  # [n, F] each
+        self._said: Floats = np.empty((0, 0), np.float32)  # [U, columns], see `_networks`
+
+    def __len__(self) -> int:
+        return len(self._said)
+
+    def find(self, observations: Any) -> Ints:
+        """The numbers of observations `[B, ...]`; those not met before are judged. [B]"""
+        first = len(self)
+        if not self._merges:
+            self._judge(each(np.array, observations))  # a copy, as environments reuse theirs
+            return np.arange(first, len(self))
+        known, rows, new = self._number, _as_bytes(observations), list[int]()
+        for i, row in enumerate(rows):
+            if row not in known:
+                known[row] = first + len(new)
+                new.append(i)
+        if new:
+            self._judge(observations[new])
+        return np.array([known[row] for row in rows])
+
+    def _judge(self, observations: Any) -> None:
+        for start in range(0, how_many(observations), AT_ONCE):
+            part = each(lambda x, at=start: x[at : at + AT_ONCE], observations)
+            tensors: Any = obs_as_tensor(part, self.policy.device)
+            taken = self._symbols.cells(tensors) if self._symbols else tensors
+            features, said = self._networks(taken)
+            self._taken.append(taken)
+            self._features.append(features)
+            self._said = np.concatenate([self._said, said]) if len(self) else said
+        for name in ("features", "_observations"):
+            vars(self).pop(name, None)  # what was put together before
+
+    @torch.inference_mode()
+    def _networks(self, taken: Any) -> tuple[Tensor, Floats]:
+        """Features `[n, F]` of observations, or of their cells, and what is said of them, by column.
+
+        Raises:
+            NotFinite: the policy's output is not.
+        """
+        features = self._extract(taken)
+        output = self._agent(features[None])
+        columns = [self._acting(output.mix(output.gate)), output.value[..., None]]
+        if self.policy.n_experts > 1:
+            columns += [self._acting(output.alone(DEPLOYED)), output.gate_logits.log_softmax(-1)]
+        said: Floats = torch.cat(columns, dim=-1)[0].cpu().numpy()
+        if not np.isfinite(said[:, : self._width]).all():
+            raise NotFinite("policy's output")
+        return features, said
+
+    def _acting(self, parameters: Tensor) -> Tensor:
+        """Parameters of an action distribution; choices of one have their log-probabilities."""
+        return parameters.log_softmax(-1) if self._chooses else parameters
+
+    def act(
+        self, observations: Any, alone: NDArray[np.bool_], uniform: Floats
+    ) -> tuple[Ints, NDArray[Any], Floats, Floats]:
+        """Draw actions: numbers of the observations `[N]`, actions `[N, ...]`, values `[N]` and the
+        actions' log-probabilities `[N]`.
+
+        Args:
+            observations: of N environments.
+            alone: where the deployed expert acts by itself, `[N]`.
+            uniform: numbers in [0, 1) to draw with where actions are choices of one, `[N]`.
+        """
+        at = self.find(observations)
+        parameters = self._parameters(at, alone)
+        if self._chooses:
+            chances = np.exp(parameters)
+            actions = (uniform[:, None] >= chances.cumsum(1)[:, :-1]).sum(1)
+            return at, actions, self.values[at], _of_choices(parameters, actions)
+        with torch.no_grad():
+            drawn, log_prob = self.policy.draw(self._tensor(parameters))
+        return at, drawn.cpu().numpy(), self.values[at], log_prob.cpu().numpy()
+
+    def log_probabilities(
+        self, at: Ints, actions: NDArray[Any], alone: NDArray[np.bool_]
+    ) -> Floats:
+        """Of actions `[B, ...]` that were taken where observations have these numbers. [B]"""
+        parameters = self._parameters(at, alone)
+        if self._chooses:
+            return _of_choices(parameters, actions.reshape(-1).astype(np.int64))
+        with torch.no_grad():
+            taken = self.policy.as_taken(self._tensor(actions))
+            distribution = self.policy.distribution(self._tensor(parameters))
+            return distribution.log_prob(taken).cpu().numpy()
+
+    @property
+    def values(self) -> Floats:
+        """Of the mixture. [U]"""
+        return self._said[:, self._width]
+
+    @property
+    def gates(self) -> Floats:
+        """Mixing probabilities. [U, K]"""
+        return np.exp(self._said[:, 2 * self._width + 1 :])
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Of all observations, before the update. [U, F]"""
+        return torch.cat(self._features)
+
+    @cached_property
+    def _observations(self) -> Any:
+        """All of them, as `MoEPolicy.features` takes them soonest. [U, ...]"""
+        whole = each(lambda *parts: torch.cat(parts), *self._taken)
+        return Patches.of(whole) if self._symbols else whole
+
+    def __getitem__(self, numbers: Tensor) -> Any:
+        """Observations of these numbers `[B]`, as `MoEPolicy.features` takes them. [B, ...]"""
+        return each(lambda part: part[numbers], self._observations)
+
+    def _parameters(self, at: Ints, alone: NDArray[np.bool_]) -> Floats:
+        """Of the action distributions of who acts. [B, A]"""
+        said, width = self._said[at], self._width
+        if not alone.any():
+            return said[:, :width]
+        return np.where(alone[:, None], said[:, width + 1 : 2 * width + 1], said[:, :width])
+
+    def _tensor(self, x: NDArray[Any]) -> Tensor:
+        return torch.as_tensor(x, device=self.policy.device)
+
+
+def _as_bytes(observations: NDArray[Any]) -> list[bytes]:
+    rows = np.ascontiguousarray(observations.reshape(how_many(observations), -1))
+    width = rows.shape[1] * rows.itemsize
+    found: list[bytes] = rows.view(np.dtype((np.void, width)))[:, 0].tolist()
+    return found
+
+
+def _of_choices(log_probabilities: Floats, actions: Ints) -> Floats:
+    return np.take_along_axis(log_probabilities, actions[:, None], 1)[:, 0]
