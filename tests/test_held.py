@@ -75,8 +75,8 @@ class Taught(BaseCallback):
         x = self.model.experience
         parts = self.model.rollout_buffer.samples._asdict()
         parts["outcome"] = x.outcome.T[x.share.T > 0]
-        where = parts.pop("observations")
-        where = where["where"] if isinstance(where, dict) else where
+        where = self.model.rollout_buffer.views[torch.as_tensor(parts.pop("view"))]
+        where = (where["where"] if isinstance(where, dict) else where).numpy()
         self.updates.append(parts | {"episode": where[:, 0], "time": where[:, 1]})
 
     def _on_step(self):
@@ -203,7 +203,7 @@ def test_older_steps_count_as_much_as_the_policy_would_still_take_them():
 
     class Checks(BaseCallback):
         def _on_step(self):
-            seen, log_probs = (self.locals[name].tolist() for name in ("obs_tensor", "log_probs"))
+            seen, log_probs = self.model._last_obs.tolist(), self.locals["log_probs"].tolist()
             then.update(zip(map(tuple, seen), log_probs, strict=True))
             return True
 
@@ -212,7 +212,8 @@ def test_older_steps_count_as_much_as_the_policy_would_still_take_them():
             found = self.model.rollout_buffer.samples
             if not len(found.alone):
                 return
-            seen, taken = map(torch.as_tensor, (found.observations, found.actions))
+            view, taken = map(torch.as_tensor, (found.view, found.actions))
+            seen = self.model.rollout_buffer.views[view]
             with torch.no_grad():
                 _, now, _ = self.model.policy.evaluate_actions(seen, taken.flatten().long())
             before = np.array([then[key] for key in map(tuple, seen.tolist())])
@@ -232,7 +233,7 @@ def test_what_the_policy_would_never_do_again_teaches_nothing_and_breaks_nothing
     model, _ = collected(worlds(4), 2, method="imputed_routing")
     model._current_progress_remaining = 0.5  # it no longer waits for labels
     batch = next(iter(model.rollout_buffer.get(None)))
-    rows, actions = batch.observations, batch.actions.flatten().long()
+    rows, actions = model.rollout_buffer.views[batch.view], batch.actions.flatten().long()
     with torch.no_grad():
         agent = model.policy.agent
         agent.trunks[-1].bias[0, expert] += 1000.0  # this one is certain, the other is not
@@ -240,7 +241,10 @@ def test_what_the_policy_would_never_do_again_teaches_nothing_and_breaks_nothing
             agent.gate_out.bias.fill_(1000.0 * sign)  # and the mixture is the second one
             if model.policy.gate_log_probabilities(rows)[0, :, 0].max() < -100:
                 break
-        now = model.policy.log_probabilities(rows, actions, batch.alone)
+        output = model.policy.output(rows)
+        parameters = output.alone(0), output.mix(output.gate)
+        who = torch.where(batch.alone[:, None], *(x[0] for x in parameters))
+        now = model.policy.distribution(who).log_prob(actions)
     assert (now[batch.alone == (expert == 0)] < -100).any()
     loss, _ = model.loss(batch._replace(old_log_prob=now), 0.2)
     loss.backward()

@@ -31,7 +31,12 @@ from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.ppo.algorithm import ppo_methods
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
-from oversight_rl.agents.ppo.losses import gate_loss, reward_model_loss
+from oversight_rl.agents.ppo.losses import (
+    gate_loss,
+    remembered,
+    remembered_endings,
+    reward_model_loss,
+)
 from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.envs.labels import OversightLabels
 from oversight_rl.envs.minigrid import SymbolicObservation
@@ -175,14 +180,10 @@ def gradients(model, outcome, part):
     chosen = torch.as_tensor(np.flatnonzero(order == outcome))
     assert len(chosen)
     batch = Targets(*(torch.as_tensor(x)[chosen] for x in buffer.samples))
-    honest = model.loss
-
-    model.policy.zero_grad()
-    total = honest(batch, 0.2)[0]
+    replay = remembered(model.policy, model.memory, 1)
     coefficients = {"policy": (0.0, 0.0), "gate": (0.0, model.gate_coef)}[part]
     model.vf_coef, model.gate_coef = coefficients
-    total = honest(batch, 0.2)[0]
-    total.backward()
+    model.loss(batch, 0.2, replay)[0].backward()
     weight = model.policy.agent.trunks[0].weight.grad[0].flatten(1).norm(dim=1)
     return {
         "experts": weight[: model.policy.n_experts].tolist(),
@@ -213,13 +214,14 @@ def test_the_gate_learns_from_labels_alone():
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
     assert gradients(model, LABELED, "gate")["gate"] > 0
-    before = float(gate_loss(model.policy, model.memory))
+    replay = remembered(model.policy, model.memory, 1)
+    before = float(gate_loss(model.policy, replay))
     optimizer = torch.optim.Adam(model.policy.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        gate_loss(model.policy, model.memory).backward()
+        gate_loss(model.policy, remembered(model.policy, model.memory, 1)).backward()
         optimizer.step()
-    assert float(gate_loss(model.policy, model.memory)) < 0.7 * before
+    assert float(gate_loss(model.policy, replay)) < 0.7 * before
 
 
 # ---- SB3's habits
@@ -712,10 +714,9 @@ def test_endings_of_every_kind_of_action_are_learned(space):
     model = fresh().learn(8 * 16 * 40)
     again = RoutedPPO.load(saved(model), env=model.env)
     assert int(again.endings.count) == int(model.endings.count) > 100
-    assert float(reward_model_loss(again.policy, again.endings)) < 0.2
-    untaught = fresh()
-    untaught.endings = again.endings
-    assert float(reward_model_loss(untaught.policy, untaught.endings)) > 0.5
+    for policy, taught in ((again.policy, True), (fresh().policy, False)):
+        loss = float(reward_model_loss(policy, remembered_endings(policy, again.endings, 1)))
+        assert loss < 0.2 if taught else loss > 0.5
 
 
 def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():

@@ -196,7 +196,7 @@ def experience(rng, steps=12, envs=6, **more):
     window = Window(
         Steps(**known), np.arange(steps, 0, -1)[:, None], ~never, never, never, [], 0, envs
     )
-    fields = {"window": window, "outcome": outcome, "left": left, "due": ~never,
+    fields = {"window": window, "view": left, "outcome": outcome, "left": left, "due": ~never,
               "share": np.ones_like(value), "log_prob": nothing, "old_value": value,
               "value_after": after * ~ended, "gate": gate}  # fmt: skip
     return Experience(**fields | more)

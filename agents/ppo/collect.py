@@ -77,9 +77,9 @@ class CollectingPPO(PPO):
             self._start(env)
         policy.set_training_mode(False)
         buffer.reset()
+        callback.on_rollout_start()
         views = buffer.views = Views(policy)
         uniform = torch.rand(n_rollout_steps, env.num_envs).numpy()
-        callback.on_rollout_start()
         whole = False
         try:
             for drawn in uniform:

@@ -36,10 +36,11 @@ class Rollout:
 
     def __init__(self, policy: MoEPolicy, buffer: RoutedRolloutBuffer, last: Any) -> None:
         self.policy, self.buffer = policy, buffer
-        finals = [cut[2] for cut in buffer.cuts]
-        rows = each(_one_below_another, buffer.observations, last, *finals)
         # views after the rollout, and where episodes were cut in it
-        self.following = buffer.views.find(rows)  # [N + cuts]
+        self.following = buffer.views.find(last)  # [N + cuts]
+        if buffer.cuts:
+            ends = each(lambda *rows: np.stack(rows), *(cut[2] for cut in buffer.cuts))
+            self.following = np.concatenate([self.following, buffer.views.find(ends)])
         self._features = buffer.views.features
 
     @cached_property
@@ -190,8 +191,3 @@ def in_task_scale(policy: MoEPolicy, buffer: RoutedRolloutBuffer, discount: floa
     policy.task_square.copy_(torch.tensor([mean, count], dtype=torch.float64))
     scale = mean**0.5 if mean > 0 else 1.0
     return (reward / scale).astype(np.float32)
-
-
-def _one_below_another(kept: NDArray[Any], last: Any, *finals: Any) -> NDArray[Any]:
-    """N observations and then single ones, in the shape that a rollout keeps them in."""
-    return np.concatenate([np.asarray(x).reshape(-1, *kept.shape[2:]) for x in (last, *finals)])

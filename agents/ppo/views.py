@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
+from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
@@ -47,6 +48,7 @@ class Views:
         self._symbols = extractor if type(extractor) is SymbolicCNN else None
         self._extract = self._symbols.composed() if self._symbols else policy.features
         self._merges = type(extractor) in (SymbolicCNN, FlattenExtractor)
+        self._shapes = get_obs_shape(policy.observation_space)
         self._number: dict[bytes, int] = {}
         self._agent = policy.agent.prepare()
         self._taken: list[Any] = []  # observations [n, ...] each, or cells of their patches
@@ -59,6 +61,7 @@ class Views:
     def find(self, observations: Any) -> Ints:
         """The numbers of observations `[B, ...]`; those not met before are judged. [B]"""
         first = len(self)
+        observations = each(lambda x, to: np.reshape(x, (-1, *to)), observations, self._shapes)
         if not self._merges:
             self._judge(each(np.array, observations))  # a copy, as environments reuse theirs
             return np.arange(first, len(self))
@@ -85,7 +88,7 @@ class Views:
 
     @torch.inference_mode()
     def _networks(self, taken: Any) -> tuple[Tensor, Floats]:
-        """Features `[n, F]` of observations, or of their cells, and what is said of them, by column.
+        """Features `[n, F]` of observations, or their cells, and what is said of them in columns.
 
         Raises:
             NotFinite: the policy's output is not.
