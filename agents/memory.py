@@ -74,18 +74,22 @@ class Memory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw M samples, with replacement, by uniform numbers `[R, B]` in [0, 1); M <= B.
+        """Draw M samples by the first ones of uniform numbers `[R, B]`; M <= B. See `at`.
+
+        Whole numbers of observations are int64.
+        """
+        drawn, label, weight = self.at(uniform[:, : self.draws])
+        return drawn if drawn.is_floating_point() else drawn.long(), label, weight
+
+    def at(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples by uniform numbers `[R, M]` in [0, 1), with replacement.
 
         Returns:
-            observations `[R, M, D]` (whole numbers as int64), labels `[R, M]`, and weights
-            `[R, M]`: 1, but 0 in runs that remember nothing.
+            observations `[R, M, D]`, labels `[R, M]`, and weights `[R, M]`: 1, but 0 in runs that
+            remember nothing.
         """
-        uniform = uniform[:, : self.draws]
         known = self.count.clamp(max=self.capacity)[:, None]
         index = (uniform * known).long()
         run = torch.arange(len(index), device=index.device)[:, None]
         weight = (known > 0).to(uniform.dtype).expand_as(uniform)
-        drawn = self.observation[run, index]
-        if not drawn.is_floating_point():
-            drawn = drawn.long()
-        return drawn, self.label[run, index].long(), weight
+        return self.observation[run, index], self.label[run, index].long(), weight

@@ -52,8 +52,7 @@ class Output(Record):
         row = index + (torch.arange(runs, device=index.device) * batch).view(-1, *more)
         parts = [vars(self)[name] for name in PER_OBSERVATION]
         table = torch.cat([part.reshape(runs * batch, -1) for part in parts], dim=-1)
-        # an embedding's gradient sums what belongs to the same row, fast and in a fixed order
-        columns = F.embedding(row, table).split([part[0, 0].numel() for part in parts], dim=-1)
+        columns = rows_of(table, row).split([part[0, 0].numel() for part in parts], dim=-1)
         taken = {
             name: column.reshape(*index.shape, *part.shape[2:])
             for name, column, part in zip(PER_OBSERVATION, columns, parts, strict=True)
@@ -91,6 +90,16 @@ class Output(Record):
     def gate(self) -> Tensor:
         """Mixing probabilities of the gate. [R, B, K]"""
         return self.gate_logits.softmax(-1)
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table `[U, D]`, by an index of any shape: `[..., D]`.
+
+    The gradient sums what belongs to the same row in a fixed order, by what is fastest of that.
+    """
+    if table.is_cuda:  # where adding by index has no order
+        return F.embedding(index, table)
+    return table.index_select(0, index.flatten()).view(*index.shape, -1)
 
 
 class Linear(nn.Module):

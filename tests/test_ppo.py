@@ -19,7 +19,12 @@ from minigrid.wrappers import (
     SymbolicObsWrapper,
 )
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    EvalCallback,
+)
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -30,9 +35,15 @@ import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.ppo.algorithm import ppo_methods
-from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN, default_extractor
+from oversight_rl.agents.ppo.extractors import (
+    EntryExtractor,
+    Patches,
+    SymbolicCNN,
+    default_extractor,
+)
 from oversight_rl.agents.ppo.losses import (
     gate_loss,
+    losses,
     remembered,
     remembered_endings,
     reward_model_loss,
@@ -215,13 +226,17 @@ def test_the_gate_learns_from_labels_alone():
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 64)
     assert gradients(model, LABELED, "gate")["gate"] > 0
     replay = remembered(model.policy, model.memory, 1)
-    before = float(gate_loss(model.policy, replay))
+
+    def loss(replay):
+        return gate_loss(model.policy, replay, model.policy.agent.prepare())
+
+    before = float(loss(replay))
     optimizer = torch.optim.Adam(model.policy.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        gate_loss(model.policy, remembered(model.policy, model.memory, 1)).backward()
+        loss(remembered(model.policy, model.memory, 1)).backward()
         optimizer.step()
-    assert float(gate_loss(model.policy, replay)) < 0.7 * before
+    assert float(loss(replay)) < 0.7 * before
 
 
 # ---- SB3's habits
@@ -847,3 +862,84 @@ def test_saved_memories_hold_what_was_put_into_them(tmp_path):
         assert torch.equal(ours.label[:, :known], theirs.label[:, :known])
         assert ours.observation.shape == theirs.observation.shape
     loaded.learn(8 * 16)
+
+
+# ---- views that repeat
+
+
+class Apart:
+    """Every sample's observation by itself, as `Views` gives them where nothing is merged."""
+
+    def __init__(self, observations):
+        self.observations = observations
+
+    def __getitem__(self, numbers):
+        return self.observations[numbers]
+
+
+@pytest.mark.parametrize("method", ["naive", "routing", "contrastive_routing", "imputed_routing"])
+def test_working_out_repeated_views_once_changes_nothing(method):
+    model = tiny(method=method, n_envs=32, n_steps=32)
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 32)
+    model._current_progress_remaining = 0.5  # it no longer waits for labels
+    x, policy, views = model.experience, model.policy, model.rollout_buffer.views
+    rows = x.steps.observations.swapaxes(0, 1)[x.share.T > 0]
+    batch = next(iter(model.rollout_buffer.get(None)))
+    samples = model.rollout_buffer.samples
+    whole = Targets(*map(torch.as_tensor, samples))
+    replay = remembered(policy, model.memory, 1) if model.memory is not None else None
+    assert len(batch.view.unique()) < 0.7 * len(rows)
+
+    def learned(batch, views):
+        policy.zero_grad()
+        parts = losses(policy, batch, views, replay, clip=0.2, clip_value=None)
+        sum(part for part in parts.values() if part.requires_grad).backward()
+        gradients = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+        return parts, gradients
+
+    merged, by_merged = learned(whole, views)
+    apart = whole._replace(view=torch.arange(len(rows)))
+    plain, by_plain = learned(apart, Apart(torch.as_tensor(rows)))
+    for name, part in plain.items():
+        assert torch.allclose(merged[name], part, rtol=1e-4, atol=1e-6), name
+    for ours, theirs in zip(by_merged, by_plain, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()) + 1e-7)
+    # what was said when they were met is what the networks say of each
+    output = policy.output(torch.as_tensor(rows))
+    assert np.abs(views.values[samples.view] - output.value[0].detach().numpy()).max() < 1e-5
+    mixture = policy.distribution(output.mix(output.gate)[0])
+    log_prob = mixture.log_prob(whole.actions.flatten().long()).detach().numpy()
+    known = ~samples.alone
+    assert np.abs(samples.old_log_prob[known] - log_prob[known]).max() < 1e-4
+
+
+@pytest.mark.parametrize("sides", [(7, 7), (5, 4), (2, 3), (1, 1)])
+def test_patches_are_merged_and_keep_their_features(sides):
+    torch.manual_seed(0)
+    high = np.broadcast_to(np.array([11, 5, 3], np.uint8), (*sides, 3))
+    cnn = SymbolicCNN(spaces.Box(np.zeros_like(high), high, dtype=np.uint8))
+    few = torch.randint(3, (64, *sides, 1), dtype=torch.uint8).expand(-1, -1, -1, 3)
+    many = torch.as_tensor(np.stack([cnn._observation_space.sample() for _ in range(64)]))
+    for rows in (few, many):
+        patches = Patches.of(cnn.cells(rows))
+        assert len(patches.cells) == len(patches.cells.unique(dim=0))
+        assert torch.allclose(cnn(patches), cnn(rows), atol=1e-6)
+        chosen = torch.tensor([5, 5, 63])
+        assert torch.allclose(cnn(patches[chosen]), cnn(rows[chosen]), atol=1e-6)
+
+
+def test_a_callback_that_changes_the_policy_is_heeded_at_once():
+    class Changes(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 8:
+                with torch.no_grad():
+                    self.model.policy.agent.head.bias[0] += torch.tensor([50.0, 0.0, 0.0])
+            return True
+
+    model = tiny(gae_lambda=0.9)
+    _, callback = model._setup_learn(10**6, Changes())
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    actions = model.rollout_buffer.actions[..., 0]
+    assert actions[:8].any()
+    assert not actions[8:].any()

@@ -5,6 +5,7 @@ from collections.abc import Generator, Hashable, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
@@ -188,8 +189,10 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Minibatches of `Targets` at most so large and all alike, in random order."""
         assert self.samples is not None
         parts, order = self.minibatches(batch_size), np.random.permutation(len(self.samples.alone))
+        whole = [torch.as_tensor(x, device=self.device) for x in self.samples]
         for part in np.array_split(order, parts) if parts else ():
-            yield Targets(*(self.to_torch(x[part]) for x in self.samples))
+            at = torch.as_tensor(part, device=self.device)
+            yield Targets(*(x.index_select(0, at) for x in whole))
 
 
 class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):

@@ -20,40 +20,52 @@ from stable_baselines3.common.torch_layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from oversight_rl.agents.networks import rows_of
+
 SMALLEST_IMAGE = 36  # pixels along a side that SB3's NatureCNN takes
 SYMBOLS = 64
 """Integer observations with fewer values than this are symbols, and not pixels."""
 
 COMBINATIONS = 2**16
 """Combinations of a cell's symbols at most, which `SymbolicCNN` has a table of."""
-MOST_CODES = 2**62
-"""Patches that can be told apart by a number."""
+MOST_CODES, MOST_MARKS = 2**62, 2**16
+"""Patches that a number can tell apart at most, and a table."""
 
 
 @dataclass(frozen=True)
 class Patches:
     """Grids of symbols as the patches that a convolution sees, equal ones once."""
 
-    cells: Tensor  # [P, cells of a patch] int64, combinations of symbols
+    cells: Tensor  # [P, rows, cols] of whole numbers, combinations of symbols
     index: Tensor  # [B, places] into P
 
     def __getitem__(self, observations: Tensor) -> Patches:
-        return Patches(self.cells, self.index[observations])
+        return Patches(self.cells, self.index.index_select(0, observations))
 
     @classmethod
     def of(cls, cells: Tensor) -> Patches:
         """Of the cells of each patch of B observations: see `SymbolicCNN.cells`."""
-        (observations, places, width), device = cells.shape, cells.device
-        cells = cells.flatten(0, 1)
-        index = torch.arange(len(cells), device=device)
-        symbols = torch.bincount(cells.flatten()).bool()
-        kinds = int(symbols.sum())
-        if kinds**width <= MOST_CODES:  # one number tells patches apart
-            code = (symbols.cumsum(0) - 1)[cells] @ kinds ** torch.arange(width, device=device)
-            distinct, number = code.unique(return_inverse=True)
-            first = index.new_empty(len(distinct)).index_copy_(0, number, index)
-            cells, index = cells[first], number
-        return cls(cells, index.view(observations, places))
+        shape, cells = cells.shape[:2], cells.flatten(0, 1)
+        index = torch.arange(len(cells), device=cells.device)
+        number, kinds = _renumbered(cells, int(cells.max()) + 1)
+        for _ in cells.shape[1:]:  # of a row, of a patch
+            if kinds ** number.shape[-1] > MOST_CODES:
+                return cls(cells, index.view(shape))
+            first, *others = number.unbind(-1)
+            for other in others:
+                first = first * kinds + other
+            number, kinds = _renumbered(first, kinds ** number.shape[-1])
+        which = index.new_empty(kinds).index_copy_(0, number, index)
+        return cls(cells[which], number.view(shape))
+
+
+def _renumbered(x: Tensor, kinds: int) -> tuple[Tensor, int]:
+    """Numbers in `range(kinds)` without those that do not occur, and how many do."""
+    if kinds > MOST_MARKS:
+        distinct, number = x.unique(return_inverse=True)
+        return number, len(distinct)
+    number = torch.bincount(x.flatten()).bool().cumsum(0) - 1
+    return number.index_select(0, x.flatten()).view(x.shape), int(number[-1]) + 1
 
 
 class SymbolicCNN(BaseFeaturesExtractor):
@@ -69,10 +81,8 @@ class SymbolicCNN(BaseFeaturesExtractor):
         channels: channels after the second.
     """
 
-    strides: Tensor
-    """What a symbol of each channel adds to the number of a combination of symbols."""
     window: Tensor
-    """Which of the grid's cells, row by row, a patch has: `[places, cells of a patch]`."""
+    """Which of the grid's cells, counted row by row, a patch has: `[places, rows, cols]`."""
 
     def __init__(self, observation_space: spaces.Box, width: int = 8, channels: int = 16) -> None:
         sides = observation_space.shape[:2]
@@ -80,22 +90,24 @@ class SymbolicCNN(BaseFeaturesExtractor):
         starts = [range(0, side - k + 1, 2) for side, k in zip(sides, kernel, strict=True)]
         super().__init__(observation_space, channels * math.prod(map(len, starts)))
         sizes = observation_space.high.max(axis=(0, 1)).astype(np.int64) + 1
-        strides = sizes[::-1].cumprod()[::-1] // sizes
-        self.register_buffer("strides", torch.as_tensor(strides.copy()), persistent=False)
+        self.sizes = sizes.tolist()
         self.codes = nn.ParameterList(nn.Parameter(torch.randn(n, width)) for n in sizes)
         self.convolution = nn.Conv2d(width, channels, kernel, stride=2)
         cells = torch.arange(math.prod(sides)).view(*sides)
         rows, cols = kernel
-        window = [cells[i : i + rows, j : j + cols].flatten() for i in starts[0] for j in starts[1]]
+        window = [cells[i : i + rows, j : j + cols] for i in starts[0] for j in starts[1]]
         self.register_buffer("window", torch.stack(window), persistent=False)
 
     def cells(self, observation: Tensor) -> Tensor:
         """The combinations of symbols in patches of observations `[B, rows, cols, channels]`.
 
-        Returns `[B, places, cells of a patch]`.
+        Returns `[B, places, rows of a patch, cols]`.
         """
-        combination = (observation.long() * self.strides).sum(-1)
-        return combination.flatten(1)[:, self.window]
+        combination, *others = observation.int().unbind(-1)
+        for channel, size in zip(others, self.sizes[1:], strict=True):
+            combination = combination * size + channel
+        cells = combination.flatten(1).t().index_select(0, self.window.flatten())
+        return cells.t().reshape(-1, *self.window.shape)
 
     def forward(self, observation: Tensor | Patches) -> Tensor:
         """Features `[B, features_dim]` of observations, or of their patches."""
@@ -115,9 +127,9 @@ class SymbolicCNN(BaseFeaturesExtractor):
         def features(patches: Tensor | Patches) -> Tensor:
             merged = None if isinstance(patches, Tensor) else patches
             cells = patches if isinstance(patches, Tensor) else patches.cells
-            x = F.embedding(cells, table).flatten(-2)  # [..., cells * width]
+            x = rows_of(table, cells).flatten(-3)  # [..., cells * width]
             x = F.linear(x, weight, bias).relu()  # [..., channels]
-            x = F.embedding(merged.index, x) if merged else x
+            x = rows_of(x, merged.index) if merged else x
             return x.transpose(1, 2).flatten(1)  # as a convolution lays them out
 
         return features

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.networks import DEPLOYED, Output
+from oversight_rl.agents.networks import DEPLOYED, Output, Prepared
 from oversight_rl.agents.ppo.extractors import prepared
 from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
@@ -63,15 +63,16 @@ def losses(
     weight, share = batch.weights, batch.share
     actions = policy.as_taken(batch.actions)
     seen, view = batch.view.unique(return_inverse=True)  # [V], [B]
-    features = policy.features(views[seen])
-    output = policy.agent(features[None]).rows(view[None])
+    features, agent = policy.features(views[seen]), policy.agent.prepare()
+    output = agent(features[None]).rows(view[None])
     routed = output.routed(batch.routes[None]) if policy.n_experts > 1 else output
-    values, log_prob, entropy = policy.judged(routed, routed.mix(routed.gate)[0], actions)
+    mixed = routed.mix(routed.gate) if policy.n_experts > 1 else routed.alone(DEPLOYED)
+    log_prob, entropy = policy.judged(mixed[0], actions)
     # a ratio to who did not act may be anything, and 0 times that is nan
     log_ratio = torch.where(batch.alone, 0.0, log_prob - batch.old_log_prob)
     ratio = log_ratio.exp()
     gain = _surrogate(batch.advantages, ratio, clip)
-    values = values.flatten()
+    values = output.value[0]
     if clip_value is not None:
         values = batch.old_values + (values - batch.old_values).clamp(-clip_value, clip_value)
     spread = -log_prob if entropy is None else entropy
@@ -79,7 +80,7 @@ def losses(
         "policy_gradient_loss": -_mean(share * gain, weight),
         "value_loss": _mean(share * (batch.returns - values) ** 2, weight),
         "entropy_loss": -_mean(share * spread, weight),
-        "gate_loss": gate_loss(policy, replay),
+        "gate_loss": gate_loss(policy, replay, agent),
     }
     own = log_prob
     if policy.lessons & {"contrast", "acts_alone"}:
@@ -119,16 +120,15 @@ def _deployed_losses(
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
     """The deployed expert's log-probabilities `[B]`, and the parts of the loss it has itself."""
     share, weight, alone = batch.share, batch.deployed_weights, batch.alone
-    distribution = policy.distribution(output.alone(DEPLOYED)[0])
-    own, advantages = distribution.log_prob(actions), share * batch.deployed_advantages
+    own, entropy = policy.judged(output.alone(DEPLOYED)[0], actions)
+    advantages = share * batch.deployed_advantages
     parts = []
     if "contrast" in policy.lessons:  # off-policy from what the mixture did
         taken = own, batch.old_log_prob, advantages, weight * ~alone
         parts.append(("contrast_loss", contrast_loss(*(x[None] for x in taken))[0]))
     if own_values is not None:  # PPO from what it did
         ratio = torch.where(alone, own - batch.old_log_prob, 0.0).exp()
-        spread = distribution.entropy()
-        spread = -own if spread is None else spread
+        spread = -own if entropy is None else entropy
         error = batch.deployed_returns - own_values
         parts += [
             ("contrast_loss", -_mean(_surrogate(advantages, ratio, clip), weight * alone)),
@@ -138,11 +138,11 @@ def _deployed_losses(
     return own, parts
 
 
-def gate_loss(policy: MoEPolicy, replay: Replay | None) -> Tensor:
+def gate_loss(policy: MoEPolicy, replay: Replay | None, agent: Prepared) -> Tensor:
     """Cross entropy of the gate against remembered labels; 0 where there are none."""
     if replay is None:
         return torch.zeros((), device=policy.device)
-    gate = policy.gate_log_probabilities(replay.observations)
+    gate = agent.gate(policy.features(replay.observations)[None]).log_softmax(-1)
     return cross_entropy(gate, replay.label[None], replay.weight[None])[0]
 
 
@@ -165,8 +165,7 @@ def remembered_endings(policy: MoEPolicy, memory: Memory, times: int) -> Replay:
 
 def _drawn(policy: MoEPolicy, memory: Memory, times: int) -> list[Tensor]:
     """So many draws of rows, labels and weights of a memory, one after another."""
-    draws = [memory.draw(torch.rand(1, memory.draws)) for _ in range(times)]
-    return [torch.cat(parts, dim=1)[0].to(policy.device) for parts in zip(*draws, strict=True)]
+    return [x[0].to(policy.device) for x in memory.at(torch.rand(1, times * memory.draws))]
 
 
 def reward_model_loss(policy: MoEPolicy, replay: Replay) -> Tensor:

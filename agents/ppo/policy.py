@@ -223,8 +223,7 @@ class MoEPolicy(ActorCriticPolicy):
         Raises:
             NotFinite: they are not.
         """
-        if not torch.compiler.is_compiling() and not parameters.isfinite().all():
-            raise NotFinite("policy's output")
+        _check_finite(parameters)
         # as SB3 makes them, but not validated once more, which exporters cannot follow
         dist: Any = self.action_dist
         if isinstance(dist, DiagGaussianDistribution):
@@ -265,22 +264,27 @@ class MoEPolicy(ActorCriticPolicy):
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         output = self.output(obs)
-        return self.judged(output, self._steered(output), actions)
+        return output.value[0][:, None], *self.judged(self._steered(output), actions)
 
-    def judged(
-        self, output: Output, parameters: Tensor, actions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values `[B, 1]`, log-probabilities and entropies `[B]`, from what the networks computed.
+    def judged(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of actions `[B, ...]` and entropies `[B]` (None: there is no formula).
 
         Args:
-            output: for B observations.
-            parameters: of the action distribution.
+            parameters: of the action distribution, `[B, A]`.
             actions: that were taken.
+
+        Raises:
+            NotFinite: the parameters are not.
         """
+        if isinstance(self.action_space, spaces.Discrete):  # as below, in fewer operations
+            _check_finite(parameters)
+            every = parameters.log_softmax(-1)
+            log_prob = every.gather(-1, actions.long().view(-1, 1))[:, 0]
+            return log_prob, -(every.exp() * every).sum(-1)
         distribution = self.distribution(parameters)
         if isinstance(self.action_space, spaces.Box):
             actions = actions.flatten(1)
-        return output.value[0][:, None], distribution.log_prob(actions), distribution.entropy()
+        return distribution.log_prob(actions), distribution.entropy()
 
     def _steered(self, output: Output) -> Tensor:
         """Parameters of the action distribution under the policy's steering, `[B, A]`."""
@@ -324,6 +328,11 @@ class MoEPolicy(ActorCriticPolicy):
         policy = copy.copy(self)
         policy.steering = steering
         return policy
+
+
+def _check_finite(parameters: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not parameters.isfinite().all():
+        raise NotFinite("policy's output")
 
 
 def _hide(seen: Tensor, flags: NDArray[np.bool_]) -> Tensor:

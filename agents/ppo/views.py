@@ -44,22 +44,30 @@ class Views:
         self.policy = policy
         self._chooses = isinstance(policy.action_space, spaces.Discrete)
         self._width = policy.agent.n_actions
+        self._shapes = get_obs_shape(policy.observation_space)
         extractor = policy.features_extractor
         self._symbols = extractor if type(extractor) is SymbolicCNN else None
-        self._extract = self._symbols.composed() if self._symbols else policy.features
         self._merges = type(extractor) in (SymbolicCNN, FlattenExtractor)
-        self._shapes = get_obs_shape(policy.observation_space)
-        self._number: dict[bytes, int] = {}
-        self._agent = policy.agent.prepare()
         self._taken: list[Any] = []  # observations [n, ...] each, or cells of their patches
         self._features: list[Tensor] = []  # [n, F] each
         self._said: Floats = np.empty((0, 0), np.float32)  # [U, columns], see `_networks`
+        self._learned = list(policy.parameters())
+        self._compose()
+
+    def _compose(self) -> None:
+        """Prepare the networks as they are now; what was said before holds for nothing new."""
+        self._versions = [parameter._version for parameter in self._learned]
+        self._number: dict[bytes, int] = {}
+        self._agent = self.policy.agent.prepare()
+        self._extract = self._symbols.composed() if self._symbols else self.policy.features
 
     def __len__(self) -> int:
         return len(self._said)
 
     def find(self, observations: Any) -> Ints:
         """The numbers of observations `[B, ...]`; those not met before are judged. [B]"""
+        if self._versions != [parameter._version for parameter in self._learned]:  # by a callback
+            self._compose()
         first = len(self)
         observations = each(lambda x, to: np.reshape(x, (-1, *to)), observations, self._shapes)
         if not self._merges:
@@ -137,8 +145,8 @@ class Views:
             return _of_choices(parameters, actions.reshape(-1).astype(np.int64))
         with torch.no_grad():
             taken = self.policy.as_taken(self._tensor(actions))
-            distribution = self.policy.distribution(self._tensor(parameters))
-            return distribution.log_prob(taken).cpu().numpy()
+            log_prob, _ = self.policy.judged(self._tensor(parameters), taken)
+        return log_prob.cpu().numpy()
 
     @property
     def values(self) -> Floats:
