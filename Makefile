@@ -3,11 +3,12 @@
 # make lowest  tests with every dependency at its lower bound
 # make audit   known vulnerabilities of the installed dependencies
 # make bench   how fast it is here, as ratios
+# make peers   how fast PPO trains next to SB3's and to rejax (JAX), which get an environment of their own
 # make third-party   other people's environments, in an environment of their own (15 minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lowest audit bench third-party clean
+.PHONY: train test lowest audit bench peers third-party clean
 
 train: .venv/.installed
 	$(BIN)/python train.py
@@ -40,6 +41,15 @@ bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+peers: .venv/.installed .venv-peers/.installed
+	$(BIN)/python benchmarks/peers.py
+
+# jax, rejax and navix alone: what is ours runs in .venv, where everyone has it
+.venv-peers/.installed: benchmarks/peers.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $< \
+		&& touch $@ || echo "the peers cannot be installed here"
+
 third-party: .venv-third-party/.installed
 	.venv-third-party/bin/python benchmarks/third_party.py
 
@@ -53,4 +63,4 @@ third-party: .venv-third-party/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-third-party build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .venv-lowest .venv-peers .venv-third-party build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
