@@ -46,6 +46,11 @@ class DiamondGhostVecEnv(Batch):
         agent_view_size: tiles v along a side of the view, odd.
         render_mode: None or "rgb_array".
 
+    Attributes:
+        encodings: `[tile, 3]`, what is seen of each kind of tile.
+        moves: `[direction]`, from a cell to the one ahead.
+        walls: `[size * size]`, the tiles of a world without its squares.
+
     Raises:
         ValueError: an argument is out of range.
     """
@@ -81,11 +86,11 @@ class DiamondGhostVecEnv(Batch):
 
         squares = [kind(flag, flags_visible).encode() for kind in KINDS for flag in (False, True)]
         encodings = [(UNSEEN, 0, 0), (EMPTY, 0, 0), Wall().encode(), *squares]
-        self._encodings = np.array(encodings, np.uint8)  # [tile, 3]
-        self._moves = np.array([x + y * size for x, y in DIR_TO_VEC])  # from cell to cell
-        self._view = _view(self._moves, agent_view_size)
+        self.encodings = np.array(encodings, np.uint8)
+        self.moves = np.array([x + y * size for x, y in DIR_TO_VEC])
+        self._view = _view(self.moves, agent_view_size)
         wall, self._gaps = walls(size, layout)
-        self._walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
+        self.walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
         self._all = np.arange(num_envs)
         self._first = self._all * size**2  # each world's first tile
         self._agent, self._direction, self._steps = np.zeros((3, num_envs), np.int64)
@@ -93,13 +98,13 @@ class DiamondGhostVecEnv(Batch):
 
     def reset(self) -> Tiles:
         self._reseed()
-        self._tiles = np.empty((self.num_envs, self._walls.size), np.uint8)
+        self._tiles = np.empty((self.num_envs, self.walls.size), np.uint8)
         self._start(self._all)
         return self._observe(self._all)
 
     def step_wait(self) -> tuple[Tiles, NDArray[np.float32], Bools, list[dict[str, Any]]]:
         tiles, one = self._started(), self._one
-        ahead = self._agent + self._moves[self._direction]
+        ahead = self._agent + self.moves[self._direction]
         moved = (self._action == FORWARD) & (tiles.take(self._first + ahead) != WALL)
         self._agent = np.where(moved, ahead, self._agent)
         self._direction = (self._direction + TURNS[self._action]) % 4
@@ -137,7 +142,7 @@ class DiamondGhostVecEnv(Batch):
 
     def _kinds(self) -> dict[str, str]:
         worlds = dict.fromkeys(("agent", "direction", "steps"), f"int64[{self.num_envs}]")
-        return {"tiles": f"uint8[{self.num_envs}, {self._walls.size}]"} | worlds
+        return {"tiles": f"uint8[{self.num_envs}, {self.walls.size}]"} | worlds
 
     def _possible(self, state: Mapping[str, NDArray[Any]]) -> bool:
         tiles, agent, steps = state["tiles"], state["agent"], state["steps"]
@@ -201,7 +206,7 @@ class DiamondGhostVecEnv(Batch):
     def _start(self, worlds: Ints) -> None:
         """Start an episode in each of the worlds, `[n]`."""
         rng, each = self._rng, np.arange(len(worlds))
-        tiles = np.repeat(self._walls[None], len(worlds), axis=0)  # [n, size * size]
+        tiles = np.repeat(self.walls[None], len(worlds), axis=0)  # [n, size * size]
         for gap in self._gaps:
             tiles[each, rng.choice(gap, len(worlds))] = EMPTY
         rank = np.where(tiles == EMPTY, rng.random(tiles.shape), -1)
@@ -220,13 +225,24 @@ class DiamondGhostVecEnv(Batch):
     def _observe(self, worlds: Ints) -> Tiles:
         """What the agents of these worlds see: `[n]` to `[n, v, v, 3]`."""
         at = self._first[worlds] + self._agent[worlds]
-        cells = self._view.take(self._direction[worlds], axis=2) + at  # [v, v, n]
+        tiles = self.look(self._started(), at, self._direction[worlds])
+        return self.encodings.take(tiles.transpose(2, 0, 1), axis=0)
+
+    def look(self, tiles: Tiles, at: Ints, direction: Ints) -> Tiles:
+        """The tiles that agents see, `[v, v, n]`.
+
+        Args:
+            tiles: `[N, size * size]`, of worlds.
+            at: `[n]`, where each agent is in the flat `tiles`.
+            direction: `[n]`, where it faces.
+        """
+        cells = self._view.take(direction, axis=2) + at
         # An index beyond the outer wall meets some other tile; walls hide it.
-        tiles = self._started().take(cells, mode="clip")
-        tiles = np.where(_seen(tiles != WALL), tiles, np.uint8(UNSEEN))
+        seen = tiles.take(cells, mode="clip")
+        seen = np.where(_seen(seen != WALL), seen, np.uint8(UNSEEN))
         v = self._one.agent_view_size
-        tiles[v // 2, v - 1] = EMPTY  # what the agent stands on
-        return self._encodings.take(tiles.transpose(2, 0, 1), axis=0)
+        seen[v // 2, v - 1] = EMPTY  # what the agent stands on
+        return seen
 
 
 def _view(moves: Ints, v: int) -> Ints:

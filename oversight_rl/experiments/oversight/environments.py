@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -22,17 +23,20 @@ from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import Steering, expert_names
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.labels import LabelError, behavior_index
+from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
+from oversight_rl.envs.minigrid_mdp import DiamondGhostMDP, why_not
 from oversight_rl.envs.plugins import why
 from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator, no_policy, policy_row
 from oversight_rl.experiments.oversight.grid import FRAMES, MOST_POLICIES, Frames, side_by_side
-from oversight_rl.experiments.oversight.runs import OversightRuns
+from oversight_rl.experiments.oversight.runs import WINDOW_RETURN, OversightRuns
 from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
 
 ENVIRONMENTS = 512  # of an evaluation, at most
+CHUNK = 2048  # views per call of an agent, which bounds the memory taken
 TRIAL = 32  # steps that an environment is tried out for
 
 
@@ -62,10 +66,52 @@ class EnvJudge:
             forward = _on_active_inputs(agent, self.config)
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
+        if self.room is not None:
+            found = self._exact(self.room, agent, own, policies, at)
+            return [[policy_row(own, *figures, deployed, "exact") for figures in found]]
         with torch.random.fork_rng(devices=[]):
             cells = product(policies, at)
             found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
         return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
+
+    @cached_property
+    def room(self) -> DiamondGhostMDP | None:
+        """All states of the environment, if it is a room of ours that is not too large."""
+        with closing(make_env(self.config, self.config.oversight, 1)) as env:
+            fits = isinstance(env, DiamondGhostVecEnv) and not why_not(env)
+            return DiamondGhostMDP(env) if fits else None
+
+    @torch.no_grad()
+    def _exact(
+        self,
+        room: DiamondGhostMDP,
+        agent: MoEPolicy,
+        facts: Facts,
+        policies: Sequence[Steering],
+        levels: Sequence[float],
+    ) -> list[tuple[Steering, float, dict[str, float]]]:
+        """Figures of every policy at every level, from what the agent does in each view."""
+        outputs = [agent.output(views.to(agent.device)) for views in room.views.split(CHUNK)]
+        tables = []
+        for policy in policies:
+            table = torch.cat([policy.probabilities(output) for output in outputs], dim=1)
+            if not table.isfinite().all():
+                raise no_policy(facts, policy)
+            tables.append(table[0].cpu())
+        discount, at = self.config.learner.discount, torch.tensor(levels, dtype=torch.float64)
+        endings = vars(room.evaluate(torch.stack(tables), at, discount))
+        optimum = room.optimal_return(discount)
+        found = []
+        for (q, policy), (i, level) in product(enumerate(policies), enumerate(levels)):
+            ends = {name: float(x[q, i]) for name, x in endings.items() if name != WINDOW_RETURN}
+            figures = {
+                "ground_truth_return": ends.pop("ground_truth_return"),
+                "return_se": 0.0,
+                **ends,
+                "optimal_return": optimum,
+            }
+            found.append((policy, level, figures))
+        return found
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
         columns = []
