@@ -112,7 +112,7 @@ class WorldMDP:
         return endings(torch.stack(found), self._flag_weight(levels))
 
     def _arrivals(self, policy: Tensor) -> Tensor:
-        """Chance that a policy `[n_states, A]` ends in each step and behavior, by flags: `[T, 2, F]`."""
+        """Chance of ending in each step and behavior, `[T, 2, F]`, for a policy `[n_states, A]`."""
         cells = self.world.config.cells
         dense = self._dense(policy)
         target = self.next_cell.T.flatten()  # of each action from each cell

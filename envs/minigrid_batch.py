@@ -39,7 +39,8 @@ class DiamondGhostVecEnv(Batch):
     As SB3 has it, an ended world is reset in the same step; its info holds, besides what
     `DiamondGhostEnv` says, the old episode's last observation as `terminal_observation`,
     `TimeLimit.truncated`, and the record of SB3's Monitor as `episode`. All worlds draw from one
-    stream of random numbers, which `seed` and then `reset` start.
+    stream of random numbers, which `seed` and then `reset` start. The attribute `oversight` may be
+    set to a number for each world, `[N]`.
 
     Args:
         num_envs: number of worlds N; the others as of `DiamondGhostEnv`.
@@ -177,6 +178,7 @@ class DiamondGhostVecEnv(Batch):
         y, x = divmod(int(self._agent[i]), size)
         env.agent_pos, env.agent_dir = (x, y), int(self._direction[i])
         env.step_count = int(self._steps[i])
+        env.oversight = float(self._levels[i])
         return env
 
     def _frame(self, i: int) -> Tiles:
@@ -198,6 +200,11 @@ class DiamondGhostVecEnv(Batch):
         self._check_all(indices)
         setattr(self._one, attr_name, value)
 
+    @property
+    def _levels(self) -> NDArray[np.float64]:
+        """The oversight level of each world, `[N]`."""
+        return np.broadcast_to(np.float64(self._one.oversight), self.num_envs)
+
     def _started(self) -> Tiles:
         if self._tiles is None:
             raise gym.error.ResetNeeded("call reset() first")
@@ -216,7 +223,7 @@ class DiamondGhostVecEnv(Batch):
             if kind is None:
                 self._agent[worlds] = cell
             else:
-                flagged = rng.random(len(worlds)) < self._one.oversight
+                flagged = rng.random(len(worlds)) < self._levels[worlds]
                 tiles[each, cell] = SQUARES + 2 * kind + flagged
         self._started()[worlds] = tiles
         self._direction[worlds] = rng.integers(len(DIR_TO_VEC), size=len(worlds))

@@ -154,7 +154,7 @@ def _views(env: DiamondGhostVecEnv, cells: Ints, squares: Ints) -> tuple[NDArray
 
     # equal views have equal sums of random numbers; chances are < 1e-8 that others have them, too
     looks = env.encodings.astype(np.int64) @ [1, 2**8, 2**16]
-    size = env.observation_space.shape[0]
+    (size,) = set(env.get_attr("agent_view_size"))
     random = np.random.default_rng(0).integers(2**63, size=size**2)
     first = world * env.walls.size
     sums = np.empty((DIRECTIONS, len(cells), len(world)), np.int64)

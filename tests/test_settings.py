@@ -227,7 +227,7 @@ def threads(monkeypatch):
     watch(ReinforceLearner, "update")
     watch(RoutedPPO, "train")
     watch(Evaluator, "evaluate")
-    watch(EnvJudge, "_figures")
+    watch(EnvJudge, "tables")
     yield seen
     assert told[-1] == 7
 
