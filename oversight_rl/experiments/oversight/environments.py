@@ -37,9 +37,10 @@ from oversight_rl.experiments.oversight.runs import WINDOW_RETURN, OversightRuns
 from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
 
-WORLDS = 512  # of an evaluation, at most, for each policy and level
+WORLDS = 512  # of each policy and level at most, where all are side by side
+ENVIRONMENTS = 32  # of others; more would stand by longer until the last episode has ended
 CHUNK = 2048  # views per call of an agent, which bounds the memory taken
-TILES = 2**25  # of all worlds side by side, which bounds the memory taken
+TILES = 2**23  # of all worlds side by side, which bounds the memory taken
 TRIAL = 32  # steps that an environment is tried out for
 
 
@@ -128,10 +129,10 @@ class EnvJudge:
         """Figures of each policy at each level, from whole episodes."""
         if not all(bool(p.isfinite().all()) for p in agent.parameters()):
             raise no_policy(facts, policies[0])
-        worlds = min(WORLDS, self.config.evaluation.episodes)
+        episodes = self.config.evaluation.episodes
         if isinstance(self.one, DiamondGhostVecEnv):  # whose worlds may have levels of their own
             rows = len(policies) * len(levels)
-            worlds = min(worlds, max(1, TILES // (rows * self.one.walls.size)))
+            worlds = min(WORLDS, episodes, max(1, TILES // (rows * self.one.walls.size)))
             env = make_env(self.config, levels[0], rows * worlds)
             env.set_attr("oversight", np.tile(np.repeat(levels, worlds), len(policies)))
             which = np.repeat(np.arange(len(policies)), len(levels) * worlds)
@@ -141,7 +142,7 @@ class EnvJudge:
             figures
             for steering, level in product(policies, levels)
             for figures in self._played(
-                make_env(self.config, level, worlds),
+                make_env(self.config, level, min(ENVIRONMENTS, episodes)),
                 acting(agent.steered(steering), facts),
                 agent.behaviors,
             )
