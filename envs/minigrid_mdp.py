@@ -10,17 +10,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 from minigrid.core.constants import DIR_TO_VEC
-from numpy.typing import NDArray
 from torch import Tensor
 
 from oversight_rl.envs import mdp
-from oversight_rl.envs.minigrid_batch import EMPTY, FORWARD, SQUARES, TURNS, DiamondGhostVecEnv
+from oversight_rl.envs.minigrid_batch import (
+    EMPTY,
+    FORWARD,
+    SQUARES,
+    TURNS,
+    DiamondGhostVecEnv,
+    Ints,
+    Tiles,
+)
 from oversight_rl.envs.settings import FLAGS
 
 DIRECTIONS = len(DIR_TO_VEC)
 NEGLIGIBLE = 1e-15  # chance of still being under way that changes figures by rounding errors only
-
-Ints = NDArray[np.int64]
+MAX_SEEN = 2**28  # bytes of all views, which bounds the memory taken
+CHUNK = 2048  # views that are made at once, too
 
 
 class DiamondGhostMDP:
@@ -106,8 +113,8 @@ class DiamondGhostMDP:
 
 def why_not(env: DiamondGhostVecEnv) -> str | None:
     """Why exact evaluation does not apply to worlds, or None if it does."""
-    names = "layout", "lava", "width"
-    layout, lava, width = (env.get_attr(name, 0)[0] for name in names)
+    names = "layout", "lava", "width", "agent_view_size"
+    layout, lava, width, view = (env.get_attr(name, 0)[0] for name in names)
     if layout != "empty":
         return "gaps in the walls multiply the states"
     if lava:
@@ -116,6 +123,8 @@ def why_not(env: DiamondGhostVecEnv) -> str | None:
     states = FLAGS * DIRECTIONS * cells * (cells - 1) * (cells - 2)
     if states > mdp.MAX_STATES:
         return f"{states:,} states are more than {mdp.MAX_STATES:,}"
+    if states // 4 * view**2 * 3 > MAX_SEEN:  # no more views than rooms that are not just turned
+        return f"views of {view}x{view} tiles may take more than {MAX_SEEN:,} bytes"
     return None
 
 
@@ -143,7 +152,7 @@ def _following(env: DiamondGhostVecEnv, cells: Ints) -> Ints:
     return np.stack(after)
 
 
-def _views(env: DiamondGhostVecEnv, cells: Ints, squares: Ints) -> tuple[NDArray[np.uint8], Ints]:
+def _views(env: DiamondGhostVecEnv, cells: Ints, squares: Ints) -> tuple[Tiles, Ints]:
     """What agents can see, `[U, v, v, 3]`, and which of it in each state, `[P, F, rooms]`."""
     rooms = squares.shape[1]
     tiles = np.tile(env.walls, (FLAGS * rooms, 1))
@@ -154,7 +163,7 @@ def _views(env: DiamondGhostVecEnv, cells: Ints, squares: Ints) -> tuple[NDArray
 
     # equal views have equal sums of random numbers; chances are < 1e-8 that others have them, too
     looks = env.encodings.astype(np.int64) @ [1, 2**8, 2**16]
-    (size,) = set(env.get_attr("agent_view_size"))
+    size = env.get_attr("agent_view_size", 0)[0]
     random = np.random.default_rng(0).integers(2**63, size=size**2)
     first = world * env.walls.size
     sums = np.empty((DIRECTIONS, len(cells), len(world)), np.int64)
@@ -162,7 +171,9 @@ def _views(env: DiamondGhostVecEnv, cells: Ints, squares: Ints) -> tuple[NDArray
         seen = env.look(tiles, first + cells[place], np.full(len(world), direction))
         sums[direction, place] = random @ looks[seen].reshape(size**2, -1)
     _, index, view = np.unique(sums, return_index=True, return_inverse=True)
-    direction, place, world = np.unravel_index(index, sums.shape)
-    seen = env.look(tiles, first[world] + cells[place], direction)
-    views = env.encodings.take(seen.transpose(2, 0, 1), axis=0)
+    views = np.empty((len(index), size, size, 3), np.uint8)
+    for start in range(0, len(index), CHUNK):
+        direction, place, world = np.unravel_index(index[start : start + CHUNK], sums.shape)
+        seen = env.look(tiles, first[world] + cells[place], direction)
+        views[start : start + CHUNK] = env.encodings.take(seen.transpose(2, 0, 1), axis=0)
     return views, view.reshape(-1, FLAGS, rooms)

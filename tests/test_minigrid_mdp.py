@@ -120,6 +120,7 @@ def test_the_optimum_of_a_square_of_four():
         ({"size": 7, "layout": "four_rooms"}, "gaps in the walls"),
         ({"size": 5, "lava": 1}, "lava multiplies"),
         ({"size": 16}, "118,634,880 states are more than 4,000,000"),
+        ({"size": 10, "agent_view_size": 19}, "views of 19x19 tiles may take more than"),
     ],
 )
 def test_other_worlds_are_refused(settings, reason):
