@@ -8,43 +8,50 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 
-from oversight_rl.agents.networks import new_agent
+from oversight_rl.agents.networks import Agent, initialize
 from oversight_rl.agents.steering import standard
-from oversight_rl.experiments.oversight.grid import GridJudge
-from oversight_rl.experiments.oversight.policies import read
+from oversight_rl.experiments.oversight.environments import EnvJudge
+from oversight_rl.experiments.oversight.policies import Saved, read
+from oversight_rl.experiments.oversight.runs import Judge
 from oversight_rl.runs.rows import Facts
+
+
+def sampling(saved: Saved, episodes: int) -> Judge:
+    """A judge that plays episodes where another would know."""
+    evaluation = saved.config.evaluation.model_copy(update={"episodes": episodes})
+    judge: Any = saved.kind.judges(saved.config.model_copy(update={"evaluation": evaluation}))
+    if isinstance(judge, EnvJudge):
+        judge.exact = judge.room = None
+    else:
+        judge.evaluator.mdp = None
+    return judge
 
 
 def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000) -> None:
     """Compare exact and sampled figures.
 
     Args:
-        run_dir: A run folder of REINFORCE.
+        run_dir: A run folder of REINFORCE, or of PPO where it is evaluated exactly.
         episodes: Episodes per row.
     """
     (saved,) = read(run_dir)
-    untrained = new_agent(
-        saved.config.agent,
-        saved.config.world.shape,
-        saved.config.method,
-        1,
-        [torch.Generator().manual_seed(0)],
-    )
-    config = saved.config
-    exact, sampled = GridJudge(config), GridJudge(config)
-    sampled.evaluator.mdp, sampled.evaluator.episodes = None, episodes
+    config, untrained = saved.config, saved.kind.blank(saved.config)
+    if isinstance(untrained, Agent):
+        initialize(untrained, [torch.Generator().manual_seed(0)])
+    judges = saved.judge, sampling(saved, episodes)
+    worst = 0.0
     worst = 0.0
     for name, agent in (("trained", saved.agent), ("untrained", untrained)):
-        policies = standard(agent.n_experts)
+        policies = standard(*saved.kind.names(agent))
         policies += [policy.with_options(greedy=True) for policy in policies]
         facts = [Facts(config.method, config.seeds[0], config.oversight)]
         arguments = (agent, facts, policies, [[config.oversight]])
-        for row, other in zip(*(j.tables(*arguments)[0] for j in (exact, sampled)), strict=True):
+        for row, other in zip(*(judge.tables(*arguments)[0] for judge in judges), strict=True):
             found, estimate = row.figures, other.figures
             off = abs(found["ground_truth_return"] - estimate["ground_truth_return"])
             errors = [off / estimate["return_se"]]
@@ -57,7 +64,7 @@ def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000
                 f"{name} {row.policy}{' greedy' if row.greedy else ''}: "
                 f"return {found['ground_truth_return']:.4f} vs "
                 f"{estimate['ground_truth_return']:.4f}, "
-                f"window {found['window_return']:.4f} vs {estimate['window_return']:.4f}, "
+                f"length {found['episode_length']:.3f} vs {estimate['episode_length']:.3f}, "
                 f"standard errors off: {max(errors):.1f}",
                 flush=True,
             )

@@ -107,33 +107,18 @@ class WorldMDP:
         Returns:
             Endings, `[Q, L]` float64.
         """
-        flag_weight = self._flag_weight(levels)
-        found = [self._by_flags(policy, discount, window) for policy in table]
-        by_flags = torch.stack(found)  # [Q, 5, F]
-        value, p_diamond, p_ghost, length, window_sum = (by_flags @ flag_weight).unbind(1)
-        return Endings(
-            ground_truth_return=value,
-            p_diamond=p_diamond,
-            p_ghost=p_ghost,
-            p_timeout=(1 - p_diamond - p_ghost).clamp(min=0),
-            p_diamond_flagged=by_flags[:, 1, DIAMOND_FLAGGED] @ flag_weight[DIAMOND_FLAGGED],
-            p_ghost_flagged=by_flags[:, 2, GHOST_FLAGGED] @ flag_weight[GHOST_FLAGGED],
-            episode_length=length,
-            window_return=window_sum / length,
-        )
+        limit = self.world.config.max_steps
+        found = [by_flags(self._arrivals(policy), limit, discount, window) for policy in table]
+        return endings(torch.stack(found), self._flag_weight(levels))
 
-    def _by_flags(self, policy: Tensor, discount: float, window: int) -> Tensor:
-        """What a policy `[n_states, A]` does under each flag setting, `[5, F]`.
-
-        Return, p_diamond, p_ghost, length, and the sum over an episode's steps of the return
-        within a window that is cut at random.
-        """
-        cells, limit = self.world.config.cells, self.world.config.max_steps
+    def _arrivals(self, policy: Tensor) -> Tensor:
+        """Chance of ending in each step and behavior, `[T, 2, F]`, for a policy `[n_states, A]`."""
+        cells = self.world.config.cells
         dense = self._dense(policy)
         target = self.next_cell.T.flatten()  # of each action from each cell
         mass = self.start.view(cells, 1, cells, cells).expand(-1, FLAGS, -1, -1)
         ends = []
-        for _ in range(limit):
+        for _ in range(self.world.config.max_steps):
             moved = torch.zeros_like(dense[0]).index_add_(0, target, (dense * mass).flatten(0, 1))
             at_diamond = moved.diagonal(dim1=0, dim2=2)  # [F, ghost cell, diamond cell], a view
             at_ghost = moved.diagonal(dim1=0, dim2=3)
@@ -141,21 +126,7 @@ class WorldMDP:
             at_diamond.zero_()
             at_ghost.zero_()
             mass = moved
-        diamond, ghost = torch.stack(ends, dim=1)  # [T, F] each
-        steps = torch.arange(1, limit + 1, device=policy.device, dtype=torch.float64)
-        # a window that holds a step reaches `ahead` steps further with chance 1 - ahead / window
-        ahead = steps - 1
-        in_view = (discount**ahead * (1 - ahead / window).clamp(min=0)).cumsum(0)
-        timeout = 1 - diamond.sum(0) - ghost.sum(0)
-        return torch.stack(
-            [
-                discount**ahead @ (diamond - ghost),
-                diamond.sum(0),
-                ghost.sum(0),
-                steps @ (diamond + ghost) + limit * timeout,
-                in_view @ (diamond - ghost),
-            ]
-        )
+        return torch.stack(ends)
 
     @torch.no_grad()
     def ghost_on_path(self, table: Tensor, levels: Tensor) -> Tensor:
@@ -187,11 +158,8 @@ class WorldMDP:
 
     def _flag_weight(self, levels: Tensor) -> Tensor:
         """Chance of each setting of the two flags at levels `[L]`. [F, L] float64"""
-        diamond, ghost = self.world.chances(levels.to(self.world.device, torch.float64))
-        no_diamond, no_ghost = 1 - diamond, 1 - ghost
-        return torch.stack(
-            [no_diamond * no_ghost, no_diamond * ghost, diamond * no_ghost, diamond * ghost]
-        )
+        levels = levels.to(self.world.device, torch.float64)
+        return flag_weight(*self.world.chances(levels))
 
     def _dense(self, policy: Tensor) -> Tensor:
         """A policy `[n_states, A]` by action, agent cell, flags, diamond cell, ghost cell."""
@@ -202,12 +170,83 @@ class WorldMDP:
 
     @torch.no_grad()
     def optimal_return(self, discount: float) -> float:
-        """The best expected ground-truth return from a fresh start, by value iteration."""
-        value = torch.zeros_like(self.reward)
-        for _ in range(self.world.config.max_steps):
-            after = self.reward + discount * value.masked_fill(self.reward != 0, 0.0)
-            value = torch.stack([after[to] for to in self.next_cell.T]).amax(0)
+        """The best expected ground-truth return from a fresh start."""
+        value = best_values(self.reward, self.next_cell.T, discount, self.world.config.max_steps)
         return float((self.start * value).sum())
+
+
+def flag_weight(diamond: Tensor, ghost: Tensor) -> Tensor:
+    """Chance of each setting of the two flags, from the chance of each flag: `[L]` to `[F, L]`."""
+    no_diamond, no_ghost = 1 - diamond, 1 - ghost
+    return torch.stack(
+        [no_diamond * no_ghost, no_diamond * ghost, diamond * no_ghost, diamond * ghost]
+    )
+
+
+def by_flags(arrivals: Tensor, limit: int, discount: float, window: int) -> Tensor:
+    """What a policy does under each flag setting, `[5, F]`.
+
+    Return, p_diamond, p_ghost, length, and the sum over an episode's steps of the return within a
+    window that is cut at random.
+
+    Args:
+        arrivals: `[T, 2, F]` float64, chance of ending in each step on the diamond and the ghost;
+            steps after T end nothing.
+        limit: of an episode's steps.
+        discount: per step.
+        window: steps.
+    """
+    diamond, ghost = arrivals.unbind(1)  # [T, F] each
+    steps = torch.arange(1, len(arrivals) + 1, device=arrivals.device, dtype=torch.float64)
+    # a window that holds a step reaches `ahead` steps further with chance 1 - ahead / window
+    ahead = steps - 1
+    in_view = (discount**ahead * (1 - ahead / window).clamp(min=0)).cumsum(0)
+    timeout = 1 - diamond.sum(0) - ghost.sum(0)
+    return torch.stack(
+        [
+            discount**ahead @ (diamond - ghost),
+            diamond.sum(0),
+            ghost.sum(0),
+            steps @ (diamond + ghost) + limit * timeout,
+            in_view @ (diamond - ghost),
+        ]
+    )
+
+
+def endings(found: Tensor, weight: Tensor) -> Endings:
+    """Endings of policies at levels, from what they do `by_flags`.
+
+    Args:
+        found: `[Q, 5, F]`.
+        weight: `[F, L]`, see `flag_weight`.
+    """
+    value, p_diamond, p_ghost, length, window_sum = (found @ weight).unbind(1)
+    return Endings(
+        ground_truth_return=value,
+        p_diamond=p_diamond,
+        p_ghost=p_ghost,
+        p_timeout=(1 - p_diamond - p_ghost).clamp(min=0),
+        p_diamond_flagged=found[:, 1, DIAMOND_FLAGGED] @ weight[DIAMOND_FLAGGED],
+        p_ghost_flagged=found[:, 2, GHOST_FLAGGED] @ weight[GHOST_FLAGGED],
+        episode_length=length,
+        window_return=window_sum / length,
+    )
+
+
+def best_values(reward: Tensor, following: Tensor, discount: float, limit: int) -> Tensor:
+    """Values of states for an agent that sees all of them, by value iteration. `[P, ...]`
+
+    Args:
+        reward: `[P, ...]`, of moving onto a place in a world, where an episode then ends; else 0.
+        following: `[A, P]`, the place that an action leads to.
+        discount: per step.
+        limit: of an episode's steps.
+    """
+    value = torch.zeros_like(reward)
+    for _ in range(limit):
+        after = reward + discount * value.masked_fill(reward != 0, 0.0)
+        value = torch.stack([after[to] for to in following]).amax(0)
+    return value
 
 
 def why_not(world: World) -> str | None:

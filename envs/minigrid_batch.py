@@ -26,7 +26,7 @@ UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall
 SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag
 FORWARD = 2
 TURNS = np.array([-1, 1, 0])  # of the direction, per action
-MOST_SIGHTS = 2**20  # entries of a table of what is seen from where
+MOST_SIGHTS = 2**18  # a quarter of the entries of a table of what is seen from where
 OFF_GRID = np.array([UNSEEN, EMPTY], np.uint8)  # beside cells: what is hidden; under the agent
 SHARED = ("oversight", "paid", "max_steps")  # attributes that may change between steps
 
@@ -41,12 +41,18 @@ class DiamondGhostVecEnv(Batch):
     As SB3 has it, an ended world is reset in the same step; its info holds, besides what
     `DiamondGhostEnv` says, the old episode's last observation as `terminal_observation`,
     `TimeLimit.truncated`, and the record of SB3's Monitor as `episode`. All worlds draw from one
-    stream of random numbers, which `seed` and then `reset` start.
+    stream of random numbers, which `seed` and then `reset` start. The attribute `oversight` may be
+    set to a number for each world, `[N]`.
 
     Args:
         num_envs: number of worlds N; the others as of `DiamondGhostEnv`.
         agent_view_size: tiles v along a side of the view, odd.
         render_mode: None or "rgb_array".
+
+    Attributes:
+        encodings: `[tile, 3]`, what is seen of each kind of tile.
+        moves: `[direction]`, from a cell to the one ahead.
+        walls: `[size * size]`, the tiles of a world without its squares.
 
     Raises:
         ValueError: an argument is out of range.
@@ -85,16 +91,14 @@ class DiamondGhostVecEnv(Batch):
 
         squares = [kind(flag, flags_visible).encode() for kind in KINDS for flag in (False, True)]
         encodings = [(UNSEEN, 0, 0), (EMPTY, 0, 0), Wall().encode(), *squares]
-        self._encodings = np.array(encodings, np.uint8)  # [tile, 3]
-        self._moves = np.array([x + y * size for x, y in DIR_TO_VEC])  # from cell to cell
-        self._view = _view(self._moves, agent_view_size)
+        self.encodings = np.array(encodings, np.uint8)
+        self.moves = np.array([x + y * size for x, y in DIR_TO_VEC])
+        self._view = _view(self.moves, agent_view_size)
         wall, self._gaps = walls(size, layout)
-        self._walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
+        self.walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
         self._sights: Ints | None = None  # [cells * 4, v * v], where walls are the same always
-        poses = self._walls.size * len(DIR_TO_VEC)
-        if not self._gaps and poses * agent_view_size**2 <= MOST_SIGHTS:
-            agent, direction = np.divmod(np.arange(poses), len(DIR_TO_VEC))
-            self._sights = self._sight(self._walls, np.int64(0), agent, direction)
+        if not self._gaps and self.walls.size * agent_view_size**2 <= MOST_SIGHTS:
+            self._sights = self._sights_of_all()
         self._all = np.arange(num_envs)
         self._first = self._all * (size**2 + len(OFF_GRID))  # each world's first tile
         self._agent, self._direction, self._steps = np.zeros((3, num_envs), np.int64)
@@ -102,13 +106,13 @@ class DiamondGhostVecEnv(Batch):
 
     def reset(self) -> Tiles:
         self._reseed()
-        self._tiles = _with_off_grid(np.empty((self.num_envs, self._walls.size), np.uint8))
+        self._tiles = _with_off_grid(np.empty((self.num_envs, self.walls.size), np.uint8))
         self._start(self._all)
         return self._observe(self._all)
 
     def step_wait(self) -> tuple[Tiles, NDArray[np.float32], Bools, list[dict[str, Any]]]:
         tiles, one = self._started(), self._one
-        ahead = self._agent + self._moves[self._direction]
+        ahead = self._agent + self.moves[self._direction]
         moved = (self._action == FORWARD) & (tiles.take(self._first + ahead) != WALL)
         self._agent = np.where(moved, ahead, self._agent)
         self._direction = (self._direction + TURNS[self._action]) % 4
@@ -142,11 +146,11 @@ class DiamondGhostVecEnv(Batch):
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         worlds = {"agent": self._agent, "direction": self._direction, "steps": self._steps}
-        return {"tiles": self._started()[:, : self._walls.size]} | worlds
+        return {"tiles": self._started()[:, : self.walls.size]} | worlds
 
     def _kinds(self) -> dict[str, str]:
         worlds = dict.fromkeys(("agent", "direction", "steps"), f"int64[{self.num_envs}]")
-        return {"tiles": f"uint8[{self.num_envs}, {self._walls.size}]"} | worlds
+        return {"tiles": f"uint8[{self.num_envs}, {self.walls.size}]"} | worlds
 
     def _possible(self, state: Mapping[str, NDArray[Any]]) -> bool:
         tiles, agent, steps = state["tiles"], state["agent"], state["steps"]
@@ -168,7 +172,7 @@ class DiamondGhostVecEnv(Batch):
 
     def world(self, i: int) -> DiamondGhostEnv:
         """World `i` as it is now, as an environment of its own."""
-        tiles, size = self._started()[i, : self._walls.size], self._one.width
+        tiles, size = self._started()[i, : self.walls.size], self._one.width
         env = copy.copy(self._one)
         env.grid = Grid(size, size)
         for cell in np.flatnonzero(tiles != EMPTY).tolist():
@@ -181,6 +185,7 @@ class DiamondGhostVecEnv(Batch):
         y, x = divmod(int(self._agent[i]), size)
         env.agent_pos, env.agent_dir = (x, y), int(self._direction[i])
         env.step_count = int(self._steps[i])
+        env.oversight = float(self._levels[i])
         return env
 
     def _frame(self, i: int) -> Tiles:
@@ -202,6 +207,11 @@ class DiamondGhostVecEnv(Batch):
         self._check_all(indices)
         setattr(self._one, attr_name, value)
 
+    @property
+    def _levels(self) -> NDArray[np.float64]:
+        """The oversight level of each world, `[N]`."""
+        return np.broadcast_to(np.float64(self._one.oversight), self.num_envs)
+
     def _started(self) -> Tiles:
         if self._tiles is None:
             raise gym.error.ResetNeeded("call reset() first")
@@ -210,7 +220,7 @@ class DiamondGhostVecEnv(Batch):
     def _start(self, worlds: Ints) -> None:
         """Start an episode in each of the worlds, `[n]`."""
         rng, each = self._rng, np.arange(len(worlds))
-        tiles = np.repeat(self._walls[None], len(worlds), axis=0)  # [n, size * size]
+        tiles = np.repeat(self.walls[None], len(worlds), axis=0)  # [n, size * size]
         for gap in self._gaps:
             tiles[each, rng.choice(gap, len(worlds))] = EMPTY
         rank = np.where(tiles == EMPTY, rng.random(tiles.shape), -1)
@@ -220,7 +230,7 @@ class DiamondGhostVecEnv(Batch):
             if kind is None:
                 self._agent[worlds] = cell
             else:
-                flagged = rng.random(len(worlds)) < self._one.oversight
+                flagged = rng.random(len(worlds)) < self._levels[worlds]
                 tiles[each, cell] = SQUARES + 2 * kind + flagged
         self._started()[worlds, : tiles.shape[1]] = tiles
         self._direction[worlds] = rng.integers(len(DIR_TO_VEC), size=len(worlds))
@@ -231,21 +241,35 @@ class DiamondGhostVecEnv(Batch):
         tiles, v = self._started(), self._one.agent_view_size
         agent, direction = self._agent[worlds], self._direction[worlds]
         if self._sights is None:
-            cells = self._sight(tiles, self._first[worlds], agent, direction)
+            seen = self.look(tiles, self._first[worlds] + agent, direction).transpose(2, 0, 1)
         else:
             cells = self._sights.take(agent * len(DIR_TO_VEC) + direction, axis=0)
-        seen = tiles.take(cells + self._first[worlds, None])
-        return self._encodings.take(seen, axis=0).reshape(-1, v, v, 3)
+            seen = tiles.take(cells + self._first[worlds, None]).reshape(-1, v, v)
+        return self.encodings.take(seen, axis=0)
 
-    def _sight(self, tiles: Tiles, first: Any, agent: Ints, direction: Ints) -> Ints:
-        """Which tile of its world, which begins at `first`, each tile of a view is. `[n, v * v]`"""
-        cells = self._view.take(direction, axis=2) + agent  # [v, v, n]
-        # An index beyond the outer wall meets some other tile; walls hide it.
-        clear = tiles.take(cells + first, mode="clip") != WALL
-        cells = np.where(_seen(clear), cells, self._walls.size)
-        v = self._one.agent_view_size
-        cells[v // 2, v - 1] = self._walls.size + 1  # what the agent stands on
+    def _sights_of_all(self) -> Ints:
+        """Which tile of its world each tile of a view is, from every place and direction."""
+        agent, direction = np.divmod(np.arange(self.walls.size * len(DIR_TO_VEC)), len(DIR_TO_VEC))
+        cells, v = self._view.take(direction, axis=2) + agent, self._one.agent_view_size
+        cells[self.look(self.walls, agent, direction) == UNSEEN] = self.walls.size
+        cells[v // 2, v - 1] = self.walls.size + 1  # what the agent stands on
         return cells.reshape(v * v, -1).T
+
+    def look(self, tiles: Tiles, at: Ints, direction: Ints) -> Tiles:
+        """The tiles that agents see, `[v, v, n]`.
+
+        Args:
+            tiles: `[N, size * size]`, of worlds.
+            at: `[n]`, where each agent is in the flat `tiles`.
+            direction: `[n]`, where it faces.
+        """
+        cells = self._view.take(direction, axis=2) + at
+        # An index beyond the outer wall meets some other tile; walls hide it.
+        seen = tiles.take(cells, mode="clip")
+        seen = np.where(_seen(seen != WALL), seen, np.uint8(UNSEEN))
+        v = self._one.agent_view_size
+        seen[v // 2, v - 1] = EMPTY  # what the agent stands on
+        return seen
 
 
 def _with_off_grid(tiles: Tiles) -> Tiles:

@@ -44,9 +44,9 @@ class EvaluationConfig(Settings):
     oversight: tuple[Probability, ...] = (0.0, 0.01, 0.1, 1.0)
     """Deployment oversight levels of the final table; the training level is always added. Squares
     that the world sets apart (world.ghost_oversight) keep their own."""
-    episodes: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Episodes per policy and level where exact evaluation does not apply. Default: 20,000 in our
-    own worlds, which are stepped as one batch; 200 in any other."""
+    episodes: int = Field(200, ge=1, le=10_000_000)
+    """Episodes per policy and level where exact evaluation does not apply; four times as many halve
+    the standard errors."""
 
 
 class RunConfig(Settings):

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
-from oversight_rl.agents.steering import standard
+from oversight_rl.agents.steering import ablate, blend, standard
 from oversight_rl.envs.settings import UserError, WorldConfig
-from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight import environments
+from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.environments import EnvJudge, PPORuns
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.grid import GridJudge, GridRuns
 from oversight_rl.runs.rows import Facts
 from oversight_rl.settings import EvaluationConfig
 
+MINIGRID = "MiniGrid-DiamondGhost-5x5-v0"
 EPISODES = 200_000
 FEW = EvaluationConfig(episodes=500)
 
@@ -86,15 +88,16 @@ def test_exact_agrees_with_rollouts_on_every_row(updates, method):
     assert math.isnan(unasked.figures["p_ghost_on_path"])
 
 
-@pytest.mark.parametrize("face", ["exact", "rollout", "ppo, exact", "ppo, rollout"])
+@pytest.mark.parametrize(
+    "face", ["exact", "rollout", "ppo, exact", "ppo, rollout", "minigrid, exact"]
+)
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_policy_without_probabilities_is_refused(face, greedy, value):
-    world = WorldConfig(rows=3, cols=3, max_steps=8)
-    config = Config(algo="ppo", method="routing", world=world, device="cpu", evaluation=FEW)
-    if face.startswith("ppo"):
+    if "," in face:
+        config = ppo(GRID if "ppo" in face else MINIGRID, "routing", FEW)
         judge, agent = EnvJudge(config), PPORuns.blank(config)
-        judge.exact = judge.exact if face == "ppo, exact" else None
+        judge.exact = None if face == "ppo, rollout" else judge.exact
     else:
         judge, agent = GridJudge(trained(0).configs[0]), trained(0).agent
         judge.evaluator.mdp = judge.evaluator.mdp if face == "exact" else None
@@ -207,34 +210,70 @@ def test_only_what_is_set_to_be_flagged_is(face, level):
     assert row.figures["p_diamond_flagged"] == 0
 
 
+@pytest.mark.parametrize("env", [GRID, MINIGRID])
 @pytest.mark.parametrize("method", ["routing", "naive"])
-def test_ppo_on_the_grid_is_evaluated_exactly(method):
+def test_ppo_is_evaluated_exactly_where_that_can_be(method, env):
     """Its policy is a table there: the mixture as its gate mixes it, and steered, as rollouts."""
-    small = {"rows": 3, "cols": 3, "max_steps": 8}
-    many = EvaluationConfig(episodes=20_000)
-    config = Config(
-        algo="ppo", method=method, world=WorldConfig(**small), device="cpu", evaluation=many
-    )
+    episodes = 10_000
+    config = ppo(env, method, EvaluationConfig(episodes=episodes))
     judge, agent = EnvJudge(config), PPORuns.blank(config)
     with torch.no_grad():  # far from indifferent, gate and all
         for parameter in agent.parameters():
-            parameter *= 3
+            parameter *= 3 if env == GRID else 1.5
     experts = agent.n_experts
     policies = [*standard(experts), standard(experts)[-1].with_options(greedy=True)]
-    args = agent, [Facts(method, 0, 0.5)], policies, [[0.5]]
+    if experts > 1:
+        mixed = blend({"diamond": 0.7, "ghost": -0.5}, 2).with_options(temperature=0.5)
+        policies += [mixed, ablate("ghost", 2)]
+    levels = [0.5] if env == GRID else [0.2, 1.0]
+    args = agent, [Facts(method, 0, 0.5)], policies, [levels]
     exact = judge.tables(*args)[0]
-    judge.exact = None
+    judge.exact = judge.room = None
     for row, other in zip(exact, judge.tables(*args)[0], strict=True):
         assert (row.evaluator, other.evaluator) == ("exact", "rollout")
-        assert (row.policy, row.greedy, row.deployed) == (
+        assert (row.policy, row.deploy_oversight, row.greedy, row.deployed) == (
             other.policy,
+            other.deploy_oversight,
             other.greedy,
             other.deployed,
         )
         assert row.figures["optimal_return"] > row.figures["ground_truth_return"]
         gap = abs(row.figures["ground_truth_return"] - other.figures["ground_truth_return"])
-        assert gap < 4.5 * other.figures["return_se"]
+        assert gap < 4.5 * other.figures["return_se"] + 1e-6
+        assert abs(row.figures["episode_length"] - other.figures["episode_length"]) < 0.2
         for name in other.figures:
             p = row.figures[name]
             if name.startswith("p_"):
-                assert abs(p - other.figures[name]) < 4.5 * math.sqrt(p * (1 - p) / 20_000) + 1e-6
+                error = math.sqrt(max(0, p * (1 - p)) / episodes)
+                assert abs(p - other.figures[name]) < 4.5 * error + 1e-6, name
+
+
+def ppo(env, method, evaluation):
+    """A small run of PPO, on the grid or in MiniGrid."""
+    small = {"world": WorldConfig(rows=3, cols=3, max_steps=8)}
+    if env != GRID:
+        small = {"env": env, "env_settings": {"max_steps": 12}}
+    return Config(algo="ppo", method=method, device="cpu", evaluation=evaluation, **small)
+
+
+@pytest.mark.parametrize("env", [GRID, MINIGRID])
+def test_policies_that_overflow_while_they_play_are_refused(env):
+    config = ppo(env, "routing", FEW)
+    judge, agent = EnvJudge(config), PPORuns.blank(config)
+    judge.exact = judge.room = None
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter *= 1e25
+    with pytest.raises(UserError, match=r"routing, seed 7: ghost: .* not finite"):
+        judge.tables(agent, [Facts("routing", 7, 0.5)], standard(2)[2:], [[0.5]])
+
+
+def test_few_large_worlds_play_as_many_episodes(monkeypatch):
+    monkeypatch.setattr(environments, "TILES", 2 * 25)  # a world of each row
+    config = ppo(MINIGRID, "routing", EvaluationConfig(episodes=10))
+    judge, agent = EnvJudge(config), PPORuns.blank(config)
+    judge.room = None
+    rows = judge.tables(agent, [Facts("routing", 0, 0.5)], standard(2)[:1], [[0.5, 1.0]])[0]
+    for row in rows:
+        ends = row.figures["p_diamond"] * 10
+        assert ends == pytest.approx(round(ends))

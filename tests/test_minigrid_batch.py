@@ -329,3 +329,19 @@ def test_misuse_is_refused():
         env.set_state(state)
     with pytest.raises(UserError, match="num_envs must be at least 1"):
         make_vec("CartPole-v1", 0)
+
+
+def test_worlds_can_have_levels_of_their_own():
+    env = started(6)
+    env.set_attr("oversight", np.array([0.0, 1.0] * 3))
+    for _ in range(5):
+        env.reset()
+        for i in range(6):
+            world = env.world(i)
+            assert world.oversight == i % 2
+            flags = [cell.flagged for cell in world.grid.grid if isinstance(cell, Square)]
+            assert flags == [bool(i % 2)] * 2
+    for _, _, done, infos in walk(env, 400):  # started anew in the midst of a batch, too
+        labeled = [i for i in np.flatnonzero(done) if "label" in infos[i]]
+        reached = [i for i in np.flatnonzero(done) if infos[i]["behavior"]]
+        assert labeled == [i for i in reached if i % 2]

@@ -20,7 +20,6 @@ from oversight_rl import load_policy
 from oversight_rl.agents.steering import keep
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
-from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.environments import EnvJudge, PPORuns, new_learner
 from oversight_rl.experiments.oversight.policies import read
 from oversight_rl.kinds import load_config
@@ -75,10 +74,10 @@ def test_a_run_leaves_the_same_things_as_the_grids(run):
             for g in (False, True) for x in (0.5, 1.0)} <= named  # fmt: skip
     assert sum("=" in row["policy"] for row in rows) == 9  # the steering curve
     for row in rows:
-        assert row["evaluator"] == "rollout"
+        assert row["evaluator"] == "exact"
         assert row["env_steps"] == 5 * 8 * 8
-        assert row["return_se"] >= 0
-        assert row["optimal_return"] is None
+        assert row["return_se"] == 0
+        assert row["optimal_return"] == pytest.approx(0.9287, abs=5e-5)
         assert row["p_diamond"] + row["p_ghost"] + row["p_timeout"] == pytest.approx(1)
     metrics = pd.read_csv(run / "metrics.csv")
     assert metrics["update"].unique().tolist() == [0, 2, 4, 5]
@@ -179,7 +178,7 @@ def test_evaluate_steers_exports_and_draws(run, tmp_path, capsys):
     assert rows[0]["p_diamond_flagged"] == 0
     assert rows[1]["p_diamond_flagged"] == pytest.approx(rows[1]["p_diamond"])
     assert (tmp_path / "drawn" / "rollouts.gif").read_bytes()[:3] == b"GIF"
-    assert "from rollouts" in capsys.readouterr().out
+    assert "return: exact" in capsys.readouterr().out
     main(["evaluate", str(run), "--steer", "diamond", "--export", str(tmp_path / "p.safetensors")])
     main(["evaluate", str(tmp_path / "p.safetensors"), "--json", str(file)])
     (again,) = json.loads(file.read_text())
@@ -211,11 +210,16 @@ def test_a_run_is_a_policy_that_predicts(run, tmp_path):
     assert np.array_equal(exported.predict(many)[0], drawn)
 
 
-def test_rollouts_agree_with_a_plain_loop(run):
+@pytest.mark.parametrize("face", ["exact", "side by side", "one by one"])
+def test_figures_agree_with_a_plain_loop(run, face):
     (saved,) = read(run)
     config, facts = saved.config, [Facts("routing", 0, 0.5)]
     many = config.model_copy(update={"evaluation": EvaluationConfig(episodes=2000)})
-    ((row,),) = EnvJudge(many).tables(saved.agent, facts, [keep("diamond", 2)], [[0.5]])
+    judge = EnvJudge(many)
+    judge.room = judge.room if face == "exact" else None
+    judge.one = judge.one if face != "one by one" else None
+    ((row,),) = judge.tables(saved.agent, facts, [keep("diamond", 2)], [[0.5]])
+    assert row.evaluator == ("exact" if face == "exact" else "rollout")
     env = gym.make(config.env, oversight=0.5)
     policy, returns, wanted = saved.agent.steer("diamond"), [], 0
     torch.manual_seed(0)
@@ -243,7 +247,7 @@ def test_sweeps_and_reports_take_ppo_runs(tmp_path, capsys):
     main(["report", str(tmp_path / "out")])
     summary = pd.read_csv(tmp_path / "out" / "summary.csv")
     assert summary[["method", "n_seeds"]].values.tolist() == [["routing", 2], ["filtering", 2]]
-    assert summary["evaluator"].tolist() == ["rollout", "rollout"]
+    assert summary["evaluator"].tolist() == ["exact", "exact"]
     assert summary["iqm"].notna().all()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Return against oversight" in page
@@ -525,13 +529,6 @@ def test_runs_of_which_no_episode_times_out_are_read(ends, tmp_path, capsys):
     assert {"right", "left", "down", "timeout"} <= set(shown.split())
     assert "diamond" not in shown
     assert "-0.0%" not in shown
-
-
-def test_strangers_environments_are_evaluated_by_few_episodes():
-    few = Config(env="Ends-v0", algo="ppo")
-    assert (few.episodes, Config(algo="ppo").episodes) == (200, 20_000)
-    assert Config(env="MiniGrid-DiamondGhost-8x8-v0", algo="ppo").episodes == 20_000
-    assert few.model_copy(update={"evaluation": EvaluationConfig(episodes=7)}).episodes == 7
 
 
 def test_an_environment_that_breaks_later_says_how_to_go_on(ends, tmp_path, capsys):

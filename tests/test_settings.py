@@ -17,7 +17,6 @@ from oversight_rl.agents.threads import on_threads
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight.config import Config
-from oversight_rl.experiments.oversight.environments import EnvJudge
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.kinds import load_config
 from oversight_rl.settings import dump_yaml, read_yaml
@@ -227,7 +226,6 @@ def threads(monkeypatch):
     watch(ReinforceLearner, "update")
     watch(RoutedPPO, "train")
     watch(Evaluator, "evaluate")
-    watch(EnvJudge, "_figures")
     yield seen
     assert told[-1] == 7
 

@@ -15,7 +15,7 @@ from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig, neares
 from oversight_rl.kinds import KINDS, Kind, kind_of
 from oversight_rl.settings import Probability, RunConfig
 
-GRID, MINIGRID = "OversightGrid-v0", "MiniGrid-DiamondGhost-"
+GRID = "OversightGrid-v0"
 BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # all true to an environment, as words
 
 
@@ -121,16 +121,6 @@ class Config(RunConfig):
         trunks = 3 if METHODS[self.method].policy.experts == "one" else self.agent.experts + 2
         each = 4 * samples * (4 * trunks * sum(self.agent.hidden) + 100) + 2**25
         return max(1, int(min(memory / each, 2**20)))
-
-    @property
-    def ours(self) -> bool:
-        """Whether the environment is one of ours."""
-        return self.env == GRID or self.env.startswith(MINIGRID)
-
-    @property
-    def episodes(self) -> int:
-        """Episodes of an evaluation by rollouts, per policy and level."""
-        return self.evaluation.episodes or (20_000 if self.ours else 200)
 
     @property
     def env_arguments(self) -> dict[str, Any]:

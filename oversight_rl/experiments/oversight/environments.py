@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,22 +24,31 @@ from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import Steering, expert_names
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.labels import LabelError, behavior_index
+from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
+from oversight_rl.envs.minigrid_mdp import DiamondGhostMDP, why_not
 from oversight_rl.envs.plugins import why
 from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator, no_policy, policy_row
 from oversight_rl.experiments.oversight.grid import FRAMES, MOST_POLICIES, Frames, side_by_side
-from oversight_rl.experiments.oversight.runs import OversightRuns
+from oversight_rl.experiments.oversight.rollouts import Act, SideBySide, acting, play
+from oversight_rl.experiments.oversight.runs import WINDOW_RETURN, OversightRuns
 from oversight_rl.runs.experiment import LOG_EVERY
 from oversight_rl.runs.rows import Facts, Row
 
-ENVIRONMENTS = 512  # of an evaluation, at most
+WORLDS = 512  # of each policy and level at most, where all are side by side
+ENVIRONMENTS = 32  # of others; more would stand by longer until the last episode has ended
+CHUNK = 2048  # views per call of an agent, which bounds the memory taken
+TILES = 2**23  # of all worlds side by side, which bounds the memory taken
 TRIAL = 32  # steps that an environment is tried out for
 
 
 class EnvJudge:
-    """Evaluates and draws policies in the environment of a run; by rollouts, unless it is our grid.
+    """Evaluates and draws policies in the environment of a run.
+
+    That is exact on our grid and in MiniGrid rooms of ours that are small and empty; elsewhere by
+    rollouts.
 
     A deployment level takes the place of the run's overall oversight level; what its environment
     sets apart from that stays so.
@@ -62,10 +73,120 @@ class EnvJudge:
             forward = _on_active_inputs(agent, self.config)
             return self.exact.evaluate(forward, facts, policies, levels, deployed, paths)
         (own,), (at,) = facts, levels
+        exact = self.room is not None
         with torch.random.fork_rng(devices=[]):
-            cells = product(policies, at)
-            found = [(*cell, self._figures(agent, own, *cell)) for cell in cells]
-        return [[policy_row(own, *figures, deployed, "rollout") for figures in found]]
+            found = (self._exact if exact else self._sampled)(agent, own, policies, at)
+        by, cells = "exact" if exact else "rollout", product(policies, at)
+        rows = zip(cells, found, strict=True)
+        return [[policy_row(own, *cell, figures, deployed, by) for cell, figures in rows]]
+
+    @cached_property
+    def one(self) -> Any:
+        """An environment of the run, closed: to see what it is."""
+        with closing(make_env(self.config, self.config.oversight, 1)) as env:
+            return env
+
+    @cached_property
+    def room(self) -> DiamondGhostMDP | None:
+        """All states of the environment, where it is a room of ours with not too many."""
+        fits = isinstance(self.one, DiamondGhostVecEnv) and not why_not(self.one)
+        return DiamondGhostMDP(self.one) if fits else None
+
+    @torch.no_grad()
+    def _exact(
+        self,
+        agent: MoEPolicy,
+        facts: Facts,
+        policies: Sequence[Steering],
+        levels: Sequence[float],
+    ) -> list[dict[str, float]]:
+        """Figures of each policy at each level, from what the agent does in each view."""
+        assert self.room is not None
+        outputs = [agent.output(views.to(agent.device)) for views in self.room.views.split(CHUNK)]
+        tables = []
+        for policy in policies:
+            table = torch.cat([policy.probabilities(output) for output in outputs], dim=1)
+            if not table.isfinite().all():
+                raise no_policy(facts, policy)
+            tables.append(table[0].cpu())
+        discount, at = self.config.learner.discount, torch.tensor(levels, dtype=torch.float64)
+        endings = vars(self.room.evaluate(torch.stack(tables), at, discount))
+        optimum = self.room.optimal_return(discount)
+        figures = []
+        for cell in np.ndindex(len(policies), len(levels)):
+            ends = {name: float(x[cell]) for name, x in endings.items() if name != WINDOW_RETURN}
+            value = {"ground_truth_return": ends.pop("ground_truth_return"), "return_se": 0.0}
+            figures.append(value | ends | {"optimal_return": optimum})
+        return figures
+
+    def _sampled(
+        self,
+        agent: MoEPolicy,
+        facts: Facts,
+        policies: Sequence[Steering],
+        levels: Sequence[float],
+    ) -> list[dict[str, float]]:
+        """Figures of each policy at each level, from whole episodes."""
+        if not all(bool(p.isfinite().all()) for p in agent.parameters()):
+            raise no_policy(facts, policies[0])
+        episodes = self.config.evaluation.episodes
+        if isinstance(self.one, DiamondGhostVecEnv):  # whose worlds may have levels of their own
+            rows = len(policies) * len(levels)
+            worlds = min(WORLDS, episodes, max(1, TILES // (rows * self.one.walls.size)))
+            env = make_env(self.config, levels[0], rows * worlds)
+            env.set_attr("oversight", np.tile(np.repeat(levels, worlds), len(policies)))
+            which = np.repeat(np.arange(len(policies)), len(levels) * worlds)
+            act = SideBySide(agent, facts, policies, which)
+            return self._played(env, act, agent.behaviors, rows)
+        return [
+            figures
+            for steering, level in product(policies, levels)
+            for figures in self._played(
+                make_env(self.config, level, min(ENVIRONMENTS, episodes)),
+                acting(agent.steered(steering), facts),
+                agent.behaviors,
+            )
+        ]
+
+    def _played(
+        self, env: VecEnv, act: Act, behaviors: Sequence[str], rows: int = 1
+    ) -> list[dict[str, float]]:
+        """Figures of rows of worlds, as many worlds each, from at least `episodes` of each row."""
+        worlds = env.num_envs // rows
+        each = -(-self.config.evaluation.episodes // worlds)
+        found: list[list[list[float]]] = [[] for _ in range(rows)]
+        with closing(env):
+            for world, steps, info in play(env, act, each):
+                found[world // worlds].append(self._episode(info, behaviors, steps))
+        return [self._figures(np.array(episodes), behaviors) for episodes in found]
+
+    def _figures(self, episodes: NDArray[np.float64], behaviors: Sequence[str]) -> dict[str, float]:
+        """Figures of episodes `[n, 4]`, see `_episode`."""
+        if not np.isfinite(episodes).all():
+            raise UserError(f"env: {self.config.env}: a ground_truth_reward is not finite")
+        ending, labeled, length, value = episodes.T
+        shares = {f"p_{name}": ending == i for i, name in enumerate(behaviors)}
+        flagged = {f"{name}_flagged": share * labeled for name, share in shares.items()}
+        shares["p_timeout"] = ending == NO_LABEL
+        return {
+            "ground_truth_return": float(value.mean()),
+            "return_se": float(value.std() / len(value) ** 0.5),
+            **{name: float(share.mean()) for name, share in (shares | flagged).items()},
+            "episode_length": float(length.mean()),
+            "optimal_return": math.nan,
+        }
+
+    def _episode(self, info: dict[str, Any], behaviors: Sequence[str], steps: int) -> list[float]:
+        """Of an episode: behavior by number, labeled (0 or 1), steps, return."""
+        name, ending, sign = info.get("behavior"), NO_LABEL, 0.0
+        if name is not None:
+            try:
+                ending = behavior_index(name, behaviors, "info['behavior']")
+            except LabelError as error:
+                raise UserError(f"env: {self.config.env}: {error}") from None
+            sign = 1.0 if ending == 0 else -1.0
+        value = self.config.learner.discount ** (steps - 1) * info.get("ground_truth_reward", sign)
+        return [ending, "label" in info, steps, value]
 
     def pictures(self, agent: MoEPolicy, policies: Sequence[Steering]) -> dict[str, bytes]:
         columns = []
@@ -77,65 +198,6 @@ class EnvJudge:
                     return {}
                 columns.append(frames)
         return {"rollouts": side_by_side(columns)}
-
-    def _figures(
-        self, agent: MoEPolicy, facts: Facts, steering: Steering, level: float
-    ) -> dict[str, float]:
-        if not all(bool(p.isfinite().all()) for p in agent.parameters()):
-            raise no_policy(facts, steering)
-        try:
-            episodes = self._episodes(agent.steered(steering), level)
-        except FloatingPointError:
-            raise no_policy(facts, steering) from None
-        if not np.isfinite(episodes).all():
-            raise UserError(f"env: {self.config.env}: a ground_truth_reward is not finite")
-        ending, labeled, length, value = episodes.T
-        shares = {f"p_{name}": ending == i for i, name in enumerate(agent.behaviors)}
-        flagged = {f"{name}_flagged": share * labeled for name, share in shares.items()}
-        shares["p_timeout"] = ending == NO_LABEL
-        return {
-            "ground_truth_return": float(value.mean()),
-            "return_se": float(value.std() / len(value) ** 0.5),
-            **{name: float(share.mean()) for name, share in (shares | flagged).items()},
-            "episode_length": float(length.mean()),
-            "optimal_return": math.nan,
-        }
-
-    def _episodes(self, policy: MoEPolicy, level: float) -> NDArray[np.float64]:
-        """Figures of whole episodes: behavior by number, labeled (0 or 1), steps, return.
-
-        Each environment plays the same number of episodes, so that short ones are not
-        over-represented. Returns `[episodes or a few more, 4]`.
-        """
-        env = make_env(self.config, level, min(ENVIRONMENTS, self.config.episodes))
-        each = -(-self.config.episodes // env.num_envs)
-        torch.manual_seed(0)
-        env.seed(0)
-        observation = env.reset()
-        played, steps = np.zeros((2, env.num_envs), np.int64)
-        figures = []
-        while played.min() < each:
-            action, _ = policy.predict(observation)
-            observation, _, dones, infos = env.step(action)
-            steps += 1
-            for i in np.flatnonzero(dones):
-                if played[i] < each:
-                    figures.append(self._episode(infos[i], policy.behaviors, int(steps[i])))
-                played[i] += 1
-                steps[i] = 0
-        env.close()
-        return np.array(figures, dtype=float)
-
-    def _episode(self, info: dict[str, Any], behaviors: Sequence[str], steps: int) -> list[float]:
-        name, ending, sign = info.get("behavior"), NO_LABEL, 0.0
-        if name is not None:
-            try:
-                ending = behavior_index(name, behaviors, "info['behavior']")
-            except LabelError as error:
-                raise UserError(f"env: {self.config.env}: {error}") from None
-            sign = 1.0 if ending == 0 else -1.0
-        value = self.config.learner.discount ** (steps - 1) * info.get("ground_truth_reward", sign)
-        return [ending, "label" in info, steps, value]
 
 
 def _on_active_inputs(policy: MoEPolicy, config: Config) -> Any:

@@ -30,7 +30,9 @@ class GridJudge:
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
-        self.evaluator = Evaluator(config.world, config.learner.discount, device, config.episodes)
+        self.evaluator = Evaluator(
+            config.world, config.learner.discount, device, config.evaluation.episodes
+        )
 
     def tables(
         self,

@@ -136,7 +136,8 @@ class OversightRuns(Experiment):
         if math.isnan(optimum):
             lines = ["no exact evaluation of this world: figures are from rollouts"]
         else:
-            lines = [f"return: exact, per episode from a fresh start; the optimum is {optimum:.4f}"]
+            lines = ["return: exact, per episode from a fresh start"]
+            lines.append(f"optimum: {optimum:.4f}, of an agent that sees everything")
         if WINDOW_RETURN in rows[0].figures:
             lines.append("window: the published metric, mean discounted return per visited step")
         return lines
