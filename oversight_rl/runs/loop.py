@@ -28,7 +28,7 @@ from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
 from oversight_rl.terminal import say
 
-PICTURES = 4  # evaluations with pictures over a run, beside the untrained agent's
+PICTURES = 2
 
 
 class Interrupted(Exception):
