@@ -38,7 +38,13 @@ from oversight_rl.agents.ppo.environment import (
     policy_arguments,
 )
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
-from oversight_rl.agents.ppo.losses import Replay, learn_reward_model, losses, remembered
+from oversight_rl.agents.ppo.losses import (
+    Replay,
+    learn_reward_model,
+    losses,
+    remembered,
+    replays,
+)
 from oversight_rl.agents.ppo.observations import row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Experience, Samples, Targets, targets
@@ -307,9 +313,12 @@ class RoutedPPO(CollectingPPO):
         figures: dict[str, list[Tensor]] = {}
         if self.endings is not None:
             figures["reward_model_loss"] = learn_reward_model(self.policy, self.endings)
-        replays = self._replays(buffer.minibatches(self.batch_size) * self.n_epochs)
+        drawn: Iterator[Replay | None] = repeat(None)
+        if self.memory is not None:
+            minibatches = buffer.minibatches(self.batch_size) * self.n_epochs
+            drawn = replays(remembered, self.policy, self.memory, minibatches)
         for _ in range(self.n_epochs):
-            if not self._pass_over(buffer, clip, replays, figures):
+            if not self._pass_over(buffer, clip, drawn, figures):
                 break
             self._n_updates += 1
         for name, values in figures.items():
@@ -326,22 +335,15 @@ class RoutedPPO(CollectingPPO):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/clip_range", clip)
 
-    def _replays(self, minibatches: int) -> Iterator[Replay | None]:
-        """What the gate learns from in each minibatch of an update."""
-        if self.memory is None or not minibatches:
-            return repeat(None)
-        replay = remembered(self.policy, self.memory, minibatches)
-        return (replay.part(number, minibatches) for number in range(minibatches))
-
     def _pass_over(
         self,
         buffer: RoutedRolloutBuffer,
         clip: float,
-        replays: Iterator[Replay | None],
+        drawn: Iterator[Replay | None],
         figures: dict[str, list[Tensor]],
     ) -> bool:
         """Learn from every sample once; False where the policy has moved as far as it may."""
-        for batch, replay in zip(buffer.get(self.batch_size), replays, strict=False):
+        for batch, replay in zip(buffer.get(self.batch_size), drawn, strict=False):
             loss, parts = self.loss(batch, clip, replay)
             for name, value in parts.items():
                 figures.setdefault(name, []).append(value)

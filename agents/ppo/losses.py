@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from oversight_rl.agents.ppo.extractors import prepared
 from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Targets
-from oversight_rl.agents.ppo.views import Views
+from oversight_rl.agents.ppo.views import AT_ONCE, Views
 from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 LESSONS = 12
@@ -84,9 +85,8 @@ def losses(
     }
     own = log_prob
     if policy.lessons & {"contrast", "acts_alone"}:
-        own_values = None
-        if "acts_alone" in policy.lessons:
-            own_values = policy.deployed_values(features)[view]
+        acts = "acts_alone" in policy.lessons
+        own_values = policy.deployed_values(features)[view] if acts else None
         own, more = _deployed_losses(policy, batch, output, own_values, actions, clip)
         for name, part in more:
             parts[name] = parts[name] + part if name in parts else part
@@ -146,6 +146,24 @@ def gate_loss(policy: MoEPolicy, replay: Replay | None, agent: Prepared) -> Tens
     return cross_entropy(gate, replay.label[None], replay.weight[None])[0]
 
 
+def replays(
+    make: Callable[[MoEPolicy, Memory, int], Replay], policy: MoEPolicy, memory: Memory, times: int
+) -> Iterator[Replay]:
+    """So many replays, some of them made at once, which takes less time.
+
+    Args:
+        make: `remembered` or `remembered_endings`.
+        policy: that learns from them.
+        memory: to draw from.
+        times: how many.
+    """
+    most = max(1, AT_ONCE // memory.draws)
+    for start in range(0, times, most):
+        parts = min(times - start, most)
+        whole = make(policy, memory, parts)
+        yield from (whole.part(number, parts) for number in range(parts))
+
+
 def remembered(policy: MoEPolicy, memory: Memory, times: int) -> Replay:
     """What the gate learns from in so many minibatches."""
     rows, label, weight = _drawn(policy, memory, times)
@@ -186,10 +204,9 @@ def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
     losses: list[Tensor] = []
     if not int(memory.count):
         return losses
-    replay = remembered_endings(policy, memory, LESSONS)
-    for lesson in range(LESSONS):
+    for replay in replays(remembered_endings, policy, memory, LESSONS):
         policy.optimizer.zero_grad()
-        loss = reward_model_loss(policy, replay.part(lesson, LESSONS))
+        loss = reward_model_loss(policy, replay)
         if not loss.isfinite():
             raise NotFinite("reward model's loss", float(loss.detach()))
         loss.backward()
