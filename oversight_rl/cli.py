@@ -394,8 +394,8 @@ def print_audits(rows: Sequence[Row], config: Config, console: Console) -> None:
         for heading in ("oversight", *cells(rows[0])[0]):
             table.add_column(heading, justify="right")
         for row in own:
-            for line in cells(row):
-                table.add_row(*_policy(row), *line.values())
+            for audited in cells(row):
+                table.add_row(*_policy(row), *audited.values())
         console.print(table)
     for line in notes(config):
         say(console, line)
