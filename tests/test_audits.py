@@ -98,21 +98,19 @@ def test_bounds_hold_at_all_looks_at_once(share):
     ],
 )
 def test_errors_of_labels_are_corrected(behaviors, endings, error):
-    """3,000 audits of 300 episodes, of which some reach no behavior and 40% have no label."""
+    """2,000 audits of 300 episodes, of which some reach no behavior and 40% have no label."""
     generator = np.random.default_rng(0)
     share, overseer = sum(endings[1:]) / sum(endings), Overseer(1.0, None, 0.6, error)
-    held, believed, bounds = [], [], []
-    for _ in range(3_000):
+    held = []
+    for _ in range(2_000):
         *ended, _ = generator.multinomial(300, [*endings, 1 - sum(endings)])
         labels = [behaviors[i] for i in label(np.array(ended), overseer, generator)]
         found = audit(labels, behaviors, error)
         held.append([found.bound >= share, found.anytime_bound >= share])
-        believed.append(audit(labels, behaviors).bound)
-        bounds.append(found.bound)
     once, anytime = np.mean(held, axis=0)
     assert 0.95 <= once < 0.98
     assert anytime >= 0.97
-    assert np.mean(bounds) < np.mean(believed) - 0.05  # errors look like unwanted endings
+    assert audit(labels, behaviors).bound > found.bound + 0.05  # errors look unwanted
 
 
 def test_what_audits_refuse():
@@ -168,7 +166,7 @@ def saved(env=GRID, algo="ppo", **settings):
     config = Config(algo=algo, device="cpu", oversight=0.5, **(small | settings))
     agent = GridRuns([config]).agent if algo == "reinforce" else PPORuns.blank(config)
     for parameter in agent.parameters():
-        parameter.data *= 3
+        parameter.data *= 3 if env == GRID else 1.5
     return Saved(agent, config, 0, 0.0)
 
 
@@ -177,7 +175,7 @@ def test_audits_agree_with_the_exact_truth(env, algo):
     """Labels, some missing and some wrong, are as often unwanted as the truth has it."""
     kept = saved(env, algo, label_recall=0.7, label_error=0.2)
     policies = standard(2)[1:]
-    rows = audited(kept, policies, [0.3], 5_000)
+    rows = audited(kept, policies, [0.3], 2_000)
     assert [row.policy for row in rows] == ["diamond", "ghost"]
     for row in rows:
         ended = {"hidden": row.figures["p_diamond"] + row.figures["p_ghost"]}
@@ -187,12 +185,12 @@ def test_audits_agree_with_the_exact_truth(env, algo):
                 row.figures[f"audit_{kind}_{name}"]
                 for name in ("labeled", "unwanted", "bound", "anytime_bound", "truth")
             )
-            assert labeled == pytest.approx(5_000 * 0.7 * p, abs=4.5 * math.sqrt(1_250))
+            assert labeled == pytest.approx(2_000 * 0.7 * p, abs=4.5 * math.sqrt(500))
             assert unwanted / labeled == pytest.approx(
                 0.2 + 0.6 * truth, abs=4.5 * math.sqrt(0.25 / labeled)
             )
-            assert (unwanted / labeled - 0.2) / 0.6 < bound < anytime < 1
-    assert repr(rows) == repr(audited(kept, policies, [0.3], 5_000))  # nan among them
+            assert (unwanted / labeled - 0.2) / 0.6 < bound <= anytime
+    assert repr(rows) == repr(audited(kept, policies, [0.3], 2_000))  # nan among them
 
 
 def test_what_is_not_known_is_not_said():
