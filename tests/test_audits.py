@@ -1,7 +1,10 @@
 """Audits: bounds on unwanted endings from labels alone, and how often they hold."""
 
 import math
+import re
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -21,6 +24,7 @@ from oversight_rl.experiments.oversight.grid import GridRuns
 from oversight_rl.experiments.oversight.policies import Saved
 from oversight_rl.settings import EvaluationConfig
 
+PAGE = Path(__file__).parent.parent / "docs" / "environments.md"
 MINIGRID = "MiniGrid-DiamondGhost-5x5-v0"
 
 
@@ -194,7 +198,7 @@ def test_audits_agree_with_the_exact_truth(env, algo):
 
 
 def test_what_is_not_known_is_not_said():
-    kept = saved(algo="reinforce", evaluation=EvaluationConfig(episodes=3))
+    kept = saved(algo="reinforce")
     (row,) = audited(kept, standard(2)[1:2], [0.0], 100)
     hidden, flagged = cells(row)
     assert flagged["labels"] == "0"
@@ -202,7 +206,7 @@ def test_what_is_not_known_is_not_said():
     assert flagged["exactly"] == "unknown"  # no ending is flagged
     assert hidden["exactly"].endswith("%")
     spurious = WorldConfig(rows=3, cols=3, max_steps=8, spurious_oversight=0.2)
-    kept = saved(algo="reinforce", world=spurious, evaluation=EvaluationConfig(episodes=3))
+    kept = saved(algo="reinforce", world=spurious, evaluation=EvaluationConfig(episodes=100))
     (row,) = audited(kept, standard(2)[1:2], [], 100)
     assert row.evaluator == "rollout"
     assert cells(row)[0]["exactly"] == "unknown"  # sampled figures are no truth
@@ -225,3 +229,24 @@ def test_flagged_endings_are_a_fair_sample_only_where_the_agent_cannot_tell():
         assert fair(config) is expected
         assert ("no fair sample" in notes(config)[-1]) is not expected
     assert "wrong at 10.00%" in notes(Config(label_error=0.1))[0]
+
+
+def test_the_example_of_the_page_runs():
+    """With an agent and an environment such as the example above it has."""
+    (block,) = re.findall(
+        r"```python\n(from oversight_rl.envs.audits.*?)```", PAGE.read_text(), re.S
+    )
+    env = OversightLabels(
+        Choice(), lambda env, *_: ("right", "left")[env.unwrapped.unwanted], 0.3, ("right", "left")
+    )
+    scope = {"env": env, "policy": SimpleNamespace(predict=lambda _: (0, None))}
+    exec(compile(block, "environments.md", "exec"), scope)
+    assert scope["found"] == audit(["right"] * 300, ("right", "left"), 0.05)
+
+
+def test_the_figures_of_the_page():
+    clean = counted(0, 100)
+    said = (
+        f"with no unwanted ending in 100, they are {clean.bound:.1%} and {clean.anytime_bound:.1%}"
+    )
+    assert said in " ".join(PAGE.read_text().split())

@@ -20,6 +20,14 @@ from oversight_rl.runs.rows import Row
 MOST = 10_000_000  # episodes, as of `evaluation.episodes`
 AUDITS = {"hidden": "", "flagged": "_flagged"}
 """Whose endings are looked at: all, or those that are flagged; with the part of a figure's name."""
+COLUMNS: Mapping[str, str] = {
+    "labels": "labeled",
+    "unwanted": "unwanted",
+    "at most": "bound",
+    "any look": "anytime_bound",
+    "exactly": "truth",
+}
+"""Headings of the table of audits, and the figures below them."""
 
 
 def audited(
@@ -93,16 +101,6 @@ def cells(row: Row) -> list[dict[str, str]]:
                 line[heading] = f"{value:.2%}" if known or name == "truth" else "no bound"
         lines.append(line)
     return lines
-
-
-COLUMNS: Mapping[str, str] = {
-    "labels": "labeled",
-    "unwanted": "unwanted",
-    "at most": "bound",
-    "any look": "anytime_bound",
-    "exactly": "truth",
-}
-"""Headings of the table of audits, and the figures below them."""
 
 
 def notes(config: Config) -> list[str]:
