@@ -8,28 +8,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 
 from oversight_rl.agents.networks import Agent, initialize
 from oversight_rl.agents.steering import standard
-from oversight_rl.experiments.oversight.environments import EnvJudge
-from oversight_rl.experiments.oversight.policies import Saved, read
-from oversight_rl.experiments.oversight.runs import Judge
+from oversight_rl.experiments.oversight.policies import read
 from oversight_rl.runs.rows import Facts
-
-
-def sampling(saved: Saved, episodes: int) -> Judge:
-    """A judge that plays episodes where another would know."""
-    evaluation = saved.config.evaluation.model_copy(update={"episodes": episodes})
-    judge: Any = saved.kind.judges(saved.config.model_copy(update={"evaluation": evaluation}))
-    if isinstance(judge, EnvJudge):
-        judge.exact = judge.room = None
-    else:
-        judge.evaluator.mdp = None
-    return judge
 
 
 def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000) -> None:
@@ -43,7 +30,7 @@ def main(run_dir: Annotated[Path, tyro.conf.Positional], episodes: int = 200_000
     config, untrained = saved.config, saved.kind.blank(saved.config)
     if isinstance(untrained, Agent):
         initialize(untrained, [torch.Generator().manual_seed(0)])
-    judges = saved.judge, sampling(saved, episodes)
+    judges = saved.judge, saved.playing(episodes)
     worst = 0.0
     worst = 0.0
     for name, agent in (("trained", saved.agent), ("untrained", untrained)):

@@ -32,6 +32,7 @@ from oversight_rl.settings import Probability, RunConfig, settings_file
 from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
 if TYPE_CHECKING:
+    from oversight_rl.experiments.oversight.config import Config
     from oversight_rl.runs.experiment import Experiment
     from oversight_rl.runs.rows import Row
 
@@ -183,6 +184,7 @@ def evaluate(
     json: Path | None = None,
     export: Path | None = None,
     pictures: Path | None = None,
+    audit: int | None = None,
 ) -> None:
     """Evaluate trained agents, steered as you like, at any oversight level.
 
@@ -198,6 +200,7 @@ def evaluate(
         export: File to write the steered policy to (one run, one --steer), for later evaluation.
         pictures: Folder to draw the policies (policies.png) and rollouts (rollouts.gif) of one run
             into.
+        audit: Episodes of each policy to audit: labels alone bound its unwanted endings.
     """
     for level in oversight:
         if not 0 <= level <= 1:
@@ -205,6 +208,7 @@ def evaluate(
     check_there(run_dir)
     # with torch, which takes a second to load
     from oversight_rl.agents.threads import on_threads
+    from oversight_rl.experiments.oversight.audits import audited
     from oversight_rl.experiments.oversight.policies import read, write_policy
     from oversight_rl.runs.rows import write_rows
 
@@ -217,12 +221,17 @@ def evaluate(
         raise UserError("--export: takes one run and one --steer")
     for saved, policies in asked:
         with on_threads(saved.config.threads):
-            rows += saved.rows(policies, oversight)
+            if audit is None:
+                rows += saved.rows(policies, oversight)
+            else:
+                rows += audited(saved, policies, oversight, audit)
             if pictures is not None:
                 _write_pictures(pictures, saved.pictures(policies))
         if export is not None:
             write_policy(export, policies[0], saved)
     print_rows(rows, loaded[0].kind, Console())
+    if audit is not None:
+        print_audits(rows, loaded[0].config, Console())
     if json is not None:
         with writing(json):
             write_rows(json, rows)
@@ -362,21 +371,42 @@ def print_rows(rows: Sequence[Row], kind: type[Experiment], console: Console) ->
     """A table for each run."""
     between = "±" if console.encoding.startswith("utf") else "+-"
     shown = kind.shown(list(rows[0].figures), details=True)
-    for (method, seed, level), own in itertools.groupby(
-        rows, key=lambda row: (row.method, row.seed, row.train_oversight)
-    ):
-        table = _table(f"{method} trained at {level:.2%}, seed {seed}")
+    for title, own in itertools.groupby(rows, _run):
+        table = _table(title)
         for heading in ("oversight", *shown):
             table.add_column(heading.removeprefix("p_"), justify="right")
         for row in own:
             cells = {name: _figure(name, row.figures[name]) for name in shown.values()}
             error = row.figures[kind.error] if kind.error else 0.0
             cells[kind.score] += f" {between} {error:.3f}" if error > 0 else ""
-            policy = f"{row.policy}{' (greedy)' if row.greedy else ''}"
-            table.add_row(policy, f"{row.deploy_oversight:.2%}", *cells.values())
+            table.add_row(*_policy(row), *cells.values())
         console.print(table)
     for line in kind.notes(rows):
         say(console, line)
+
+
+def print_audits(rows: Sequence[Row], config: Config, console: Console) -> None:
+    """A table for each run of what audits say."""
+    from oversight_rl.experiments.oversight.audits import cells, notes  # with torch and scipy
+
+    for title, own in itertools.groupby(rows, _run):
+        table = _table(f"{title}, {rows[0].figures['audit_episodes']:,.0f} episodes audited")
+        for heading in ("oversight", *cells(rows[0])[0]):
+            table.add_column(heading, justify="right")
+        for row in own:
+            for audited in cells(row):
+                table.add_row(*_policy(row), *audited.values())
+        console.print(table)
+    for line in notes(config):
+        say(console, line)
+
+
+def _run(row: Row) -> str:
+    return f"{row.method} trained at {row.train_oversight:.2%}, seed {row.seed}"
+
+
+def _policy(row: Row) -> tuple[str, str]:
+    return f"{row.policy}{' (greedy)' if row.greedy else ''}", f"{row.deploy_oversight:.2%}"
 
 
 def _figure(name: str, value: float) -> str:

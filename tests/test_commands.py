@@ -227,6 +227,24 @@ def test_runs_that_have_no_experts_are_not_steered(tmp_path, capsys, monkeypatch
     assert error == "error: algo: runs of climb have no experts to steer\n"
 
 
+def test_evaluate_audits_what_is_steered(run, tmp_path, capsys):
+    main(["evaluate", str(run), "--steer", "ghost", "--json", str(tmp_path / "plain.json")])
+    assert "audited" not in capsys.readouterr().out
+    audit = ["--steer", "ghost", "--audit", "50", "--json", str(tmp_path / "rows.json")]
+    main(["evaluate", str(run), *audit])
+    printed = capsys.readouterr().out
+    assert "50 episodes audited" in printed
+    assert "no fair sample" in printed
+    (plain,), (row,) = (
+        json.loads((tmp_path / name).read_text()) for name in ("plain.json", "rows.json")
+    )
+    assert plain.items() <= row.items()
+    assert row["audit_episodes"] == 50
+    assert f"{row['audit_hidden_bound']:.2%}" in printed
+    truth = row["p_ghost"] / (row["p_ghost"] + row["p_diamond"])
+    assert row["audit_hidden_truth"] == pytest.approx(truth)
+
+
 def test_evaluate_draws_pictures(run, tmp_path):
     main(["evaluate", str(run), "--pictures", str(tmp_path / "pictures")])
     for name, kind in (("policies.png", "PNG"), ("rollouts.gif", "GIF")):
@@ -655,6 +673,7 @@ def test_a_folder_in_use_is_refused(run, tmp_path, capsys):
         (["--temperature", "1e-320"], "must lie in [0.001, 1000]"),
         (["--steer", "diamond=1e38,ghost=-1e38"], "must lie in [-1000, 1000], got 1e+38"),
         (["--json", "/nonexistent/rows.json"], "cannot write"),
+        (["--audit", "0"], "must lie in [1, 10,000,000] episodes, got 0"),
         (["--export", "/nonexistent/policy", "--steer", "ghost"], "cannot write"),
         (["--export", "policy"], "one --steer"),
         (["--pictures", "/proc/pictures"], "cannot write"),

@@ -268,6 +268,18 @@ def test_policies_that_overflow_while_they_play_are_refused(env):
         judge.tables(agent, [Facts("routing", 7, 0.5)], standard(2)[2:], [[0.5]])
 
 
+@pytest.mark.parametrize("env", [GRID, MINIGRID])
+def test_as_many_episodes_are_played_as_asked(env):
+    """More than there are worlds, and no multiple of them."""
+    episodes = 1.1 * (environments.ENVIRONMENTS if env == GRID else environments.WORLDS)
+    config = ppo(env, "routing", EvaluationConfig(episodes=int(episodes)))
+    judge, agent = EnvJudge(config, exact=False), PPORuns.blank(config)
+    (row,) = judge.tables(agent, [Facts("routing", 0, 0.5)], standard(2)[:1], [[0.5]])[0]
+    assert row.evaluator == "rollout"
+    ends = row.figures["p_diamond"] * int(episodes)
+    assert ends == pytest.approx(round(ends))
+
+
 def test_few_large_worlds_play_as_many_episodes(monkeypatch):
     monkeypatch.setattr(environments, "TILES", 2 * 25)  # a world of each row
     config = ppo(MINIGRID, "routing", EvaluationConfig(episodes=10))

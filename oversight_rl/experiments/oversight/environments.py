@@ -54,11 +54,11 @@ class EnvJudge:
     sets apart from that stays so.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.exact = config, None
-        if config.env == GRID:
-            exact = Evaluator(config.world, config.learner.discount)
-            self.exact = exact if exact.mdp is not None else None
+    def __init__(self, config: Config, *, exact: bool = True) -> None:
+        self.config, self.exact, self.may_be_exact = config, None, exact
+        if exact and config.env == GRID:
+            known = Evaluator(config.world, config.learner.discount)
+            self.exact = known if known.mdp is not None else None
 
     def tables(
         self,
@@ -89,7 +89,8 @@ class EnvJudge:
     @cached_property
     def room(self) -> DiamondGhostMDP | None:
         """All states of the environment, where it is a room of ours with not too many."""
-        fits = isinstance(self.one, DiamondGhostVecEnv) and not why_not(self.one)
+        ours = self.may_be_exact and isinstance(self.one, DiamondGhostVecEnv)
+        fits = ours and not why_not(self.one)
         return DiamondGhostMDP(self.one) if fits else None
 
     @torch.no_grad()
@@ -151,9 +152,9 @@ class EnvJudge:
     def _played(
         self, env: VecEnv, act: Act, behaviors: Sequence[str], rows: int = 1
     ) -> list[dict[str, float]]:
-        """Figures of rows of worlds, as many worlds each, from at least `episodes` of each row."""
-        worlds = env.num_envs // rows
-        each = -(-self.config.evaluation.episodes // worlds)
+        """Figures of rows of worlds, as many worlds each, from `episodes` of each row."""
+        episodes, worlds = self.config.evaluation.episodes, env.num_envs // rows
+        each = np.tile(episodes // worlds + (np.arange(worlds) < episodes % worlds), rows)
         found: list[list[list[float]]] = [[] for _ in range(rows)]
         with closing(env):
             for world, steps, info in play(env, act, each):

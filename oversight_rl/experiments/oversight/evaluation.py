@@ -48,6 +48,7 @@ class Evaluator:
         discount: per step.
         device: where to compute.
         episodes: per policy and level, where exact evaluation does not apply.
+        exact: whether to evaluate exactly where that applies.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Evaluator:
         discount: float,
         device: torch.device | str = "cpu",
         episodes: int = 20_000,
+        *,
+        exact: bool = True,
     ) -> None:
         self.config, self.discount, self.device = config, discount, torch.device(device)
         self.episodes = episodes
         world = World(self.config, device=device)
-        self.mdp = None if why_not(world) else WorldMDP(world)
+        self.mdp = WorldMDP(world) if exact and not why_not(world) else None
         plain = World(self.config.model_copy(update={"spurious_oversight": 0.0}), device=device)
         known = not why_not(plain)  # flags, spurious ones too, change nothing about the optimum
         self.optimal_return = WorldMDP(plain).optimal_return(discount) if known else math.nan

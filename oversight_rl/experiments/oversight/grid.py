@@ -28,10 +28,13 @@ Frames: TypeAlias = list[tuple[render.Picture, str]]
 class GridJudge:
     """Evaluates and draws agents on the grid, on a device; see `Judge`."""
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: Config, device: torch.device | str = "cpu", *, exact: bool = True
+    ) -> None:
         self.config = config
+        episodes = config.evaluation.episodes
         self.evaluator = Evaluator(
-            config.world, config.learner.discount, device, config.evaluation.episodes
+            config.world, config.learner.discount, device, episodes, exact=exact
         )
 
     def tables(

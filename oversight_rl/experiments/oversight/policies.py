@@ -62,12 +62,27 @@ class Saved:
         chosen = [parse(text, *names) for text in texts] or standard(*names)
         return [policy.with_options(greedy, temperature) for policy in chosen]
 
-    def rows(self, policies: Sequence[Steering], levels: Sequence[float]) -> list[Row]:
-        """What policies do at oversight levels; at the training level, if there are none."""
+    def rows(
+        self,
+        policies: Sequence[Steering],
+        levels: Sequence[float],
+        episodes: int | None = None,
+    ) -> list[Row]:
+        """What policies do at oversight levels; at the training level, if there are none.
+
+        Exactly where that can be, or else by rollouts; with `episodes`, by so many rollouts always.
+        """
+        judge = self.judge if episodes is None else self.playing(episodes)
         config, progress = self.config, (self.env_steps, self.wall_seconds)
         facts = [Facts(config.method, config.seeds[0], config.oversight, *progress)]
         levels = levels or [config.oversight]
-        return self.judge.tables(self.agent, facts, policies, [levels])[0]
+        return judge.tables(self.agent, facts, policies, [levels])[0]
+
+    def playing(self, episodes: int) -> Judge:
+        """What plays so many episodes of each policy and level, where another would know."""
+        evaluation = self.config.evaluation.model_copy(update={"episodes": episodes})
+        config = self.config.model_copy(update={"evaluation": evaluation})
+        return self.kind.judges(config, exact=False)
 
     def pictures(self, policies: Sequence[Steering]) -> dict[str, bytes]:
         return self.judge.pictures(self.agent, policies)

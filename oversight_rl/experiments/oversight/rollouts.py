@@ -22,8 +22,15 @@ Act = Callable[[Any], NDArray[Any]]
 """Actions `[N, ...]` for the observations of N worlds."""
 
 
-def play(env: VecEnv, act: Act, each: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Play `each` episodes in every world, so that short ones are not over-represented.
+def play(
+    env: VecEnv, act: Act, episodes: NDArray[np.int64]
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Play a number of episodes in each world, so that short ones are not over-represented.
+
+    Args:
+        env: N worlds.
+        act: what to do in them.
+        episodes: `[N]`, how many to play in each.
 
     Yields:
         Of an ended episode: its world, its steps, and its last info.
@@ -32,11 +39,11 @@ def play(env: VecEnv, act: Act, each: int) -> Iterator[tuple[int, int, dict[str,
     env.seed(0)
     observation = env.reset()
     played, steps = np.zeros((2, env.num_envs), np.int64)
-    while played.min() < each:
+    while (played < episodes).any():
         observation, _, dones, infos = env.step(act(observation))
         steps += 1
         for i in np.flatnonzero(dones).tolist():
-            if played[i] < each:
+            if played[i] < episodes[i]:
                 yield i, int(steps[i]), infos[i]
             played[i] += 1
             steps[i] = 0

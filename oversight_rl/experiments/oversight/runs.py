@@ -23,7 +23,8 @@ PARTS = ("_flagged", "_on_path")  # endings of the names of figures that are par
 class Judge(Protocol):
     """What evaluates and draws the policies of agents, from the configuration of a run."""
 
-    def __init__(self, config: Config) -> None: ...
+    def __init__(self, config: Config, *, exact: bool = True) -> None:
+        """If not `exact`, episodes are played even where exact evaluation applies."""
 
     def tables(
         self,
