@@ -317,7 +317,14 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     found, verdict = page.write(directory)
     for line in found.missing:
         say(console, f"note: {line}")
-    say(console, verdict)
+    for line in verdict.lines:
+        say(console, line)
+    table = _table("against the best of the same assumptions", first="method")
+    for column in map(str, verdict.grid.columns[1:]):
+        table.add_column(column)
+    for cells in verdict.grid.itertuples(index=False):
+        table.add_row(*cells)
+    console.print(table)
     say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
 
 
@@ -386,10 +393,10 @@ def _figure(name: str, value: float) -> str:
     return f"{value:.1f}" if name.endswith("_length") else f"{value:.3f}"
 
 
-def _table(title: str) -> Table:
+def _table(title: str, first: str = "policy") -> Table:
     """A table that fits 80 columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("policy")
+    table.add_column(first)
     return table
 
 
