@@ -169,6 +169,16 @@ def test_the_verdict_is_the_same_on_the_page_and_in_the_terminal(runs, capsys):
         assert shown[: len(cells)] == list(cells)
 
 
+def test_the_verdict_says_where_it_flips(runs):
+    for level in LEVELS:
+        shutil.rmtree(runs / f"reward_model-{level}")
+    outcome = verdict.verdict(gather(runs))
+    assert "routing wins at 1% (0.50); naive wins at 10% (0.75)" in outcome.lines[0]
+    assert outcome.lines[2] == (
+        "Where it flips: with labels alone from routing to naive between 1% and 10%."
+    )
+
+
 def test_one_run_ranks_nobody(runs):
     for seed in (1, 2, 3, 4):
         shutil.rmtree(runs / "reward_model-0.1" / f"seed_{seed}")
@@ -289,6 +299,7 @@ def test_settings_that_runs_vary_tell_them_apart(tmp_path):
     assert list(tables.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
     _, outcome = page.write(tmp_path)
     assert outcome.lines[0].startswith("With labels alone, by IQM of the return: too few seeds to")
+    assert outcome.lines[2].endswith("nothing is told apart, for want of seeds.")
     assert gather(tmp_path).reference is None  # there is no one routing to show beside others
 
 
