@@ -66,12 +66,10 @@ def compare(samples: Mapping[str, Samples]) -> Standing:
         else:
             outcomes[name] = TIE if possible else FEW
     others = set(outcomes.values())
-    if not others:
-        outcomes[best] = SOLE
-    elif others in ({LOSS}, {FEW}):
-        outcomes[best] = WIN if LOSS in others else FEW
-    else:
+    if len(others) > 1:
         outcomes[best] = TIE
+    else:  # all others alike, if there are any
+        outcomes[best] = {LOSS: WIN, TIE: TIE, FEW: FEW}[others.pop()] if others else SOLE
     return Standing(best, float(iqm(samples[best])), outcomes)
 
 
