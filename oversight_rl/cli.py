@@ -8,7 +8,6 @@ at once.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import sys
 import time
@@ -17,23 +16,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_there, writing
 from oversight_rl.kinds import as_config, load_config, settings_of
+from oversight_rl.printed import print_audits, print_grid, print_rows, print_summary
 from oversight_rl.settings import Probability, RunConfig, settings_file
 from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
 if TYPE_CHECKING:
-    from oversight_rl.experiments.oversight.config import Config
-    from oversight_rl.runs.experiment import Experiment
     from oversight_rl.runs.rows import Row
 
 C = TypeVar("C", bound=RunConfig)
@@ -326,101 +321,10 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     found, verdict = page.write(directory)
     for line in found.missing:
         say(console, f"note: {line}")
-    say(console, verdict)
+    for line in verdict.lines:
+        say(console, line)
+    print_grid(verdict.grid, console)
     say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
-
-
-# ---- tables
-
-
-def print_summary(
-    tables: Sequence[Sequence[Row]], kind: type[Experiment], console: Console
-) -> None:
-    """The table at the training level: means over the runs, and the score's range."""
-    every = [row for row in itertools.chain(*tables) if row.deployed or "=" not in row.policy]
-    rows = [row for row in every if row.deploy_oversight == row.train_oversight]
-    shown = kind.shown(list(rows[0].figures))
-    headings = {kind.score: kind.score} | {name: short for short, name in shown.items()}
-    others = [name for name in shown.values() if name != kind.score]
-    several, greedy = len(tables) > 1, any(row.greedy for row in rows)
-    table = _table(f"trained at {rows[0].train_oversight:.2%} oversight")
-    for heading in (headings[kind.score], *["range"] * several, *["greedy"] * greedy):
-        table.add_column(heading, justify="right")
-    for name in others:
-        table.add_column(headings[name].removeprefix("p_"), justify="right")
-    for policy in dict.fromkeys(row.policy for row in rows if not row.greedy):
-        sampled = [row for row in rows if row.policy == policy and not row.greedy]
-        scores = [row.figures[kind.score] for row in sampled]
-        taken = [row.figures[kind.score] for row in rows if row.policy == policy and row.greedy]
-        deployed = sampled[0].deployed
-        table.add_row(
-            f"{policy} (deployed)" if deployed else policy,
-            f"{fmean(scores):.3f}",
-            *[f"{min(scores):.2f}..{max(scores):.2f}"] * several,
-            *[f"{fmean(taken):.3f}" if taken else ""] * greedy,
-            *(_figure(name, fmean([row.figures[name] for row in sampled])) for name in others),
-            style="bold" if deployed else None,
-        )
-    best = rows[0].figures[kind.optimum] if kind.optimum else math.nan
-    if not math.isnan(best):
-        table.add_row("optimum", f"{best:.3f}", style="dim")
-    console.print(table)
-
-
-def print_rows(rows: Sequence[Row], kind: type[Experiment], console: Console) -> None:
-    """A table for each run."""
-    between = "±" if console.encoding.startswith("utf") else "+-"
-    shown = kind.shown(list(rows[0].figures), details=True)
-    for title, own in itertools.groupby(rows, _run):
-        table = _table(title)
-        for heading in ("oversight", *shown):
-            table.add_column(heading.removeprefix("p_"), justify="right")
-        for row in own:
-            cells = {name: _figure(name, row.figures[name]) for name in shown.values()}
-            error = row.figures[kind.error] if kind.error else 0.0
-            cells[kind.score] += f" {between} {error:.3f}" if error > 0 else ""
-            table.add_row(*_policy(row), *cells.values())
-        console.print(table)
-    for line in kind.notes(rows):
-        say(console, line)
-
-
-def print_audits(rows: Sequence[Row], config: Config, console: Console) -> None:
-    """A table for each run of what audits say."""
-    from oversight_rl.experiments.oversight.audits import cells, notes  # with torch and scipy
-
-    for title, own in itertools.groupby(rows, _run):
-        table = _table(f"{title}, {rows[0].figures['audit_episodes']:,.0f} episodes audited")
-        for heading in ("oversight", *cells(rows[0])[0]):
-            table.add_column(heading, justify="right")
-        for row in own:
-            for audited in cells(row):
-                table.add_row(*_policy(row), *audited.values())
-        console.print(table)
-    for line in notes(config):
-        say(console, line)
-
-
-def _run(row: Row) -> str:
-    return f"{row.method} trained at {row.train_oversight:.2%}, seed {row.seed}"
-
-
-def _policy(row: Row) -> tuple[str, str]:
-    return f"{row.policy}{' (greedy)' if row.greedy else ''}", f"{row.deploy_oversight:.2%}"
-
-
-def _figure(name: str, value: float) -> str:
-    """A figure as its name asks for: shares in percent, lengths with one digit."""
-    if name.startswith("p_"):
-        return f"{value:.1%}"
-    return f"{value:.1f}" if name.endswith("_length") else f"{value:.3f}"
-
-
-def _table(title: str) -> Table:
-    """A table that fits 80 columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("policy")
-    return table
 
 
 # ---- which command

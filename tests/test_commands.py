@@ -892,7 +892,7 @@ def test_training_loads_what_it_needs(tmp_path):
 def test_every_preset_loads(path):
     if path.name.startswith("compare"):
         runs = plan(load_sweep(path), Path("runs"))
-        expected = {"compare": len(METHODS) * 6 * 5, "compare_quick": 4 * 3 * 3}
+        expected = {"compare": len(METHODS) * 6 * 8, "compare_quick": 4 * 2 * 8}
         expected |= {"compare_minigrid": 7 * 5, "compare_four_rooms": 4 * 5}
         assert len(runs) == expected[path.stem]
         return

@@ -19,7 +19,7 @@ from oversight_rl.cli import main
 from oversight_rl.experiments.oversight import figures
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns
-from oversight_rl.reports import page, tables
+from oversight_rl.reports import page, tables, verdict
 from oversight_rl.reports.gather import gather
 from oversight_rl.runs.folder import RunFolder
 from oversight_rl.runs.rows import Facts, Row
@@ -115,15 +115,18 @@ def read_page(directory):
 def test_the_summary_holds_the_statistics(runs, capsys):
     main(["report", str(runs)])
     table = pd.read_csv(runs / "summary.csv")
-    assert list(table.columns[:7]) == [
+    assert list(table.columns[:9]) == [
         "method", "assumes", "train_oversight", "n_seeds", "iqm", "ci_low", "ci_high",
+        "lowest", "highest",
     ]  # fmt: skip
     assert len(table) == 8
     for row in table.itertuples():
         mean = RETURNS[row.method][LEVELS.index(row.train_oversight)]
         values = [mean + spread(seed) for seed in SEEDS]
         assert row.iqm == pytest.approx(stats.trim_mean(values, 0.25))
-        assert min(values) <= row.ci_low <= row.iqm <= row.ci_high <= max(values)
+        assert row.lowest == pytest.approx(min(values))
+        assert row.highest == pytest.approx(max(values))
+        assert (row.ci_low, row.ci_high) == (row.lowest, row.highest)  # of five seeds: their range
         assert row.n_seeds == 5
         assert row.window_return == pytest.approx(row.iqm / 2)
     paper = table.set_index(["method", "train_oversight"])["paper_window_return"]
@@ -137,21 +140,55 @@ def test_the_summary_holds_the_statistics(runs, capsys):
 
 
 def test_the_verdict_says_who_wins(runs):
-    """Worse and better than routing by more than the spread of seeds, at known levels."""
-    found = gather(runs)
-    assert tables.verdict(found, tables.summary(found)) == (
-        "Of the methods that need labels alone, the best return (IQM) has reward_model at 1% "
-        "(0.80) and 10% (0.85); of them, gradient routing is beaten by naive at 10%; reward_model "
-        "at every level, and beats naive at 1%; of the methods that assume more, it is beaten by "
-        "ipw_hidden_flag at every level, and beats none."
+    """Returns differ by more than the spread of seeds."""
+    outcome = verdict.verdict(gather(runs))
+    assert outcome.lines == [
+        "With labels alone, by IQM of the return: reward_model wins at 1% (0.80) and 10% (0.85).",
+        "With more: hidden flags, ipw_hidden_flag has no rival at 1% (0.90, +0.10) and "
+        "10% (0.90, +0.05).",
+        "Where it flips: with labels alone nowhere (never beaten: reward_model).",
+    ]
+    assert outcome.grid.set_index("method").T.to_dict("list") == {
+        "routing": ["labels", "loss", "loss"],
+        "reward_model": ["labels", "win", "win"],
+        "naive": ["labels", "loss", "loss"],
+        "ipw_hidden_flag": ["hidden flags", "sole", "sole"],
+    }
+
+
+def test_the_verdict_is_the_same_on_the_page_and_in_the_terminal(runs, capsys):
+    main(["report", str(runs)])
+    outcome, said = verdict.verdict(gather(runs)), capsys.readouterr().out
+    text = read_page(runs).text
+    for line in outcome.lines:
+        assert line in said
+        assert line in [part.strip() for part in text]
+    for cells in outcome.grid.itertuples(index=False):
+        assert re.search(" +".join(cells), said)
+        shown = [part for part in text[text.index(cells[0]) :] if part.strip()]
+        assert shown[: len(cells)] == list(cells)
+
+
+def test_the_verdict_says_where_it_flips(runs):
+    for level in LEVELS:
+        shutil.rmtree(runs / f"reward_model-{level}")
+    outcome = verdict.verdict(gather(runs))
+    assert "routing wins at 1% (0.50); naive wins at 10% (0.75)" in outcome.lines[0]
+    assert outcome.lines[2] == (
+        "Where it flips: with labels alone from routing to naive between 1% and 10%."
     )
 
 
-def test_one_run_beats_nobody(runs):
+def test_one_run_ranks_nobody(runs):
     for seed in (1, 2, 3, 4):
         shutil.rmtree(runs / "reward_model-0.1" / f"seed_{seed}")
-    found = gather(runs)
-    assert "reward_model at 1%, and beats" in tables.verdict(found, tables.summary(found))
+    outcome = verdict.verdict(gather(runs))
+    assert outcome.lines[0].endswith("too few seeds to rank, reward_model leads at 10% (0.83).")
+    at_ten = dict(zip(outcome.grid["method"], outcome.grid["10%"], strict=True))
+    assert at_ten == {
+        "routing": "too few", "naive": "too few", "reward_model": "too few",
+        "ipw_hidden_flag": "sole",
+    }  # fmt: skip
 
 
 def test_improvement_is_the_share_of_pairs_won(runs):
@@ -260,8 +297,10 @@ def test_settings_that_runs_vary_tell_them_apart(tmp_path):
         "routing (reinforce.gate_coef=[2.0])",
     ]
     assert list(tables.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
-    _, verdict = page.write(tmp_path)
-    assert "beaten" not in verdict  # there is no one routing to compare with
+    _, outcome = page.write(tmp_path)
+    assert outcome.lines[0].startswith("With labels alone, by IQM of the return: too few seeds to")
+    assert outcome.lines[2].endswith("nothing is told apart, for want of seeds.")
+    assert gather(tmp_path).reference is None  # there is no one routing to show beside others
 
 
 def test_runs_that_a_sweep_plans_and_has_not_begun_are_missing(runs):
@@ -351,7 +390,7 @@ def test_behaviors_have_the_names_that_their_environment_gives(tmp_path):
     assert list(line.get_xdata()) == [0, 0.5, 1]
     assert list(line.get_ydata()) == [-0.5, -0.5, 0.5]
     columns = list(pd.read_csv(tmp_path / "summary.csv"))
-    assert columns[7:12] == [
+    assert columns[9:14] == [
         "optimal_return", "p_left_flagged", "p_right", "p_timeout", "episode_length",
     ]  # fmt: skip
     text = (tmp_path / "report.html").read_text()

@@ -69,7 +69,9 @@ def test_sweeps_and_reports_take_it(tmp_path, capsys):
     quiet = Console(quiet=True)
     assert sweep(load_sweep(tmp_path / "s.yaml"), out, small_experiment.in_here(), quiet) == {}
     main(["report", str(out)])
-    assert "the best height (IQM) has careful at" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "by IQM of the height: careful leads, not told apart from careless, at 10%" in said
+    assert "careful wins at 90%" in said
     table = pd.read_csv(out / "summary.csv").set_index(["method", "train_oversight"])
     assert list(table["n_seeds"]) == [4] * 4
     assert table.loc[("careful", 0.9), "iqm"] > table.loc[("careful", 0.1), "iqm"]

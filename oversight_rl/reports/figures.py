@@ -200,7 +200,7 @@ SCORES = Part(
     "scores",
     "Score against oversight",
     "Score of the deployed policy at the level it was trained at: interquartile mean over seeds, "
-    "95% bootstrap interval, every seed as a dot; the optimum, where it is known, dashed.",
+    "95% interval, every seed as a dot; the optimum, where it is known, dashed.",
     scores,
 )
 LEARNING = Part(

@@ -28,6 +28,7 @@ from oversight_rl.sweeps.plan import SWEEP, load_sweep, plan
 MOST_TABLE = 2**28  # bytes of a CSV file that is read
 TEXT, TRUTH = ("method", "policy", "evaluator"), ("greedy", "deployed")  # columns, others: numbers
 CURVES = {"update", "method", "policy", "greedy", "deploy_oversight", "env_steps"}
+ALONE = "labels"  # what methods that assume no more than others say that they assume
 ELSEWHERE = {"method", "oversight", "seeds", "device", "threads", "pictures", "evaluation"}
 """Settings that do not tell runs of a method apart."""
 
@@ -56,8 +57,8 @@ class Report:
     """What the score is called, if not as the figure is."""
     about: str = ""
     """What is scored, in a sentence."""
-    reference: tuple[str, str] | None = None
-    """The method that others are compared with, and what the verdict calls it."""
+    reference: str | None = None
+    """The method that figures show beside others."""
 
 
 @dataclass
@@ -117,10 +118,13 @@ class Found:
 
     @property
     def reference(self) -> str | None:
-        """Name of the method that others are compared with, if its runs are all alike."""
-        method = self.report.reference and self.report.reference[0]
-        alike = [name for name, other in self.methods.items() if other == method]
+        """Name of the method that figures show beside others, if its runs are all alike."""
+        alike = [name for name, other in self.methods.items() if other == self.report.reference]
         return alike[0] if len(alike) == 1 else None
+
+    def assumes(self, name: str) -> str:
+        """What a method needs."""
+        return str(getattr(self.kind.methods[self.methods[name]], "assumes", ALONE))
 
     def samples(self, name: str, level: float, figure: str | None = None) -> NDArray[np.float64]:
         """A figure (the score) of a method's deployed policy at a level, over seeds."""

@@ -17,24 +17,25 @@ from matplotlib.figure import Figure
 from oversight_rl.files import as_text, write_atomically, writing
 from oversight_rl.reports.figures import INK, STYLE, color
 from oversight_rl.reports.gather import Found, Part, gather, percent
-from oversight_rl.reports.tables import summary, verdict
+from oversight_rl.reports.tables import summary
+from oversight_rl.reports.verdict import Verdict, verdict
 
 
-def write(directory: Path) -> tuple[Found, str]:
+def write(directory: Path) -> tuple[Found, Verdict]:
     """Write report.html, summary.csv and figures/ from the runs below a directory, into it.
 
     Returns what was found, with what is missing; and the verdict.
     """
     found = gather(directory)
     table = summary(found)
-    sentence = verdict(found, table)
+    outcome = verdict(found)
     with writing(directory):
         (directory / "figures").mkdir(exist_ok=True)
         drawn = [(part, _draw(part, found, directory / "figures")) for part in found.report.parts]
         write_atomically(directory / "summary.csv", table.to_csv(index=False).encode())
-        page = _page(found, table, sentence, drawn, as_text(directory.resolve().name))
+        page = _page(found, table, outcome, drawn, as_text(directory.resolve().name))
         write_atomically(directory / "report.html", page.encode())
-    return found, sentence
+    return found, outcome
 
 
 def _draw(part: Part, found: Found, folder: Path) -> Markup | pd.DataFrame | None:
@@ -56,7 +57,7 @@ def _draw(part: Part, found: Found, folder: Path) -> Markup | pd.DataFrame | Non
 
 
 def _page(
-    found: Found, table: pd.DataFrame, sentence: str, drawn: Sequence[Any], title: str
+    found: Found, table: pd.DataFrame, outcome: Verdict, drawn: Sequence[Any], title: str
 ) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["percent"] = percent
@@ -70,7 +71,7 @@ def _page(
         colors={name: color(found, name) for name in found.names},
         cells=cells,
         best=table.groupby("train_oversight")["iqm"].max(),
-        verdict=sentence,
+        verdict=outcome,
         drawn=drawn,
         cost=table.groupby("method", sort=False)[["env_steps", "wall_seconds"]].mean().T.to_dict(),
     )

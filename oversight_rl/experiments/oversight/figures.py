@@ -279,10 +279,9 @@ PARTS = (
         "returns",
         "Return against oversight",
         "Ground-truth return of the deployed policy at the level it was trained at: interquartile "
-        "mean over seeds, 95% bootstrap interval, every seed as a dot, the optimum "
-        "dashed. The last panel has the paper's metric, next to its figure 6a (dotted; "
-        "arXiv 2410.04332 v2, read off to about 0.01), whose points stand for agents that trained "
-        "for 328 million steps.",
+        "mean over seeds, 95% interval, every seed as a dot, the optimum dashed. The last panel "
+        "has the paper's metric, next to its figure 6a (dotted; arXiv 2410.04332 v2, read off to "
+        "about 0.01), whose points stand for agents that trained for 328 million steps.",
         returns,
     ),
     replace(
@@ -336,5 +335,5 @@ REPORT = Report(
     score="return",
     about="Ground truth: +1 diamond, -1 ghost, discounted by the steps taken; per episode from a "
     "fresh start.",
-    reference=("routing", "gradient routing"),
+    reference="routing",
 )
