@@ -6,6 +6,7 @@ function below takes the layer's output, detached, and gives it a new derivative
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oversight_rl.agents.routing.layers import CONVOLUTIONS, NORMS, is_transposed
-from oversight_rl.agents.routing.primitive import route
+from oversight_rl.agents.routing.primitive import apply, route
 
 Weigh = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """From a layer, its input and output, and weights `[*ids, parts]`, to its output."""
@@ -68,10 +69,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, by_output, by_input, for_bias = ctx.saved_tensors
-        (grad,) = grads
+        grad = grads[0].contiguous()
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
-            of_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
+            of_x = (grad.flatten(0, -2) @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
         weighted = grad if by_output is None else grad * by_output
         if ctx.needs_input_grad[2]:
             x = x.to(grad.dtype)
@@ -122,8 +123,48 @@ class _Convolution(torch.autograd.Function):
         return None, of_x, of_weight, of_bias, None, None, None
 
 
+class _LayerNorm(torch.autograd.Function):
+    """Output of a layer norm; weights of samples for its weight and bias."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        output: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        for_weight: Tensor,
+        for_bias: Tensor,
+        eps: float,
+    ) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, for_weight, for_bias = ctx.saved_tensors
+        (grad,) = grads
+        x = x.to(grad.dtype)  # of less precision under autocast
+        shape, zero = weight.shape, torch.zeros_like(weight)
+        _, mean, rstd = torch.native_layer_norm(x, shape, None, None, ctx.eps)
+        of_x = of_weight = of_bias = None
+        differentiate = torch.ops.aten.native_layer_norm_backward
+        layer = x, shape, mean, rstd, weight, zero
+        if ctx.needs_input_grad[1]:
+            of_x = differentiate(grad, *layer, (True, False, False))[0]
+        of_weight = differentiate(grad * for_weight, *layer, (False, True, False))[1]
+        if bias is not None:
+            of_bias = differentiate(grad * for_bias, *layer, (False, False, True))[2]
+        return None, of_x, of_weight, of_bias, None, None, None
+
+
 class _Affine(torch.autograd.Function):
-    """Output of `x * weight + bias`; weights of samples for both."""
+    """Output of `x * weight + bias`, after a norm without these; weights of samples for both."""
 
     generate_vmap_rule = True
 
@@ -182,104 +223,132 @@ def weigher(
         return f"{name!r} pads in a way of its own"
     weight, bias = owner["weight"], owner.get("bias", 0)
     if kind is nn.Embedding:
-        return _embedding(name, int(weight))
+        return partial(_embedding, name, int(weight))
     if kind in NORMS:
-        return _norm(name, int(weight), int(bias))
+        weigh = _layer_norm if kind is nn.LayerNorm else _other_norm
+        return partial(weigh, name, int(weight), int(bias))
     if is_transposed(module) and isinstance(weight, Tensor):
         weight = weight.T
-    try:
-        by_output, by_input = _sides(weight)
-    except ValueError:
+    by_output, by_input = _sides(weight)
+    if by_output is None and by_input is None:
         return f"{name!r} has rows and columns of different regions"
+    of_bias = None if by_output is not None and _same(by_output, bias) else Shares(bias)
+    outputs, inputs = (None if by is None else Shares(by) for by in (by_output, by_input))
     if kind in CONVOLUTIONS:
-        assert by_output is not None  # no region has inputs of a convolution
-        return _convolution(name, by_output, _vector(bias))
-    return _linear(name, is_transposed(module), by_output, by_input, _vector(bias))
+        return partial(_convolution, name, outputs, of_bias)
+    return partial(_linear, name, outputs, inputs, of_bias)
 
 
-def _vector(owner: int | Tensor) -> Tensor:
-    return owner if isinstance(owner, Tensor) else torch.tensor([owner])
-
-
-def _sides(owner: int | Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _sides(owner: int | Tensor) -> tuple[int | Tensor | None, int | Tensor | None]:
     """The parts of a weight's outputs, or of its inputs, whichever tells those of all entries."""
-    if not isinstance(owner, Tensor):
-        return _vector(owner), None
+    if isinstance(owner, int):
+        return owner, None
     flat = owner.flatten(1)
     if torch.equal(flat, flat[:, :1].expand_as(flat)):
-        return flat[:, 0].clone(), None
+        return flat[:, 0], None
     if torch.equal(flat, flat[:1].expand_as(flat)) and owner.ndim == 2:
-        return None, flat[0].clone()
-    raise ValueError
+        return None, flat[0]
+    return None, None
 
 
-def _take(weights: Tensor, owner: Tensor) -> Tensor:
-    return weights[..., owner.to(weights.device)]
+def _same(a: int | Tensor, b: int | Tensor) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return isinstance(a, int) and isinstance(b, int) and a == b
+
+
+class Shares:
+    """Weights of a layer's units, or of all of them alike, by those of the parts they are of."""
+
+    def __init__(self, owner: int | Tensor) -> None:
+        self.parts = owner.unique().tolist() if isinstance(owner, Tensor) else [owner]
+        self.units = [torch.as_tensor(owner == part) for part in self.parts]
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        """From `[*ids, parts]` to `[*ids, units]`, or `[*ids, 1]`."""
+        if len(self.parts) == 1:
+            return weights[..., self.parts[0], None]
+        shares = torch.zeros_like(weights[..., :1])
+        for part, units in zip(self.parts, self.units, strict=True):
+            shares = shares + weights[..., part, None] * units.to(weights)  # exact
+        return shares
 
 
 def _linear(
-    name: str, transposed: bool, by_output: Tensor | None, by_input: Tensor | None, bias: Tensor
-) -> Weigh:
-    same = by_output is not None and torch.equal(by_output, bias)
-
-    def weigh(module: Any, x: Tensor, output: Tensor, weights: Tensor) -> Tensor:
-        weights = weights.to(output.dtype)
-        rows = columns = None
-        if by_output is not None:
-            rows = spread(_take(weights, by_output), output, name)
-        if by_input is not None:
-            columns = spread(_take(weights, by_input), x, name)
-        for_bias = None if same else spread(_take(weights, bias), output, name)
-        weight = module.weight.T if transposed else module.weight
-        given = output.detach(), x, weight, module.bias, rows, columns, for_bias
-        return _Linear.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
-
-    return weigh
-
-
-def _convolution(name: str, by_output: Tensor, bias: Tensor) -> Weigh:
-    def weigh(module: Any, x: Tensor, output: Tensor, weights: Tensor) -> Tensor:
-        weights = weights.to(output.dtype)
-        rows, for_bias = (
-            spread(_take(weights, owner), output, name, output.ndim - 1, channel_first=True)
-            for owner in (by_output, bias)
-        )
-        none = (0,) * len(module.stride)
-        how = (module.stride, module.padding, module.dilation, False, none, module.groups)
-        given = output.detach(), x, module.weight, module.bias, rows, for_bias, how
-        return _Convolution.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
-
-    return weigh
+    name: str,
+    by_output: Shares | None,
+    by_input: Shares | None,
+    of_bias: Shares | None,
+    module: Any,
+    x: Tensor,
+    output: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    weights = weights.to(output.dtype)
+    rows = None if by_output is None else spread(by_output(weights), output, name)
+    columns = None if by_input is None else spread(by_input(weights), x, name)
+    for_bias = None if of_bias is None else spread(of_bias(weights), output, name)
+    weight = module.weight.T if is_transposed(module) else module.weight
+    given = output.detach(), x, weight, module.bias, rows, columns, for_bias
+    return apply(_Linear, *given)  # type: ignore[no-any-return]
 
 
-def _embedding(name: str, part: int) -> Weigh:
-    def weigh(module: Any, x: Tensor, output: Tensor, weights: Tensor) -> Tensor:
-        weight = weights[..., part]
-        if weight.ndim and output.shape[0] == 1:  # positions, looked up once for all samples
-            output = output.expand(weight.shape[0], *output.shape[1:])
-        spread(weight[..., None], output, name)
-        return route(output, weight.to(output.dtype))
+def _convolution(
+    name: str,
+    by_output: Shares | None,
+    of_bias: Shares | None,
+    module: Any,
+    x: Tensor,
+    output: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    assert by_output is not None  # regions have no input channels
+    weights = weights.to(output.dtype)
+    rows, for_bias = (
+        spread(shares(weights), output, name, output.ndim - 1, channel_first=True)
+        for shares in (by_output, of_bias or by_output)
+    )
+    none = (0,) * len(module.stride)
+    how = (module.stride, module.padding, module.dilation, False, none, module.groups)
+    given = output.detach(), x, module.weight, module.bias, rows, for_bias, how
+    return apply(_Convolution, *given)  # type: ignore[no-any-return]
 
-    return weigh
+
+def _embedding(
+    name: str, part: int, module: Any, x: Tensor, output: Tensor, weights: Tensor
+) -> Tensor:
+    weight = weights[..., part]
+    if weight.ndim and output.shape[0] == 1:  # positions, looked up once for all samples
+        output = output.expand(weight.shape[0], *output.shape[1:])
+    spread(weight[..., None], output, name)
+    return route(output, weight.to(output.dtype))
 
 
-def _norm(name: str, of_weight: int, of_bias: int) -> Weigh:
-    def weigh(module: Any, x: Tensor, output: Tensor, weights: Tensor) -> Tensor:
-        weights = weights.to(output.dtype)
-        weight, bias = module.weight, getattr(module, "bias", None)
-        if isinstance(module, nn.GroupNorm):
-            normal, features = F.group_norm(x, module.num_groups, eps=module.eps), x.ndim - 1
-            shape = (-1, *(1,) * (x.ndim - 2))
-            weight, bias = weight.view(shape), None if bias is None else bias.view(shape)
-        else:
-            norm = F.layer_norm if isinstance(module, nn.LayerNorm) else F.rms_norm
-            normal = norm(x, module.normalized_shape, eps=module.eps)
-            features = len(module.normalized_shape)
-        for_weight, for_bias = (
-            spread(weights[..., part, None], output, name, features)
-            for part in (of_weight, of_bias)
-        )
-        given = output.detach(), normal, weight, bias, for_weight, for_bias
-        return _Affine.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+def _layer_norm(
+    name: str, part: int, of_bias: int, module: Any, x: Tensor, output: Tensor, weights: Tensor
+) -> Tensor:
+    for_weight, for_bias = (
+        spread(weights[..., part, None].to(output.dtype), output, name, module.weight.ndim)
+        for part in (part, of_bias)
+    )
+    given = output.detach(), x, module.weight, module.bias, for_weight, for_bias, module.eps
+    return apply(_LayerNorm, *given)  # type: ignore[no-any-return]
 
-    return weigh
+
+def _other_norm(
+    name: str, part: int, of_bias: int, module: Any, x: Tensor, output: Tensor, weights: Tensor
+) -> Tensor:
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if isinstance(module, nn.GroupNorm):
+        normal, features = F.group_norm(x, module.num_groups, eps=module.eps), x.ndim - 1
+        shape = (-1, *(1,) * (x.ndim - 2))
+        weight, bias = weight.view(shape), None if bias is None else bias.view(shape)
+    else:
+        normal = F.rms_norm(x, module.normalized_shape, eps=module.eps)
+        features = len(module.normalized_shape)
+    for_weight, for_bias = (
+        spread(weights[..., part, None].to(output.dtype), output, name, features)
+        for part in (part, of_bias)
+    )
+    given = output.detach(), normal, weight, bias, for_weight, for_bias
+    return apply(_Affine, *given)  # type: ignore[no-any-return]

@@ -41,7 +41,9 @@ class Partition:
         self.spots: dict[tuple[str, str], Tensor] = {}
         self.wholes: dict[str, int] = {}  # parameters that are in a region by their names
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._names_of_modules: dict[nn.Module, str] = {module: name for name, module in self._modules.items()}
+        self._names_of_modules: dict[nn.Module, str] = {
+            module: name for name, module in self._modules.items()
+        }
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._names: dict[int, list[str]] = {}  # of a parameter; more than one if it is tied
         for name, parameter in parameters.items():

@@ -36,6 +36,13 @@ class _WeightedForwardToo(_Weighted):
         return tangents[0] * weight  # type: ignore[no-any-return]
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """What its `apply` does, which in eager mode looks at signatures for longer than all else."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def route(activation: Tensor, weight: Tensor) -> Tensor:
     """Identity forward; backward multiplies each sample's gradient by its weight.
 
@@ -59,7 +66,7 @@ def route(activation: Tensor, weight: Tensor) -> Tensor:
     weight = weight.reshape(weight.shape + (1,) * (activation.ndim - weight.ndim))
     # Dynamo traces no Function with a jvp of its own
     function = _Weighted if torch.compiler.is_compiling() else _WeightedForwardToo
-    return function.apply(activation, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return apply(function, activation, weight)  # type: ignore[no-any-return]
 
 
 def lookup(table: Tensor, outcome: Tensor) -> Tensor:

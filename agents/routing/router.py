@@ -77,6 +77,7 @@ class Router:
             [[float(name not in rule.ablate) for name in names] for rule in rules.values()],
             dtype=torch.float64,
         )
+        self._labels = torch.tensor(list(rules))
         self._refusals: list[str] = []  # why there is no single pass
         self._layers: dict[str, Weigh] = {}
         self._weights: Tensor | None = None  # [*ids, parts] of the labels that are given
@@ -135,14 +136,15 @@ class Router:
                     f"chances {tuple(ids.shape)} must have one for each of {len(self.rules)} labels"
                 )
             return ids.detach().to(device)
-        keys = torch.tensor(list(self.rules), device=device)
-        fits = ids.to(device)[..., None] == keys
-        if not torch._C._functorch.is_functorch_wrapped_tensor(fits):  # whose values are not there
-            unknown = ids.to(device)[~fits.any(-1)].flatten()
-            if unknown.numel():
-                known = ", ".join(map(str, self.rules))
-                raise ValueError(f"no rule for label {int(unknown[0])}; there are {known}")
-        return fits.long().argmax(-1)
+        fits = ids.to(device)[..., None] == self._labels.to(device)
+        found, index = fits.max(-1)
+        if torch._C._functorch.is_functorch_wrapped_tensor(fits):  # whose values are not there
+            return index
+        if not found.all():
+            known = ", ".join(map(str, self.rules))
+            unknown = int(ids.to(device)[~found].flatten()[0])
+            raise ValueError(f"no rule for label {unknown}; there are {known}")
+        return index
 
     def _of(self, table: Tensor, ids: Tensor, chances: Tensor) -> Tensor:
         """Rows of a table `[labels, parts]` for the labels, `[*ids, parts]`."""

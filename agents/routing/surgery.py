@@ -70,7 +70,7 @@ def expand(
             shape[dim] = units
             new = torch.zeros(shape)
             if layer is not out:
-                new.normal_(0, float(weight.std()), generator=generator)
+                new.normal_(0, float(weight.detach().std()), generator=generator)
             _change(layer, dim, more=new)
     return Region(units=added)
 
