@@ -1,7 +1,7 @@
 """Layers whose parameters' gradient is weighted per sample in the one ordinary pass.
 
 The forward pass is the layer's own. Backward, the gradient of the layer's input is what it always
-is, and that of its parameters is summed over samples with their weights: `dW = (g * w)^T x`. Each
+is, and that of its parameters is summed over samples with their weights: `dW = g^T (w * x)`. Each
 function below takes the layer's output, detached, and gives it a new derivative.
 """
 
@@ -13,40 +13,80 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from oversight_rl.agents.routing.layers import CONVOLUTIONS, NORMS, is_transposed
-from oversight_rl.agents.routing.primitive import apply, route
-
-Weigh = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-"""From a layer, its input and output, and weights `[*ids, parts]`, to its output."""
+from oversight_rl.agents.routing.layers import CONVOLUTIONS, NORMS, inputs, is_transposed, outputs
+from oversight_rl.agents.routing.primitive import apply, in_transform, route
 
 
-def spread(
-    values: Tensor, like: Tensor, name: str, features: int = 1, channel_first: bool = False
-) -> Tensor:
-    """Values per label and unit, `[*ids, units]`, with axes added to go with activations.
+class Weights:
+    """Weights of samples for each part, as layers need them.
 
     Args:
-        values: what to spread.
-        like: activations, `[*ids, ..., units]`, or `[B, units, ...]` with the channel first.
-        name: of their module, for the error.
-        features: how many of their last axes belong to one label.
-        channel_first: whether axes follow that of the units.
-
-    Raises:
-        ValueError: the activations do not begin with the axes of the labels.
+        table: `[*ids, parts]`.
     """
-    ids, units = values.shape[:-1], values.shape[-1:]
-    if like.shape[: len(ids)] != ids or len(ids) > like.ndim - features:
-        raise ValueError(
-            f"labels {tuple(ids)} do not fit {name!r}, whose activations are {tuple(like.shape)}: "
-            "they must begin with the labels' axes; else use router.backward"
-        )
-    between = (1,) * (like.ndim - len(ids) - 1)
-    return values.view(ids + units + between if channel_first else ids + between + units)
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self._rows: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def check(self, activations: Tensor, name: str, features: int = 1) -> None:
+        """Refuse activations of a module that do not begin with the labels' axes.
+
+        Args:
+            activations: of the module.
+            name: of the module.
+            features: how many of their last axes belong to one label.
+
+        Raises:
+            ValueError: they do not.
+        """
+        ids, shape = self.table.shape[:-1], activations.shape
+        if shape[: len(ids)] != ids or len(ids) > len(shape) - features:
+            raise ValueError(
+                f"labels {tuple(ids)} do not fit {name!r}, whose activations are {tuple(shape)}: "
+                "they must begin with the labels' axes; else use router.backward"
+            )
+
+    def rows(self, activations: Tensor, name: str, features: int = 1) -> Tensor:
+        """For the rows of activations, `[parts, rows, 1]`; layers of the same shape share them."""
+        lead = activations.shape[: activations.ndim - features]
+        key = lead, activations.dtype
+        if (rows := self._rows.get(key)) is not None:
+            return rows
+        self.check(activations, name, features)
+        table = self.table.to(activations.dtype)
+        parts, between = table.shape[-1], len(lead) - table.ndim + 1
+        table = table.view(table.shape[:-1] + (1,) * between + (parts,)).expand(*lead, parts)
+        rows = table.reshape(-1, parts).T.contiguous()[..., None]
+        if not in_transform():
+            self._rows[key] = rows
+        return rows
+
+    def units(
+        self, owner: Tensor, activations: Tensor, name: str, channel_first: bool = False
+    ) -> Tensor:
+        """For units, by the part of each, broadcastable with activations.
+
+        Args:
+            owner: the part of each unit, `[units]`, or `[1]` for all.
+            activations: `[*ids, ..., units]`; or, with `channel_first`, `[B, units, ...]`.
+            name: of the module.
+            channel_first: where the units are.
+        """
+        self.check(activations, name, activations.ndim - 1 if channel_first else 1)
+        table = self.table[..., owner.to(self.table.device)].to(activations.dtype)
+        ids, units = table.shape[:-1], table.shape[-1:]
+        more = (1,) * (activations.ndim - table.ndim)
+        return table.view(ids + units + more if channel_first else ids + more + units)
+
+
+Weigh = Callable[[Any, Tensor, Tensor, Weights], Tensor]
+"""From a layer, its input and output, and the samples' weights, to its output."""
+Runs = tuple[tuple[int, int, int], ...]
+"""Units by the part that they are of: `(start, stop, part)`."""
 
 
 class _Linear(torch.autograd.Function):
-    """Output of `x @ weight.T + bias`; weights of samples for outputs, inputs and bias."""
+    """Output of `x @ weight.T + bias`, by runs of inputs or of outputs that share their weights."""
 
     generate_vmap_rule = True
 
@@ -56,36 +96,86 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        by_output: Tensor | None,  # [..., out] or [..., 1]
-        by_input: Tensor | None,  # [..., in] or [..., 1]
-        for_bias: Tensor | None,  # [..., out] or [..., 1]; None is by_output's
+        rows: Tensor,  # [parts, rows, 1]
+        of_outputs: bool,
+        runs: Runs,
+        bias_runs: Runs,
     ) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx: Any, given: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*given[1:5])
+        ctx.how = given[5:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, by_output, by_input, for_bias = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        x, weight, bias, rows = ctx.saved_tensors
+        of_outputs, runs, bias_runs = ctx.how
+        grad = grads[0].reshape(-1, grads[0].shape[-1])  # [rows, out]
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
-            of_x = (grad.flatten(0, -2) @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-        weighted = grad if by_output is None else grad * by_output
-        if ctx.needs_input_grad[2]:
-            x = x.to(grad.dtype)
-            rows = (x if by_input is None else x * by_input).flatten(0, -2)
-            of_weight = (weighted.flatten(0, -2).mT @ rows).to(weight.dtype)
+            of_x = (grad @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
+        if ctx.needs_input_grad[2]:  # whole is multiplied by weights, and run is taken in parts
+            x = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # [rows, in]
+            run, whole = (grad, x) if of_outputs else (x, grad)
+            weighted = {part: whole * rows[part] for _, _, part in runs}
+            blocks = [run[:, start:stop].mT @ weighted[part] for start, stop, part in runs]
+            product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+            of_weight = (product if of_outputs else product.mT).to(weight.dtype)
         if bias is not None and ctx.needs_input_grad[3]:
-            weighted = weighted if for_bias is None else grad * for_bias
-            of_bias = weighted.flatten(0, -2).sum(0).to(bias.dtype)
-        return None, of_x, of_weight, of_bias, None, None, None
+            sums = [grad[:, start:stop].mT @ rows[part] for start, stop, part in bias_runs]
+            of_bias = (sums[0] if len(sums) == 1 else torch.cat(sums))[:, 0].to(bias.dtype)
+        return None, of_x, of_weight, of_bias, None, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Output of a layer norm."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        output: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        rows: Tensor,
+        part: int,
+        bias_part: int,
+    ) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, given: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*given[1:7])
+        ctx.parts = given[7:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd, rows = ctx.saved_tensors
+        part, bias_part = ctx.parts
+        grad = grads[0].contiguous()
+        shape, layer = weight.shape, (mean, rstd, weight, bias)
+        x = x.to(grad.dtype)  # of less precision under autocast
+        differentiate = torch.ops.aten.native_layer_norm_backward
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[1]:
+            of_x = differentiate(grad, x, shape, *layer, (True, False, False))[0]
+        weighted = (grad.view(rows.shape[1], -1) * rows[part]).view(grad.shape)
+        both = bias is not None and bias_part == part
+        needed = False, True, both
+        _, of_weight, of_bias = differentiate(weighted, x, shape, *layer, needed)
+        if bias is not None and not both:
+            weighted = (grad.view(rows.shape[1], -1) * rows[bias_part]).view(grad.shape)
+            of_bias = differentiate(weighted, x, shape, *layer, (False, False, True))[2]
+        return None, of_x, of_weight, of_bias, None, None, None, None, None
 
 
 class _Convolution(torch.autograd.Function):
-    """Output of a convolution; weights of samples for output channels of weight and bias."""
+    """Output of a convolution."""
 
     generate_vmap_rule = True
 
@@ -102,8 +192,8 @@ class _Convolution(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.how = inputs
+    def setup_context(ctx: Any, given: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.how = given
         ctx.save_for_backward(*tensors[1:])
 
     @staticmethod
@@ -120,46 +210,6 @@ class _Convolution(torch.autograd.Function):
             of_weight = of_weight.to(weight.dtype)
         if bias is not None and ctx.needs_input_grad[3]:
             of_bias = (grad * for_bias).transpose(0, 1).flatten(1).sum(1).to(bias.dtype)
-        return None, of_x, of_weight, of_bias, None, None, None
-
-
-class _LayerNorm(torch.autograd.Function):
-    """Output of a layer norm; weights of samples for its weight and bias."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        output: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        for_weight: Tensor,
-        for_bias: Tensor,
-        eps: float,
-    ) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.eps = inputs
-        ctx.save_for_backward(*tensors[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, for_weight, for_bias = ctx.saved_tensors
-        (grad,) = grads
-        x = x.to(grad.dtype)  # of less precision under autocast
-        shape, zero = weight.shape, torch.zeros_like(weight)
-        _, mean, rstd = torch.native_layer_norm(x, shape, None, None, ctx.eps)
-        of_x = of_weight = of_bias = None
-        differentiate = torch.ops.aten.native_layer_norm_backward
-        layer = x, shape, mean, rstd, weight, zero
-        if ctx.needs_input_grad[1]:
-            of_x = differentiate(grad, *layer, (True, False, False))[0]
-        of_weight = differentiate(grad * for_weight, *layer, (False, True, False))[1]
-        if bias is not None:
-            of_bias = differentiate(grad * for_bias, *layer, (False, False, True))[2]
         return None, of_x, of_weight, of_bias, None, None, None
 
 
@@ -180,8 +230,8 @@ class _Affine(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
+    def setup_context(ctx: Any, given: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*given[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -232,11 +282,16 @@ def weigher(
     by_output, by_input = _sides(weight)
     if by_output is None and by_input is None:
         return f"{name!r} has rows and columns of different regions"
-    of_bias = None if by_output is not None and _same(by_output, bias) else Shares(bias)
-    outputs, inputs = (None if by is None else Shares(by) for by in (by_output, by_input))
     if kind in CONVOLUTIONS:
-        return partial(_convolution, name, outputs, of_bias)
-    return partial(_linear, name, outputs, inputs, of_bias)
+        assert by_output is not None  # no region has input channels
+        return partial(_convolution, name, _vector(by_output), _vector(bias))
+    count = outputs(module)
+    if isinstance(weight, int) and inputs(module) > count:  # multiplies the smaller matrix
+        by_output, by_input = None, weight
+    if by_output is not None:
+        return partial(_linear, name, True, runs(by_output, count), runs(bias, count))
+    assert by_input is not None
+    return partial(_linear, name, False, runs(by_input, inputs(module)), runs(bias, count))
 
 
 def _sides(owner: int | Tensor) -> tuple[int | Tensor | None, int | Tensor | None]:
@@ -251,63 +306,45 @@ def _sides(owner: int | Tensor) -> tuple[int | Tensor | None, int | Tensor | Non
     return None, None
 
 
-def _same(a: int | Tensor, b: int | Tensor) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    return isinstance(a, int) and isinstance(b, int) and a == b
+def runs(owner: int | Tensor, count: int) -> Runs:
+    """Runs of units of one part."""
+    if isinstance(owner, int):
+        return ((0, count, owner),)
+    values, lengths = owner.unique_consecutive(return_counts=True)
+    stops = lengths.cumsum(0).tolist()
+    return tuple(zip([0, *stops], stops, values.tolist(), strict=False))
 
 
-class Shares:
-    """Weights of a layer's units, or of all of them alike, by those of the parts they are of."""
-
-    def __init__(self, owner: int | Tensor) -> None:
-        self.parts = owner.unique().tolist() if isinstance(owner, Tensor) else [owner]
-        self.units = [torch.as_tensor(owner == part) for part in self.parts]
-
-    def __call__(self, weights: Tensor) -> Tensor:
-        """From `[*ids, parts]` to `[*ids, units]`, or `[*ids, 1]`."""
-        if len(self.parts) == 1:
-            return weights[..., self.parts[0], None]
-        shares = torch.zeros_like(weights[..., :1])
-        for part, units in zip(self.parts, self.units, strict=True):
-            shares = shares + weights[..., part, None] * units.to(weights)  # exact
-        return shares
+def _vector(owner: int | Tensor) -> Tensor:
+    return owner if isinstance(owner, Tensor) else torch.tensor([owner])
 
 
 def _linear(
     name: str,
-    by_output: Shares | None,
-    by_input: Shares | None,
-    of_bias: Shares | None,
+    of_outputs: bool,
+    units: Runs,
+    of_bias: Runs,
     module: Any,
     x: Tensor,
     output: Tensor,
-    weights: Tensor,
+    weights: Weights,
 ) -> Tensor:
-    weights = weights.to(output.dtype)
-    rows = None if by_output is None else spread(by_output(weights), output, name)
-    columns = None if by_input is None else spread(by_input(weights), x, name)
-    for_bias = None if of_bias is None else spread(of_bias(weights), output, name)
     weight = module.weight.T if is_transposed(module) else module.weight
-    given = output.detach(), x, weight, module.bias, rows, columns, for_bias
+    rows = weights.rows(output, name)
+    given = output.detach(), x, weight, module.bias, rows, of_outputs, units, of_bias
     return apply(_Linear, *given)  # type: ignore[no-any-return]
 
 
 def _convolution(
     name: str,
-    by_output: Shares | None,
-    of_bias: Shares | None,
+    by_output: Tensor,
+    of_bias: Tensor,
     module: Any,
     x: Tensor,
     output: Tensor,
-    weights: Tensor,
+    weights: Weights,
 ) -> Tensor:
-    assert by_output is not None  # regions have no input channels
-    weights = weights.to(output.dtype)
-    rows, for_bias = (
-        spread(shares(weights), output, name, output.ndim - 1, channel_first=True)
-        for shares in (by_output, of_bias or by_output)
-    )
+    rows, for_bias = (weights.units(own, output, name, True) for own in (by_output, of_bias))
     none = (0,) * len(module.stride)
     how = (module.stride, module.padding, module.dilation, False, none, module.groups)
     given = output.detach(), x, module.weight, module.bias, rows, for_bias, how
@@ -315,28 +352,31 @@ def _convolution(
 
 
 def _embedding(
-    name: str, part: int, module: Any, x: Tensor, output: Tensor, weights: Tensor
+    name: str, part: int, module: Any, x: Tensor, output: Tensor, weights: Weights
 ) -> Tensor:
-    weight = weights[..., part]
-    if weight.ndim and output.shape[0] == 1:  # positions, looked up once for all samples
-        output = output.expand(weight.shape[0], *output.shape[1:])
-    spread(weight[..., None], output, name)
-    return route(output, weight.to(output.dtype))
+    table = weights.table
+    if table.ndim > 1 and output.shape[0] == 1:  # positions, looked up once for all samples
+        output = output.expand(table.shape[0], *output.shape[1:])
+    weights.check(output, name)
+    return route(output, table[..., part].to(output.dtype))
 
 
 def _layer_norm(
-    name: str, part: int, of_bias: int, module: Any, x: Tensor, output: Tensor, weights: Tensor
+    name: str, part: int, of_bias: int, module: Any, x: Tensor, output: Tensor, weights: Weights
 ) -> Tensor:
-    for_weight, for_bias = (
-        spread(weights[..., part, None].to(output.dtype), output, name, module.weight.ndim)
-        for part in (part, of_bias)
-    )
-    given = output.detach(), x, module.weight, module.bias, for_weight, for_bias, module.eps
+    rows = weights.rows(output, name, module.weight.ndim)
+    made_by = None if torch.compiler.is_compiling() else output.grad_fn
+    if type(made_by).__name__ == "NativeLayerNormBackward0":  # has kept what would cost a pass
+        mean, rstd = made_by._saved_result1, made_by._saved_result2  # type: ignore[union-attr]
+    else:
+        wide = x.detach().to(output.dtype)
+        _, mean, rstd = torch.native_layer_norm(wide, module.weight.shape, None, None, module.eps)
+    given = output.detach(), x, module.weight, module.bias, mean, rstd, rows, part, of_bias
     return apply(_LayerNorm, *given)  # type: ignore[no-any-return]
 
 
 def _other_norm(
-    name: str, part: int, of_bias: int, module: Any, x: Tensor, output: Tensor, weights: Tensor
+    name: str, part: int, of_bias: int, module: Any, x: Tensor, output: Tensor, weights: Weights
 ) -> Tensor:
     weight, bias = module.weight, getattr(module, "bias", None)
     if isinstance(module, nn.GroupNorm):
@@ -346,9 +386,8 @@ def _other_norm(
     else:
         normal = F.rms_norm(x, module.normalized_shape, eps=module.eps)
         features = len(module.normalized_shape)
-    for_weight, for_bias = (
-        spread(weights[..., part, None].to(output.dtype), output, name, features)
-        for part in (part, of_bias)
-    )
+    rows = weights.rows(output, name, features)
+    lead = output.shape[: output.ndim - features] + (1,) * features
+    for_weight, for_bias = rows[part].view(lead), rows[of_bias].view(lead)
     given = output.detach(), normal, weight, bias, for_weight, for_bias
     return apply(_Affine, *given)  # type: ignore[no-any-return]

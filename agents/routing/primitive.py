@@ -36,11 +36,16 @@ class _WeightedForwardToo(_Weighted):
         return tangents[0] * weight  # type: ignore[no-any-return]
 
 
+def in_transform() -> bool:
+    """Whether code runs for a transform of `torch.func`, or to be compiled."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """What its `apply` does, which in eager mode looks at signatures for longer than all else."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    if in_transform():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def route(activation: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from oversight_rl.agents.routing.entries import Ablation, freeze_masked, spared, weighted
-from oversight_rl.agents.routing.fused import Weigh, spread, weigher
+from oversight_rl.agents.routing.fused import Weigh, Weights, weigher
 from oversight_rl.agents.routing.groups import (
     Losses,
     gradients,
@@ -23,7 +23,7 @@ from oversight_rl.agents.routing.groups import (
 )
 from oversight_rl.agents.routing.layers import CONVOLUTIONS
 from oversight_rl.agents.routing.partition import Partition
-from oversight_rl.agents.routing.primitive import lookup, route
+from oversight_rl.agents.routing.primitive import in_transform, lookup, route
 from oversight_rl.agents.routing.regions import Region, Rule
 from oversight_rl.agents.routing.surgery import without
 
@@ -80,8 +80,8 @@ class Router:
         self._labels = torch.tensor(list(rules))
         self._refusals: list[str] = []  # why there is no single pass
         self._layers: dict[str, Weigh] = {}
-        self._weights: Tensor | None = None  # [*ids, parts] of the labels that are given
-        self._on: Tensor | None = None  # [*ids, parts]
+        self._weights: Weights | None = None  # of the labels that are given
+        self._on: Weights | None = None  # 0 where parts are off
         self._called = False
         self._handles: list[RemovableHandle] = []
         self._optimizers: list[RemovableHandle] = []
@@ -112,8 +112,8 @@ class Router:
         if soft and bool((self._kept == 0).any()):
             raise ValueError("chances cannot switch parts off in one pass: use router.backward")
         before = self._weights, self._on
-        self._weights = self._of(self._table, ids, chances)
-        self._on = None if soft else self._of(self._kept, ids, chances)
+        self._weights = self._of(self._table, chances)
+        self._on = self._of(self._kept, chances) if self._switches else None
         self._called = not self._handles
         try:
             yield
@@ -129,30 +129,27 @@ class Router:
         """Index of each label's rule `[*ids]`, or chances as they are."""
         if not isinstance(ids, Tensor):
             raise ValueError(f"labels must be a tensor, got {type(ids).__name__}")
-        device = next(self._inner.parameters()).device
+        like = next(p for p in self._inner.parameters() if p.is_floating_point())
+        if self._labels.device != like.device or self._table.dtype != like.dtype:
+            self._labels = self._labels.to(like.device)
+            self._table, self._kept = self._table.to(like), self._kept.to(like)
+        ids = ids.detach().to(like.device)
         if ids.is_floating_point():
             if not ids.ndim or ids.shape[-1] != len(self.rules):
                 raise ValueError(
                     f"chances {tuple(ids.shape)} must have one for each of {len(self.rules)} labels"
                 )
-            return ids.detach().to(device)
-        fits = ids.to(device)[..., None] == self._labels.to(device)
-        found, index = fits.max(-1)
-        if torch._C._functorch.is_functorch_wrapped_tensor(fits):  # whose values are not there
-            return index
-        if not found.all():
+            return ids.to(like.dtype)
+        found, index = (ids[..., None] == self._labels).max(-1)
+        if not in_transform() and not found.all():
             known = ", ".join(map(str, self.rules))
-            unknown = int(ids.to(device)[~found].flatten()[0])
-            raise ValueError(f"no rule for label {unknown}; there are {known}")
+            raise ValueError(f"no rule for label {int(ids[~found][0])}; there are {known}")
         return index
 
-    def _of(self, table: Tensor, ids: Tensor, chances: Tensor) -> Tensor:
-        """Rows of a table `[labels, parts]` for the labels, `[*ids, parts]`."""
-        parameter = next(p for p in self._inner.parameters() if p.is_floating_point())
-        table = table.to(parameter.device, parameter.dtype)
-        if ids.is_floating_point():
-            return chances.to(table.dtype) @ table
-        return lookup(table[None], chances[None])[0]
+    def _of(self, table: Tensor, chances: Tensor) -> Weights:
+        """Rows of a table `[labels, parts]` for the labels."""
+        soft = chances.is_floating_point()
+        return Weights(chances @ table if soft else lookup(table[None], chances[None])[0])
 
     # ---- a pass per group
 
@@ -371,16 +368,12 @@ class Router:
 
     def _pass(self, activation: Tensor, spot: tuple[str, str], module: nn.Module) -> Tensor:
         """Activations with what is switched off, or with their gradient weighted."""
-        assert self._weights is not None
         first = isinstance(module, CONVOLUTIONS)
-        features = activation.ndim - 1 if first else 1
-        for spots, values in ((self._edges, self._weights), (self._switches, self._on)):
-            if spot not in spots or values is None:
-                continue
-            values = values[..., spots[spot].to(values.device)].to(activation.dtype)
-            values = spread(values, activation, spot[0], features, first)
-            if spots is self._edges:
-                activation = route(activation, values.expand_as(activation))
-            else:
-                activation = activation * values
+        if spot in self._edges and self._weights is not None:
+            weights = self._weights.units(self._edges[spot], activation, spot[0], first)
+            activation = route(activation, weights.expand_as(activation))
+        if spot in self._switches and self._on is not None:
+            activation = activation * self._on.units(
+                self._switches[spot], activation, spot[0], first
+            )
         return activation
