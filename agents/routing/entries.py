@@ -69,28 +69,36 @@ def spared(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def freeze_masked(optimizer: Optimizer, owner: Owner) -> list[RemovableHandle]:
-    """Let parts of parameters whose gradient is zero in all entries stay, and their momentum too.
+def freeze(
+    optimizer: Optimizer, owner: Owner, masked: Callable[[], Tensor | None]
+) -> list[RemovableHandle]:
+    """Let entries of masked parts that have no gradient stay where they are, momentum and all.
+
+    Args:
+        optimizer: whose steps are watched.
+        owner: of a parameter, the part of its entries.
+        masked: says at each step which parts are, bool `[parts]`; None is none.
 
     Returns:
-        The handles of the hooks that do so at each step.
+        The handles of the hooks.
     """
     frozen: list[tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]] = []
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (parts := masked()) is None or not parts.any():
+            return
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if (gradient := parameter.grad) is None:
                 continue
-            part = owner(parameter)
-            if not gradient.any():
+            still = parts.to(gradient.device)[owner(parameter)]
+            if still.all() and not gradient.any():
                 parameter.grad = None  # no optimizer touches it
-                frozen.append((parameter, gradient, gradient, {}))
-            elif isinstance(part, Tensor):
-                still = ~torch.isin(part, part[gradient != 0])
-                if still.any():
-                    state = optimizer.state.get(parameter, {})
-                    kept = {name: value[still] for name, value in _like(parameter, state)}
-                    frozen.append((parameter, None, still, {"": parameter.detach()[still], **kept}))
+                frozen.append((parameter, gradient, still, {}))
+            elif still.any():
+                still = still & (gradient == 0)
+                state = dict(_like(parameter, optimizer.state.get(parameter, {})))
+                kept = {name: value[still] for name, value in state.items()}
+                frozen.append((parameter, None, still, {"": parameter.detach()[still], **kept}))
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with torch.no_grad():

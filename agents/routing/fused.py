@@ -116,17 +116,28 @@ class _Linear(torch.autograd.Function):
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[1]:
             of_x = (grad @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-        if ctx.needs_input_grad[2]:  # whole is multiplied by weights, and run is taken in parts
+        if ctx.needs_input_grad[2]:
             x = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # [rows, in]
-            run, whole = (grad, x) if of_outputs else (x, grad)
-            weighted = {part: whole * rows[part] for _, _, part in runs}
-            blocks = [run[:, start:stop].mT @ weighted[part] for start, stop, part in runs]
-            product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-            of_weight = (product if of_outputs else product.mT).to(weight.dtype)
+            weighted = _weighted(grad if of_outputs else x, rows, runs)
+            of_weight = (weighted.mT @ x if of_outputs else grad.mT @ weighted).to(weight.dtype)
         if bias is not None and ctx.needs_input_grad[3]:
-            sums = [grad[:, start:stop].mT @ rows[part] for start, stop, part in bias_runs]
-            of_bias = (sums[0] if len(sums) == 1 else torch.cat(sums))[:, 0].to(bias.dtype)
+            if len(bias_runs) == 1:
+                sums = rows[bias_runs[0][-1]].mT @ grad
+            elif of_outputs and bias_runs == runs and of_weight is not None:
+                sums = weighted.sum(0)
+            else:
+                sums = _weighted(grad, rows, bias_runs).sum(0)
+            of_bias = sums.view(-1).to(bias.dtype)
         return None, of_x, of_weight, of_bias, None, None, None, None
+
+
+def _weighted(matrix: Tensor, rows: Tensor, runs: Runs) -> Tensor:
+    """A matrix `[rows, units]` times the weights of rows for the parts that the units are of."""
+    (_, _, part), *others = runs
+    weighted = matrix * rows[part]
+    for start, stop, part in others:
+        weighted[:, start:stop] = matrix[:, start:stop] * rows[part]
+    return weighted
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -286,12 +297,13 @@ def weigher(
         assert by_output is not None  # no region has input channels
         return partial(_convolution, name, _vector(by_output), _vector(bias))
     count = outputs(module)
-    if isinstance(weight, int) and inputs(module) > count:  # multiplies the smaller matrix
+    if isinstance(weight, int) and inputs(module) < count:  # multiplies the smaller matrix
         by_output, by_input = None, weight
+    linear = partial(_linear, name, is_transposed(module))
     if by_output is not None:
-        return partial(_linear, name, True, runs(by_output, count), runs(bias, count))
+        return partial(linear, True, runs(by_output, count), runs(bias, count))
     assert by_input is not None
-    return partial(_linear, name, False, runs(by_input, inputs(module)), runs(bias, count))
+    return partial(linear, False, runs(by_input, inputs(module)), runs(bias, count))
 
 
 def _sides(owner: int | Tensor) -> tuple[int | Tensor | None, int | Tensor | None]:
@@ -321,6 +333,7 @@ def _vector(owner: int | Tensor) -> Tensor:
 
 def _linear(
     name: str,
+    transposed: bool,
     of_outputs: bool,
     units: Runs,
     of_bias: Runs,
@@ -329,7 +342,7 @@ def _linear(
     output: Tensor,
     weights: Weights,
 ) -> Tensor:
-    weight = module.weight.T if is_transposed(module) else module.weight
+    weight = module.weight.T if transposed else module.weight
     rows = weights.rows(output, name)
     given = output.detach(), x, weight, module.bias, rows, of_outputs, units, of_bias
     return apply(_Linear, *given)  # type: ignore[no-any-return]

@@ -56,18 +56,10 @@ def refuse_compiled(*models: nn.Module) -> None:
                 raise ValueError(f"{what} is compiled already: make its router first")
 
 
-def refuse_batch_norm(model: nn.Module) -> None:
-    """Refuse BatchNorm in training: the samples of a batch have no gradients of their own then.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(
-                f"{name!r} is a {type(module).__name__}, which mixes the samples of a batch: use "
-                "GroupNorm or LayerNorm, or let it keep its statistics (eval())"
-            )
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Its BatchNorms: in training, the samples of a batch have no gradients of their own."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: m for name, m in model.named_modules() if isinstance(m, kind)}
 
 
 @contextmanager

@@ -44,8 +44,8 @@ def in_transform() -> bool:
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """What its `apply` does, which in eager mode looks at signatures for longer than all else."""
     if in_transform():
-        return function.apply(*arguments)  # type: ignore[no-untyped-call]
-    return super(torch.autograd.Function, function).apply(*arguments)
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def route(activation: Tensor, weight: Tensor) -> Tensor:

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from oversight_rl.agents.routing.entries import Ablation, freeze_masked, spared, weighted
+from oversight_rl.agents.routing.entries import Ablation, freeze, spared, weighted
 from oversight_rl.agents.routing.fused import Weigh, Weights, weigher
 from oversight_rl.agents.routing.groups import (
     Losses,
+    batch_norms,
     gradients,
     losses_of,
-    refuse_batch_norm,
     refuse_compiled,
     take,
     without_dropout,
 )
 from oversight_rl.agents.routing.layers import CONVOLUTIONS
 from oversight_rl.agents.routing.partition import Partition
-from oversight_rl.agents.routing.primitive import in_transform, lookup, route
+from oversight_rl.agents.routing.primitive import in_transform, route
 from oversight_rl.agents.routing.regions import Region, Rule
 from oversight_rl.agents.routing.surgery import without
 
@@ -77,12 +77,15 @@ class Router:
             [[float(name not in rule.ablate) for name in names] for rule in rules.values()],
             dtype=torch.float64,
         )
+        self._batch_norms = batch_norms(self._inner)
         self._labels = torch.tensor(list(rules))
         self._refusals: list[str] = []  # why there is no single pass
         self._layers: dict[str, Weigh] = {}
         self._weights: Weights | None = None  # of the labels that are given
         self._on: Weights | None = None  # 0 where parts are off
         self._called = False
+        self._updated: Tensor | None = None  # [parts], by samples since the last step
+        self._stepped = False
         self._handles: list[RemovableHandle] = []
         self._optimizers: list[RemovableHandle] = []
         self._plan()
@@ -106,7 +109,7 @@ class Router:
         """
         if self._refusals:
             raise ValueError(f"{self._refusals[0]}: use router.backward")
-        refuse_batch_norm(self._inner)
+        self._refuse_batch_norm()
         chances = self._chances(ids)
         soft = ids.is_floating_point()
         if soft and bool((self._kept == 0).any()):
@@ -114,6 +117,7 @@ class Router:
         before = self._weights, self._on
         self._weights = self._of(self._table, chances)
         self._on = self._of(self._kept, chances) if self._switches else None
+        self._count(self._weights.table)
         self._called = not self._handles
         try:
             yield
@@ -124,6 +128,14 @@ class Router:
                 "labels: no routed layer of the model was called; a model that was compiled and "
                 "called before its router was made keeps its old code: make the router first"
             )
+
+    def _refuse_batch_norm(self) -> None:
+        for name, module in self._batch_norms.items():
+            if module.training:
+                raise ValueError(
+                    f"{name!r} is a {type(module).__name__}, which mixes the samples of a batch: "
+                    "use GroupNorm or LayerNorm, or let it keep its statistics (eval())"
+                )
 
     def _chances(self, ids: Tensor) -> Tensor:
         """Index of each label's rule `[*ids]`, or chances as they are."""
@@ -146,10 +158,30 @@ class Router:
             raise ValueError(f"no rule for label {int(ids[~found][0])}; there are {known}")
         return index
 
+    def _count(self, weights: Tensor) -> None:
+        """Note which parts samples of weights `[..., parts]` update until the next step."""
+        if in_transform():
+            return
+        updated = (weights != 0).flatten(0, -2).any(0)
+        if self._updated is not None and not self._stepped:
+            updated |= self._updated
+        self._updated, self._stepped = updated, False
+
+    def _masked(self) -> Tensor | None:
+        """Parts that no sample has updated since the last step, `[parts]`; None if unlabeled."""
+        self._stepped = True
+        if self._updated is None:
+            return None
+        if self._inner is not self.model:
+            updated = self._updated.int()
+            torch.distributed.all_reduce(updated, torch.distributed.ReduceOp.MAX)
+            return updated == 0
+        return ~self._updated
+
     def _of(self, table: Tensor, chances: Tensor) -> Weights:
         """Rows of a table `[labels, parts]` for the labels."""
         soft = chances.is_floating_point()
-        return Weights(chances @ table if soft else lookup(table[None], chances[None])[0])
+        return Weights(chances @ table if soft else nn.functional.embedding(chances, table))
 
     # ---- a pass per group
 
@@ -171,7 +203,7 @@ class Router:
         Raises:
             ValueError: a label is unknown, or a shape does not fit.
         """
-        refuse_batch_norm(self._inner)
+        self._refuse_batch_norm()
         chances = self._chances(ids)
         if chances.ndim != 1 + ids.is_floating_point():
             raise ValueError(f"backward: labels {tuple(ids.shape)} must be of samples, [B]")
@@ -189,6 +221,7 @@ class Router:
             )
             if chance.any()
         ]
+        self._count(torch.stack([weights for _, weights, _, _ in groups]))
         total = torch.zeros(())
         for left, (rule, weights, rows, chance) in enumerate(groups, start=1 - len(groups)):
             with ExitStack() as stack:
@@ -207,13 +240,13 @@ class Router:
     def optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Let entries that are masked for every sample stay where they are.
 
-        Momentum and weight decay move what has no gradient, too. With this, parts of a parameter
-        whose gradient is zero in all their entries do not move, and their momentum stays.
+        Momentum and weight decay move what has no gradient, too. With this, parts that no sample
+        has updated since the last step do not move, and their momentum stays.
 
         Returns:
             The optimizer itself.
         """
-        self._optimizers += freeze_masked(optimizer, self.partition.of)
+        self._optimizers += freeze(optimizer, self.partition.of, self._masked)
         return optimizer
 
     def ablate(self, *names: str) -> Ablation:

@@ -138,6 +138,7 @@ def _adapt(
     model: nn.Module, pattern: str, names: Sequence[str], rank: int, generator: Any
 ) -> Region:
     found = {id(layer) for name in names for layer in linears(model.get_submodule(name))}
+    found &= {id(layer) for layer in linears(model)}  # no adapter's
     added = []
     for name, module in list(model.named_modules()):
         if id(module) in found and name:
