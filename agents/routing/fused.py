@@ -26,7 +26,7 @@ class Weights:
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
-        self._rows: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._rows: dict[tuple[torch.Size, torch.dtype], tuple[Tensor, ...]] = {}
 
     def check(self, activations: Tensor, name: str, features: int = 1) -> None:
         """Refuse activations of a module that do not begin with the labels' axes.
@@ -46,8 +46,8 @@ class Weights:
                 "they must begin with the labels' axes; else use router.backward"
             )
 
-    def rows(self, activations: Tensor, name: str, features: int = 1) -> Tensor:
-        """For the rows of activations, `[parts, rows, 1]`; layers of the same shape share them."""
+    def rows(self, activations: Tensor, name: str, features: int = 1) -> tuple[Tensor, ...]:
+        """For the rows of activations, `[rows, 1]` of each part; layers of a shape share them."""
         lead = activations.shape[: activations.ndim - features]
         key = lead, activations.dtype
         if (rows := self._rows.get(key)) is not None:
@@ -56,7 +56,7 @@ class Weights:
         table = self.table.to(activations.dtype)
         parts, between = table.shape[-1], len(lead) - table.ndim + 1
         table = table.view(table.shape[:-1] + (1,) * between + (parts,)).expand(*lead, parts)
-        rows = table.reshape(-1, parts).T.contiguous()[..., None]
+        rows = table.reshape(-1, parts).T.contiguous()[..., None].unbind()
         if not in_transform():
             self._rows[key] = rows
         return rows
@@ -96,42 +96,47 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        rows: Tensor,  # [parts, rows, 1]
-        of_outputs: bool,
-        runs: Runs,
-        bias_runs: Runs,
+        how: tuple[bool, Runs, Runs],  # runs of outputs or inputs, those of the bias
+        *rows: Tensor,  # [rows, 1] of each part
     ) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
     def setup_context(ctx: Any, given: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*given[1:5])
-        ctx.how = given[5:]
+        _, *layer, ctx.how = given[:5]
+        ctx.save_for_backward(*layer, *given[5:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, rows = ctx.saved_tensors
+        x, weight, bias, *rows = ctx.saved_tensors
         of_outputs, runs, bias_runs = ctx.how
-        grad = grads[0].reshape(-1, grads[0].shape[-1])  # [rows, out]
+        _, needs_x, needs_weight, needs_bias, *others = ctx.needs_input_grad
+        (grad,) = grads
+        if grad.ndim != 2:
+            grad = grad.reshape(-1, grad.shape[-1])
         of_x = of_weight = of_bias = None
-        if ctx.needs_input_grad[1]:
+        if needs_x:
             of_x = (grad @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-        if ctx.needs_input_grad[2]:
-            x = x.reshape(-1, x.shape[-1]).to(grad.dtype)  # [rows, in]
-            weighted = _weighted(grad if of_outputs else x, rows, runs)
-            of_weight = (weighted.mT @ x if of_outputs else grad.mT @ weighted).to(weight.dtype)
-        if bias is not None and ctx.needs_input_grad[3]:
-            if len(bias_runs) == 1:
-                sums = rows[bias_runs[0][-1]].mT @ grad
-            elif of_outputs and bias_runs == runs and of_weight is not None:
-                sums = weighted.sum(0)
+        if needs_weight:
+            x = x.reshape(grad.shape[0], -1).to(grad.dtype)
+            if of_outputs:
+                weighted = _weighted(grad, rows, runs)
+                of_weight = weighted.mT @ x
             else:
-                sums = _weighted(grad, rows, bias_runs).sum(0)
-            of_bias = sums.view(-1).to(bias.dtype)
-        return None, of_x, of_weight, of_bias, None, None, None, None
+                of_weight = grad.mT @ _weighted(x, rows, runs)
+            of_weight = of_weight.to(weight.dtype)
+        if bias is not None and needs_bias:
+            if needs_weight and of_outputs and bias_runs == runs:
+                of_bias = weighted.sum(0)
+            elif len(bias_runs) == 1:
+                of_bias = (rows[bias_runs[0][-1]].mT @ grad).view(-1)
+            else:
+                of_bias = _weighted(grad, rows, bias_runs).sum(0)
+            of_bias = of_bias.to(bias.dtype)
+        return None, of_x, of_weight, of_bias, *[None] * len(others)
 
 
-def _weighted(matrix: Tensor, rows: Tensor, runs: Runs) -> Tensor:
+def _weighted(matrix: Tensor, rows: Sequence[Tensor], runs: Runs) -> Tensor:
     """A matrix `[rows, units]` times the weights of rows for the parts that the units are of."""
     (_, _, part), *others = runs
     weighted = matrix * rows[part]
@@ -153,36 +158,35 @@ class _LayerNorm(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
-        rows: Tensor,
-        part: int,
-        bias_part: int,
+        for_weight: Tensor,  # [rows, 1]
+        for_bias: Tensor | None,  # None is the weight's
     ) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
     def setup_context(ctx: Any, given: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*given[1:7])
-        ctx.parts = given[7:]
+        ctx.save_for_backward(*given[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd, rows = ctx.saved_tensors
-        part, bias_part = ctx.parts
+        x, weight, bias, mean, rstd, for_weight, for_bias = ctx.saved_tensors
         grad = grads[0].contiguous()
-        shape, layer = weight.shape, (mean, rstd, weight, bias)
         x = x.to(grad.dtype)  # of less precision under autocast
+        shape, layer = weight.shape, (mean, rstd, weight, bias)
         differentiate = torch.ops.aten.native_layer_norm_backward
-        of_x = of_weight = of_bias = None
+        of_x = None
         if ctx.needs_input_grad[1]:
             of_x = differentiate(grad, x, shape, *layer, (True, False, False))[0]
-        weighted = (grad.view(rows.shape[1], -1) * rows[part]).view(grad.shape)
-        both = bias is not None and bias_part == part
-        needed = False, True, both
-        _, of_weight, of_bias = differentiate(weighted, x, shape, *layer, needed)
-        if bias is not None and not both:
-            weighted = (grad.view(rows.shape[1], -1) * rows[bias_part]).view(grad.shape)
-            of_bias = differentiate(weighted, x, shape, *layer, (False, False, True))[2]
-        return None, of_x, of_weight, of_bias, None, None, None, None, None
+
+        def of_parameters(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            weighted = (grad.view(len(rows), -1) * rows).view(grad.shape)
+            needed = False, True, bias is not None
+            return differentiate(weighted, x, shape, *layer, needed)  # type: ignore[no-any-return]
+
+        _, of_weight, of_bias = of_parameters(for_weight)
+        if for_bias is not None:
+            of_bias = of_parameters(for_bias)[2]
+        return None, of_x, of_weight, of_bias, None, None, None, None
 
 
 class _Convolution(torch.autograd.Function):
@@ -344,7 +348,7 @@ def _linear(
 ) -> Tensor:
     weight = module.weight.T if transposed else module.weight
     rows = weights.rows(output, name)
-    given = output.detach(), x, weight, module.bias, rows, of_outputs, units, of_bias
+    given = output.detach(), x, weight, module.bias, (of_outputs, units, of_bias), *rows
     return apply(_Linear, *given)  # type: ignore[no-any-return]
 
 
@@ -384,7 +388,8 @@ def _layer_norm(
     else:
         wide = x.detach().to(output.dtype)
         _, mean, rstd = torch.native_layer_norm(wide, module.weight.shape, None, None, module.eps)
-    given = output.detach(), x, module.weight, module.bias, mean, rstd, rows, part, of_bias
+    for_bias = None if of_bias == part else rows[of_bias]
+    given = output.detach(), x, module.weight, module.bias, mean, rstd, rows[part], for_bias
     return apply(_LayerNorm, *given)  # type: ignore[no-any-return]
 
 

@@ -388,6 +388,8 @@ class Router:
         return hook
 
     def _output_hook(self, spot: tuple[str, str], weigh: Weigh | None) -> Callable[..., Any]:
+        passes = spot in self._switches or spot in self._edges
+
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             if self._weights is None:
                 return None
@@ -395,7 +397,7 @@ class Router:
             if weigh is not None and torch.is_grad_enabled():
                 x = args[0] if args else next(iter(kwargs.values()))
                 output = weigh(module, x, output, self._weights)
-            return self._pass(output, spot, module)
+            return self._pass(output, spot, module) if passes else output
 
         return hook
 
