@@ -173,19 +173,16 @@ class _LayerNorm(torch.autograd.Function):
         grad = grads[0].contiguous()
         x = x.to(grad.dtype)  # of less precision under autocast
         shape, layer = weight.shape, (mean, rstd, weight, bias)
-        differentiate = torch.ops.aten.native_layer_norm_backward
+        differentiate = torch.ops.aten.native_layer_norm_backward.default
         of_x = None
         if ctx.needs_input_grad[1]:
-            of_x = differentiate(grad, x, shape, *layer, (True, False, False))[0]
-
-        def of_parameters(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            weighted = (grad.view(len(rows), -1) * rows).view(grad.shape)
-            needed = False, True, bias is not None
-            return differentiate(weighted, x, shape, *layer, needed)  # type: ignore[no-any-return]
-
-        _, of_weight, of_bias = of_parameters(for_weight)
+            of_x, _, _ = differentiate(grad, x, shape, *layer, (True, False, False))
+        weighted = (grad.view(len(for_weight), -1) * for_weight).view(grad.shape)
+        needed = False, True, bias is not None
+        _, of_weight, of_bias = differentiate(weighted, x, shape, *layer, needed)
         if for_bias is not None:
-            of_bias = of_parameters(for_bias)[2]
+            weighted = (grad.view(len(for_bias), -1) * for_bias).view(grad.shape)
+            _, _, of_bias = differentiate(weighted, x, shape, *layer, (False, False, True))
         return None, of_x, of_weight, of_bias, None, None, None, None
 
 

@@ -160,7 +160,7 @@ class Router:
 
     def _count(self, weights: Tensor) -> None:
         """Note which parts samples of weights `[..., parts]` update until the next step."""
-        if in_transform():
+        if not self._optimizers or in_transform():
             return
         updated = (weights != 0).flatten(0, -2).any(0)
         if self._updated is not None and not self._stepped:
