@@ -1,7 +1,6 @@
 """Gradient routing in other people's modules and circumstances; see tests/test_router.py."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -24,10 +23,9 @@ from test_router import (
     squares,
     weights_of,
 )
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from oversight_rl.agents.routing import Region, Router, Rule, expand
@@ -356,51 +354,6 @@ def test_gradients_of_gradients():
         torch.testing.assert_close(seconds[1][name], second)
 
 
-# ---- processes
-
-
-def in_process(rank, port, engine, state, batch, ids, queue):
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
-    model = mlp()
-    model.load_state_dict(state)
-    half = slice(0, 4) if rank == 0 else slice(4, 8)
-    batch = tuple(part[half] for part in batch)
-    with Router(DistributedDataParallel(model), {"part": CASES["mlp"][1]}, RULES) as router:
-        if engine == "backward":
-            router.backward(squares, batch, ids[half])
-        else:
-            with router.labels(ids[half]):
-                squares(router.model, batch).mean().backward()
-    queue.put({name: p.grad.numpy() for name, p in model.named_parameters()})
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("engine", ["labels", "backward"])
-def test_two_processes(engine):
-    model = mlp()
-    _, batch, _ = data(model)
-    ids = torch.tensor([0, 0, 0, 0, 1, 2, 3, 0])  # one process has a single group, one has four
-    wanted = expected(model, squares, batch, weights_of(ids), CASES["mlp"][2])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    given = port, engine, model.state_dict(), batch, ids, queue
-    processes = multiprocessing.spawn(in_process, given, 2, join=False)
-    results = [queue.get() for _ in range(2)]
-    while not processes.join():
-        pass
-    for result in results:
-        for name, parameter in model.named_parameters():
-            parameter.grad = torch.from_numpy(result[name])
-        assert_gradients(model, wanted)
-
-
 # ---- others' hooks
 
 
@@ -432,3 +385,12 @@ def test_hooks_of_the_user_work_as_ever():
         assert router.check(batch, ids, loss_fn) < 1e-12
     assert model[2]._forward_hooks == before
     assert not any(m._forward_hooks for m in model if m is not model[2])
+
+
+def test_a_model_has_one_router_at_a_time():
+    model = mlp()
+    router = Router(model, {"part": CASES["mlp"][1]}, RULES)
+    with pytest.raises(ValueError, match="has a router already"):
+        Router(model, {"part": CASES["mlp"][1]}, RULES)
+    router.close()
+    Router(model, {"part": CASES["mlp"][1]}, RULES)

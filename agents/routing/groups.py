@@ -10,6 +10,8 @@ from torch import Tensor, nn
 Losses = Callable[[nn.Module, Any], Tensor]
 """From a model and a batch of B samples to their losses `[B]`."""
 
+ROUTER = "oversight_rl.agents.routing.router"  # whose hooks are known by it
+
 
 def take(batch: Any, rows: Tensor, count: int) -> Any:
     """Some of a batch's samples; all its tensors have `count` of them.
@@ -43,17 +45,19 @@ def losses_of(loss_fn: Losses, model: nn.Module, batch: Any, count: int) -> Tens
     return losses
 
 
-def refuse_compiled(*models: nn.Module) -> None:
-    """Refuse models that have been compiled: their code knows no hooks that come later.
+def refuse_unfit(model: nn.Module) -> None:
+    """Refuse models whose compiled code knows no hooks that come later, and routed ones.
 
     Raises:
-        ValueError: one has.
+        ValueError: it is compiled, or has a router already.
     """
-    for model in models:
-        for name, module in model.named_modules():
-            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-                what = repr(name) if name else "the model"
-                raise ValueError(f"{what} is compiled already: make its router first")
+    for name, module in model.named_modules():
+        what = repr(name) if name else "the model"
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(f"{what} is compiled already: make its router first")
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", None) == ROUTER for hook in hooks):
+            raise ValueError(f"{what} has a router already: close() it first")
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from oversight_rl.agents.routing.groups import (
     batch_norms,
     gradients,
     losses_of,
-    refuse_compiled,
+    refuse_unfit,
     take,
     without_dropout,
 )
@@ -67,7 +67,7 @@ class Router:
         self._inner: nn.Module = model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             self._inner = model.module
-        refuse_compiled(model)
+        refuse_unfit(model)
         self.partition = Partition(self._inner, regions)
         names = self.partition.names
         self._table = torch.tensor(  # [labels, parts]
