@@ -256,7 +256,17 @@ REFUSED = {
     ),
     "no rules": (
         lambda: Router(Transformer(), {"part": Region(params=["head.*"])}, {}),
-        "at least one label",
+        "by labels that are ints",
+    ),
+    "labels in words": (
+        lambda: Router(Transformer(), {"part": Region(params=["head.*"])}, {"keep": Rule()}),
+        r"by labels that are ints, got \['keep'\]",
+    ),
+    "a weight that is no number": (
+        lambda: Router(
+            Transformer(), {"part": Region(params=["head.*"])}, {0: Rule({"part": float("nan")})}
+        ),
+        "weight of 'part' must be finite, got nan",
     ),
     "tied": (
         lambda: Router(Tied(), {"part": Region(params=["head.weight"])}, FORGET),

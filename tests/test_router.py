@@ -62,6 +62,18 @@ def rows(*names, at):
     return {name: (slice(at.start, at.stop),) for name in names}
 
 
+class Shared(nn.Module):
+    """One MLP, used twice, by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+        self.second, self.head = self.first, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.second(x + self.first(x)))
+
+
 ALL = (...,)
 CASES = {
     "mlp": (mlp, Region(units={"2": slice(3, 6)}), rows("2.weight", "2.bias", at=slice(3, 6))),
@@ -74,6 +86,11 @@ CASES = {
         mlp,
         Region(params=["0.*", "4.bias"]),
         {"0.weight": ALL, "0.bias": ALL, "4.bias": ALL},
+    ),
+    "shared": (
+        Shared,
+        Region(units={"first": [1]}),
+        {"first.0.weight": ([1],), "first.0.bias": ([1],), "first.2.weight": (slice(None), [1])},
     ),
     "cnn": (
         cnn,
@@ -111,7 +128,9 @@ def per_sample(model, loss_fn, batch):
 
     def loss(parameters, sample):
         one = [s[None] for s in sample] if isinstance(sample, tuple) else sample[None]
-        return loss_fn(lambda *x: functional_call(model, parameters, x), one).sum()
+        return loss_fn(
+            lambda *x: functional_call(model, parameters, x, tie_weights=False), one
+        ).sum()
 
     return vmap(grad(loss), (None, 0))(parameters, batch)
 

@@ -116,20 +116,20 @@ class _Linear(torch.autograd.Function):
             grad = grad.reshape(-1, grad.shape[-1])
         of_x = of_weight = of_bias = None
         if needs_x:
-            of_x = (grad @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
+            of_x = grad.mm(weight.to(grad.dtype)).view(x.shape).to(x.dtype)
         if needs_weight:
             x = x.reshape(grad.shape[0], -1).to(grad.dtype)
             if of_outputs:
                 weighted = _weighted(grad, rows, runs)
-                of_weight = weighted.mT @ x
+                of_weight = weighted.t().mm(x)
             else:
-                of_weight = grad.mT @ _weighted(x, rows, runs)
+                of_weight = grad.t().mm(_weighted(x, rows, runs))
             of_weight = of_weight.to(weight.dtype)
         if bias is not None and needs_bias:
             if needs_weight and of_outputs and bias_runs == runs:
                 of_bias = weighted.sum(0)
             elif len(bias_runs) == 1:
-                of_bias = (rows[bias_runs[0][-1]].mT @ grad).view(-1)
+                of_bias = rows[bias_runs[0][-1]].t().mm(grad).view(-1)
             else:
                 of_bias = _weighted(grad, rows, bias_runs).sum(0)
             of_bias = of_bias.to(bias.dtype)

@@ -34,13 +34,13 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    """Whether it is a linear layer, and no subclass that may not be one."""
+    return type(module) is nn.Linear or is_transposed(module)
 
 
 def has_units(module: nn.Module) -> bool:
     """Whether it is a layer whose outputs are units, each with entries of its own."""
-    return is_linear(module) or isinstance(module, CONVOLUTIONS)
+    return is_linear(module) or type(module) in CONVOLUTIONS
 
 
 def output_dim(module: nn.Module) -> int:

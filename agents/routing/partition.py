@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from oversight_rl.agents.routing.layers import (
-    CONVOLUTIONS,
     NORMS,
     attention_layers,
     has_units,
     inputs,
-    is_linear,
     mlp_layers,
     output_dim,
     outputs,
@@ -40,14 +38,16 @@ class Partition:
         self.owner: dict[str, int | Tensor] = {}
         self.spots: dict[tuple[str, str], Tensor] = {}
         self.wholes: dict[str, int] = {}  # parameters that are in a region by their names
-        self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._names_of_modules: dict[nn.Module, str] = {
-            module: name for name, module in self._modules.items()
+        self._modules = dict(model.named_modules())  # each once, by the first of its names
+        self._module_names: dict[int, str] = {
+            id(module): name for name, module in self._modules.items()
         }
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters: dict[str, Tensor] = {}
         self._names: dict[int, list[str]] = {}  # of a parameter; more than one if it is tied
-        for name, parameter in parameters.items():
-            self._names.setdefault(id(parameter), []).append(name)
+        for prefix, module in self._modules.items():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                parameters[name] = parameter
+                self._names.setdefault(id(parameter), []).append(name)
         self._reached: set[str] = set()  # names of parameters that regions give
         for part, region in enumerate(regions.values(), start=1):
             for pattern, index in region.units.items():
@@ -89,7 +89,7 @@ class Partition:
             parts = {self.wholes.get(parameter, 0) for parameter in own}
             if not any(parts):
                 continue
-            zero = isinstance(module, (*CONVOLUTIONS, *NORMS, nn.Embedding)) or is_linear(module)
+            zero = type(module) in (*NORMS, nn.Embedding) or has_units(module)
             if zero and len(parts) == 1:
                 spots[name, "out"] = torch.tensor([max(parts)])
             else:
@@ -181,4 +181,4 @@ class Partition:
         return self._names[id(parameter)][0]
 
     def _module_name(self, module: nn.Module) -> str:
-        return self._names_of_modules[module]
+        return self._module_names[id(module)]

@@ -1,5 +1,6 @@
 """Regions, which are parts of a network, and rules, which say what a label may do to them."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ class Rule:
         for name in (*train, *self.ablate):
             if name not in names:
                 raise ValueError(f"Rule: no region {name!r}{nearest(name, names)}")
+        for name, weight in train.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"Rule: the weight of {name!r} must be finite, got {weight}")
         for name in self.ablate:
             if name == REST or train.get(name):
                 raise ValueError(f"Rule: {name!r} cannot be both trained and switched off")

@@ -61,8 +61,8 @@ class Router:
     ) -> None:
         if on not in ("params", "edges"):
             raise ValueError(f"on must be 'params' or 'edges', got {on!r}")
-        if not rules:
-            raise ValueError("rules: a router needs a rule for at least one label")
+        if not rules or not all(isinstance(label, int) for label in rules):
+            raise ValueError(f"rules: there must be some, by labels that are ints, got {[*rules]}")
         self.model, self.regions, self.rules, self.on = model, dict(regions), dict(rules), on
         self._inner: nn.Module = model
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -79,6 +79,7 @@ class Router:
         )
         self._batch_norms = batch_norms(self._inner)
         self._labels = torch.tensor(list(rules))
+        self._like = next(p for p in self._inner.parameters() if p.is_floating_point())
         self._refusals: list[str] = []  # why there is no single pass
         self._layers: dict[str, Weigh] = {}
         self._weights: Weights | None = None  # of the labels that are given
@@ -141,7 +142,7 @@ class Router:
         """Index of each label's rule `[*ids]`, or chances as they are."""
         if not isinstance(ids, Tensor):
             raise ValueError(f"labels must be a tensor, got {type(ids).__name__}")
-        like = next(p for p in self._inner.parameters() if p.is_floating_point())
+        like = self._like
         if self._labels.device != like.device or self._table.dtype != like.dtype:
             self._labels = self._labels.to(like.device)
             self._table, self._kept = self._table.to(like), self._kept.to(like)
