@@ -394,3 +394,12 @@ def test_a_model_has_one_router_at_a_time():
         Router(model, {"part": CASES["mlp"][1]}, RULES)
     router.close()
     Router(model, {"part": CASES["mlp"][1]}, RULES)
+
+
+def test_checking_drops_nothing():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    loss_fn, batch, ids = data(model)
+    with Router(model, {"part": Region(units={"0": slice(0, 3)})}, RULES) as router:
+        assert router.check(batch, ids, loss_fn) < 1e-12
+    assert model[1].p == 0.5
+    assert all(parameter.grad is None for parameter in model.parameters())
