@@ -157,15 +157,19 @@ def steps(case: Case) -> dict[str, Callable[[], None]]:
 
 
 def measure(case: Case, turns: int) -> dict[str, np.ndarray]:
-    """CPU seconds of steps, by kind, which take turns: others on the machine count for less."""
+    """CPU seconds of steps, by kind: in turns of ten, since training finds its caches warm.
+
+    CPU time, since others on the machine count for less in it.
+    """
     kinds = steps(case)
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    for turn in range(turns + 5):
+    for _ in range(turns):
         for name, step in kinds.items():
-            start = time.thread_time()
             step()
-            if turn >= 5:
-                times[name].append(time.thread_time() - start)
+            start = time.thread_time()
+            for _ in range(10):
+                step()
+            times[name].append((time.thread_time() - start) / 10)
     return {name: np.array(values) for name, values in times.items()}
 
 
@@ -174,7 +178,7 @@ def main() -> None:
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     table = Table("a step of AdamW", "story transformer", "MLP 256", box=box.SIMPLE)
-    measured = [measure(make(), 30 if arguments.quick else 300) for make in (stories, mlp)]
+    measured = [measure(make(), 5 if arguments.quick else 40) for make in (stories, mlp)]
     for kind in measured[0]:
         cells = []
         for name, times in zip(("stories", "mlp"), measured, strict=True):

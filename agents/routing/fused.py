@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from oversight_rl.agents.routing.layers import CONVOLUTIONS, NORMS, inputs, is_transposed, outputs
 from oversight_rl.agents.routing.primitive import apply, in_transform, route
 
+Units = list[tuple[int, Tensor]]
+"""Parts, and which units are of each, bool `[units]`."""
+
 
 class Weights:
     """Weights of samples for each part, as layers need them.
@@ -62,21 +65,34 @@ class Weights:
         return rows
 
     def units(
-        self, owner: Tensor, activations: Tensor, name: str, channel_first: bool = False
+        self, units: Units, activations: Tensor, name: str, channel_first: bool = False
     ) -> Tensor:
         """For units, by the part of each, broadcastable with activations.
 
         Args:
-            owner: the part of each unit, `[units]`, or `[1]` for all.
+            units: by part, which units are of it.
             activations: `[*ids, ..., units]`; or, with `channel_first`, `[B, units, ...]`.
             name: of the module.
             channel_first: where the units are.
         """
         self.check(activations, name, activations.ndim - 1 if channel_first else 1)
-        table = self.table[..., owner.to(self.table.device)].to(activations.dtype)
-        ids, units = table.shape[:-1], table.shape[-1:]
-        more = (1,) * (activations.ndim - table.ndim)
-        return table.view(ids + units + more if channel_first else ids + more + units)
+        table = self.table.to(activations.dtype)
+        ids, more = table.shape[:-1], (1,) * (activations.ndim - table.ndim)
+        (part, which), *others = units
+        weights = table[..., part, None]  # [*ids, 1]
+        if others:  # sums are exact, and faster than a look-up for each unit
+            weights = weights * which.to(table)
+            for part, which in others:
+                weights = weights + table[..., part, None] * which.to(table)
+        count = weights.shape[-1:]
+        return weights.view(ids + count + more if channel_first else ids + more + count)
+
+
+def units_of(owner: int | Tensor) -> Units:
+    """Units by the part of each, or all of one part."""
+    if isinstance(owner, int):
+        return [(owner, torch.ones(1, dtype=torch.bool))]
+    return [(part, owner == part) for part in owner.unique().tolist()]
 
 
 Weigh = Callable[[Any, Tensor, Tensor, Weights], Tensor]
@@ -296,7 +312,7 @@ def weigher(
         return f"{name!r} has rows and columns of different regions"
     if kind in CONVOLUTIONS:
         assert by_output is not None  # no region has input channels
-        return partial(_convolution, name, _vector(by_output), _vector(bias))
+        return partial(_convolution, name, units_of(by_output), units_of(bias))
     count = outputs(module)
     if isinstance(weight, int) and inputs(module) < count:  # multiplies the smaller matrix
         by_output, by_input = None, weight
@@ -328,10 +344,6 @@ def runs(owner: int | Tensor, count: int) -> Runs:
     return tuple(zip([0, *stops], stops, values.tolist(), strict=False))
 
 
-def _vector(owner: int | Tensor) -> Tensor:
-    return owner if isinstance(owner, Tensor) else torch.tensor([owner])
-
-
 def _linear(
     name: str,
     transposed: bool,
@@ -351,8 +363,8 @@ def _linear(
 
 def _convolution(
     name: str,
-    by_output: Tensor,
-    of_bias: Tensor,
+    by_output: Units,
+    of_bias: Units,
     module: Any,
     x: Tensor,
     output: Tensor,

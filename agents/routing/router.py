@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Self, TypeVar
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from oversight_rl.agents.routing.entries import Ablation, freeze, spared, weighted
-from oversight_rl.agents.routing.fused import Weigh, Weights, weigher
+from oversight_rl.agents.routing.fused import Units, Weigh, Weights, units_of, weigher
 from oversight_rl.agents.routing.groups import (
     Losses,
     batch_norms,
@@ -336,8 +336,8 @@ class Router:
         for part, parameter in silent.items():
             if off[part]:
                 self._refusals.append(f"{parameter!r} is switched off")
-        self._switches = {key: at for key, at in switches.items() if any(off[p] for p in at)}
-        self._edges: dict[tuple[str, str], Tensor] = {}
+        self._switches = _spots(switches, off)
+        self._edges: dict[tuple[str, str], Units] = {}
         if self.on == "edges":
             self._plan_edges(varies)
             return
@@ -357,8 +357,7 @@ class Router:
                     f"on='edges' weights activations, which the parameters of region {name!r} "
                     "are not: give it units or heads"
                 )
-        spots = self.partition.spots
-        self._edges = {key: at for key, at in spots.items() if any(varies[part] for part in at)}
+        self._edges = _spots(self.partition.spots, varies)
 
     def _install(self) -> None:
         for name, module in self._inner.named_modules():
@@ -413,3 +412,11 @@ class Router:
                 self._switches[spot], activation, spot[0], first
             )
         return activation
+
+
+def _spots(
+    spots: Mapping[tuple[str, str], Tensor], concerned: Sequence[bool]
+) -> dict[tuple[str, str], Units]:
+    """The spots where activations of parts that are concerned pass, `concerned` by part."""
+    units = {spot: units_of(owner) for spot, owner in spots.items()}
+    return {spot: at for spot, at in units.items() if any(concerned[part] for part, _ in at)}
