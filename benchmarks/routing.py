@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A small language model, as the stories' is; 79,000 parameters."""
+    """A small language model, of 72,000 parameters."""
 
     def __init__(
         self, words: int = 268, length: int = 40, width: int = 48, hidden: int = 128, heads: int = 4
