@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.routing import route
+from oversight_rl.agents.routing.primitive import route
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.envs.record import Record
 from oversight_rl.envs.settings import ACTIONS

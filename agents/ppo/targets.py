@@ -22,7 +22,7 @@ from torch import Tensor
 from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED, MethodTables, expected
 from oversight_rl.agents.networks import DEPLOYED
 from oversight_rl.agents.ppo.held import Steps, Window
-from oversight_rl.agents.routing import lookup
+from oversight_rl.agents.routing.primitive import lookup
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]

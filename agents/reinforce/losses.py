@@ -18,7 +18,7 @@ from oversight_rl.agents.methods import (
 from oversight_rl.agents.networks import DEPLOYED, Agent, Output
 from oversight_rl.agents.reinforce.collect import Rollout
 from oversight_rl.agents.reinforce.reward_model import RewardModel
-from oversight_rl.agents.routing import lookup
+from oversight_rl.agents.routing.primitive import lookup
 from oversight_rl.agents.settings import ReinforceConfig, at
 from oversight_rl.envs.record import Record
 

@@ -1,9 +1,8 @@
 """Gradient routing: weight the gradient, per sample and per module.
 
 `route` is the whole primitive: the identity forward, a weight per sample backward (arXiv
-2410.04332, section 3). Everything else about a routing scheme is a rule that computes weights
-(`methods`): a table with a row per outcome of an episode and a column per module, looked up per
-sample.
+2410.04332, section 3). Everything else about a routing scheme is a rule that computes weights: a
+table with a row per label and a column per part of the network, looked up per sample.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class _Route(torch.autograd.Function):
+class _Weighted(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -29,10 +28,24 @@ class _Route(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         return grad[0] * weight, None
 
+
+class _WeightedForwardToo(_Weighted):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (weight,) = ctx.saved_tensors
         return tangents[0] * weight  # type: ignore[no-any-return]
+
+
+def in_transform() -> bool:
+    """Whether code runs for a transform of `torch.func`, or to be compiled."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """What its `apply` does, which in eager mode looks at signatures for longer than all else."""
+    if in_transform():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def route(activation: Tensor, weight: Tensor) -> Tensor:
@@ -56,11 +69,9 @@ def route(activation: Tensor, weight: Tensor) -> Tensor:
             f"{tuple(activation.shape)}"
         )
     weight = weight.reshape(weight.shape + (1,) * (activation.ndim - weight.ndim))
-    if torch.compiler.is_compiling():
-        # Dynamo traces no Function with a jvp of its own; fused, this form costs no more
-        constant = activation.detach()
-        return constant + weight * (activation - constant)
-    return _Route.apply(activation, weight)  # type: ignore[no-any-return, no-untyped-call]
+    # Dynamo traces no Function with a jvp of its own
+    function = _Weighted if torch.compiler.is_compiling() else _WeightedForwardToo
+    return apply(function, activation, weight)  # type: ignore[no-any-return]
 
 
 def lookup(table: Tensor, outcome: Tensor) -> Tensor:
