@@ -32,7 +32,8 @@ class AgentConfig(Settings):
     """Number of experts K of the methods that mix; the first is the diamond's, the second the
     ghost's, further ones learn from unlabeled episodes only."""
     hidden: Sizes = (128, 128)
-    """Units of each hidden layer of the experts, the gate and the value net."""
+    """Units of each hidden layer of the experts, the gate and the value net; 64 64 is the default
+    with --algo ppo."""
     value_activation: Literal["relu", "none"] = "relu"
     """Activation of the value net; "none" makes it affine, as in the published code."""
     gate_conv: bool = False

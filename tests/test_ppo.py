@@ -943,3 +943,14 @@ def test_a_callback_that_changes_the_policy_is_heeded_at_once():
     actions = model.rollout_buffer.actions[..., 0]
     assert actions[:8].any()
     assert not actions[8:].any()
+
+
+@pytest.mark.parametrize(("size", "parts"), [(64, 2), (90, 1), (48, 3), (1000, 1), (None, 1)])
+def test_minibatches_are_of_the_nearest_size(size, parts):
+    model = tiny(method="oracle")  # nothing waits: 128 samples
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    buffer = model.rollout_buffer
+    batches = list(buffer.get(size))
+    assert buffer.minibatches(size) == len(batches) == parts
+    assert sum(len(batch.alone) for batch in batches) == 128

@@ -1,6 +1,5 @@
 """A rollout buffer that learns at an episode's end, or later, what the episode was."""
 
-import math
 from collections.abc import Generator, Hashable, Sequence
 from typing import Any, cast
 
@@ -180,13 +179,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.episodes += self.held.keep(window, due, ended, waits)
 
     def minibatches(self, batch_size: int | None = None) -> int:
-        """How many `get` yields."""
+        """How many `get` yields: as many as make their size the nearest to what is asked for."""
         assert self.samples is not None
         count = len(self.samples.alone)  # none, where all steps wait
-        return math.ceil(count / (batch_size or max(1, count)))
+        return max(round(count / (batch_size or max(1, count))), min(count, 1))
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
-        """Minibatches of `Targets` at most so large and all alike, in random order."""
+        """Minibatches of `Targets` about so large and all alike, in random order."""
         assert self.samples is not None
         parts, order = self.minibatches(batch_size), np.random.permutation(len(self.samples.alone))
         whole = [torch.as_tensor(x, device=self.device) for x in self.samples]

@@ -11,6 +11,8 @@ from oversight_rl.envs.settings import Settings, UserError
 DEFAULT_METHOD = "imputed_routing"
 """The one that works in the most environments. Plain routing, the paper's method, needs a gate that
 tells the behaviors apart before the experts have learned them."""
+HIDDEN = (64, 64)
+"""Units of each hidden layer, where they are not given."""
 ROLLOUT = 2048
 """Samples of a rollout at least, unless its steps are given: few environments need long ones."""
 MINIBATCHES, LEAST_MINIBATCH = 4, 64

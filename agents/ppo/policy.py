@@ -26,6 +26,7 @@ from torch.distributions import Bernoulli, Categorical, Normal
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.methods import Lesson
 from oversight_rl.agents.networks import Agent, Output
+from oversight_rl.agents.ppo.config import HIDDEN
 from oversight_rl.agents.ppo.extractors import Patches, default_extractor
 from oversight_rl.agents.ppo.observations import each
 from oversight_rl.agents.settings import AgentConfig
@@ -33,7 +34,7 @@ from oversight_rl.agents.steering import MIXTURE, Steering, parse
 from oversight_rl.envs.readable import seen
 from oversight_rl.envs.settings import BEHAVIORS, UserError
 
-HIDDEN = 64  # units of the reward model
+REWARD_HIDDEN = 64  # units of the reward model
 
 
 class RewardModel(nn.Module):
@@ -56,7 +57,9 @@ class RewardModel(nn.Module):
         super().__init__()
         self.extractor, self.action_space = extractor, action_space
         inputs = extractor.features_dim + get_flattened_obs_dim(action_space)
-        self.net = nn.Sequential(nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, behaviors))
+        self.net = nn.Sequential(
+            nn.Linear(inputs, REWARD_HIDDEN), nn.ReLU(), nn.Linear(REWARD_HIDDEN, behaviors)
+        )
 
     def forward(self, features: Tensor, actions: Tensor) -> Tensor:
         """Logits `[B, behaviors]` from features `[B, features_dim]` and actions `[B, ...]`."""
@@ -120,7 +123,7 @@ class MoEPolicy(ActorCriticPolicy):
         kwargs.setdefault("features_extractor_class", default_extractor(space))
         net_arch = kwargs.get("net_arch")
         if net_arch is None:
-            kwargs["net_arch"] = [64, 64]
+            kwargs["net_arch"] = list(HIDDEN)
         elif not isinstance(net_arch, list | tuple) or not net_arch:
             raise ValueError(
                 "MoEPolicy: net_arch must be one list of hidden units (experts, gate and value "

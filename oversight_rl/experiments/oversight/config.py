@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import field_validator, model_validator
 
 from oversight_rl.agents.methods import METHODS, Overseer
-from oversight_rl.agents.ppo.config import PPOConfig
+from oversight_rl.agents.ppo.config import HIDDEN, PPOConfig
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig, nearest
 from oversight_rl.kinds import KINDS, Kind, kind_of
@@ -56,9 +56,14 @@ class Config(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _method_and_sight(cls, data: Any) -> Any:
-        """The learner's default method; methods that hide the flags do so in the world."""
+        """The learner's default method and networks; methods that hide the flags do so in the
+        world.
+        """
         if not isinstance(data, dict):
             return data
+        agent = data.get("agent", {})
+        if data.get("algo") == PPOConfig.section and isinstance(agent, dict):
+            data = data | {"agent": {"hidden": HIDDEN} | agent}
         name = data["method"] if "method" in data else kind_of(data).default_method
         world = data.get("world", {})
         if isinstance(world, WorldConfig):
