@@ -82,7 +82,7 @@ class Output(Record):
     @property
     def _logits(self) -> Tensor:
         """W h_k, with gradients into both. [R, B, K, A]"""
-        if not self.head_logits.requires_grad:
+        if not _learns(self.head_logits):
             return self.expert_logits
         return self.expert_logits + (self.head_logits - self.head_logits.detach())
 
@@ -90,6 +90,11 @@ class Output(Record):
     def gate(self) -> Tensor:
         """Mixing probabilities of the gate. [R, B, K]"""
         return self.gate_logits.softmax(-1)
+
+
+def _learns(x: Tensor) -> bool:
+    """Whether gradients go into it, or may; a tracer looks twice, the second time without any."""
+    return x.requires_grad or torch.jit.is_tracing()
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
@@ -273,14 +278,15 @@ class Prepared:
     def products(self, observation: Tensor) -> tuple[Tensor, ...]:
         """All that takes time: what `output` needs, `[R, J, B, ...]` each."""
         parts = self._hidden(observation), self.out_weight, self.out_bias
-        two = _two_ways(*parts) if torch.is_grad_enabled() else (affine(*parts),) * 2
+        learning = torch.is_grad_enabled() or torch.jit.is_tracing()
+        two = _two_ways(*parts) if learning else (affine(*parts),) * 2
         return (*two, self.affine_value(observation)) if self.agent.affine_value else two
 
     def output(self, own: Tensor, shared: Tensor, value: Tensor | None = None) -> Output:
         """The output made of `products`, or of those of several batches joined."""
         agent, k = self.agent, self.agent.n_experts
         both = own[:, k:]
-        if shared.requires_grad:
+        if _learns(shared):
             both = both + (shared[:, k:] - shared[:, k:].detach())
         return Output(
             expert_logits=own[:, :k, :, : agent.n_actions].transpose(1, 2),

@@ -247,7 +247,7 @@ def test_training_stops_when_the_steered_model_is_good_or_gets_no_better(tmp_pat
 
     good = stopped(callback_on_new_best=StopTrainingOnRewardThreshold(0.9))
     assert good.best_score >= 0.9
-    assert good.last_mean_reward <= 0.05  # the reward of a policy that leaves what pays
+    assert good.last_mean_reward <= 0.1  # the reward of a policy that leaves what pays
     best = RoutedPPO.load(tmp_path / "best_model").policy
     assert (best.predict(np.zeros((9, 1), np.float32), deterministic=True)[0] == 0).all()
     last = stopped(callback_after_eval=StopTrainingOnNoModelImprovement(2, 3))

@@ -28,6 +28,12 @@ def in_process(rank, port, state, batch, queue):
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    learn(rank, state, batch, queue)
+    distributed.barrier()  # who leaves first would break what the other one waits for
+    distributed.destroy_process_group()
+
+
+def learn(rank, state, batch, queue):
     model = mlp()
     model.load_state_dict(state)
     half = slice(4 * rank, 4 * rank + 4)
@@ -47,7 +53,6 @@ def in_process(rank, port, state, batch, queue):
                 (squares(router.model, batch).mean() * scale).backward()
             optimizer.step()
             queue.put({name: p.detach().numpy().copy() for name, p in model.named_parameters()})
-    distributed.destroy_process_group()
 
 
 def test_two_processes():
