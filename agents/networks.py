@@ -92,9 +92,10 @@ class Output(Record):
         return self.gate_logits.softmax(-1)
 
 
-def _learns(x: Tensor) -> bool:
-    """Whether gradients go into it, or may; a tracer looks twice, the second time without any."""
-    return x.requires_grad or torch.jit.is_tracing()
+def _learns(x: Tensor | None = None) -> bool:
+    """Whether gradients go into `x`, or anywhere; a tracer, which looks twice, is told the same."""
+    learning = torch.is_grad_enabled() if x is None else x.requires_grad
+    return learning or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
@@ -278,8 +279,7 @@ class Prepared:
     def products(self, observation: Tensor) -> tuple[Tensor, ...]:
         """All that takes time: what `output` needs, `[R, J, B, ...]` each."""
         parts = self._hidden(observation), self.out_weight, self.out_bias
-        learning = torch.is_grad_enabled() or torch.jit.is_tracing()
-        two = _two_ways(*parts) if learning else (affine(*parts),) * 2
+        two = _two_ways(*parts) if _learns() else (affine(*parts),) * 2
         return (*two, self.affine_value(observation)) if self.agent.affine_value else two
 
     def output(self, own: Tensor, shared: Tensor, value: Tensor | None = None) -> Output:
