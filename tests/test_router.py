@@ -181,3 +181,49 @@ def test_gradients_are_those_of_samples_weighted(case, engine):
         assert_gradients(model, wanted)
         if engine == "labels":
             assert router.check(batch, ids, loss_fn) < 1e-12
+
+
+# ---- what would be silently wrong
+
+
+def test_a_region_that_is_off_twice_comes_back():
+    model = mlp()
+    router = Router(model, {"part": Region(units={"0": slice(4)})}, {0: Rule(["rest"])})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for order in ((0, 1), (1, 0)):
+        off = [router.ablate("part"), router.ablate("part")]
+        assert not model[0].weight[:4].any()
+        for which in order:
+            off[which].restore()
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_closed_router_routes_nothing_and_says_so():
+    model = mlp()
+    loss_fn, batch, ids = data(model)
+    with Router(model, {"part": Region(units={"0": slice(4)})}, RULES) as router:
+        pass
+    with pytest.raises(ValueError, match="the router is closed"), router.labels(ids):
+        pass
+    with pytest.raises(ValueError, match="the router is closed"):
+        router.backward(loss_fn, batch, ids)
+
+
+def test_parameters_that_came_later_are_refused():
+    model = mlp()
+    loss_fn, batch, ids = data(model)
+    router = Router(model, {"part": Region(units={"0": slice(4)})}, RULES)
+    with pytest.raises(ValueError, match="none that the model had"):
+        router.optimizer(torch.optim.SGD(mlp().parameters(), 0.1))
+    model.load_state_dict(mlp().state_dict(), assign=True)
+    with pytest.raises(ValueError, match="none that the model had"):
+        router.backward(loss_fn, batch, ids)
+
+
+@pytest.mark.parametrize("chance", [-0.5, 5.0, float("nan")])
+def test_chances_are_chances(chance):
+    model = mlp()
+    loss_fn, batch, _ = data(model)
+    router = Router(model, {"part": Region(units={"0": slice(4)})}, RULES)
+    with pytest.raises(ValueError, match=r"chances must lie in \[0, 1\]"):
+        router.backward(loss_fn, batch, torch.full((B, len(RULES)), chance))

@@ -15,13 +15,18 @@ Owner = Callable[[Tensor], int | Tensor]  # of a parameter: the part of all its 
 
 
 class Ablation:
-    """Regions whose parameters are zero from now on, until `restore()` or the end of a `with`."""
+    """Regions whose parameters are zero from now on, until `restore()` or the end of a `with`.
+
+    One that is off already is left to who switched it off.
+    """
 
     def __init__(self, model: nn.Module, partition: Partition, names: Sequence[str]) -> None:
-        parts = torch.tensor([partition.part(name) for name in names])
+        parts = torch.tensor([partition.part(name) for name in names if name not in partition.off])
+        self._off, self._names = partition.off, set(names) - partition.off
+        self._off |= self._names
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, which entries, values
         with torch.no_grad():
-            for parameter in model.parameters() if names else ():
+            for parameter in model.parameters() if self._names else ():
                 owner = torch.as_tensor(partition.of(parameter)).cpu()
                 off = torch.isin(owner, parts).to(parameter.device).expand(parameter.shape)
                 if off.any():
@@ -30,6 +35,7 @@ class Ablation:
 
     def restore(self) -> None:
         """Put back what was there."""
+        self._off -= self._names
         with torch.no_grad():
             while self._before:
                 parameter, off, values = self._before.pop()

@@ -24,6 +24,7 @@ class Partition:
         names: of the parts; "rest" is the first.
         owner: by parameter, the part of all its entries or of each, int64 like the parameter;
             those not listed are rest.
+        off: regions that are switched off now, by name.
         spots: where activations of units and heads pass: by name of a module and "in" or "out",
             the part of each of its inputs or outputs, int64 [units].
 
@@ -37,6 +38,7 @@ class Partition:
         self.names = (REST, *regions)
         self.owner: dict[str, int | Tensor] = {}
         self.spots: dict[tuple[str, str], Tensor] = {}
+        self.off: set[str] = set()
         self.wholes: dict[str, int] = {}  # parameters that are in a region by their names
         self._modules = dict(model.named_modules())  # each once, by the first of its names
         self._module_names: dict[int, str] = {
@@ -48,6 +50,7 @@ class Partition:
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 parameters[name] = parameter
                 self._names.setdefault(id(parameter), []).append(name)
+        self._held = parameters  # so that no other parameter is taken for one of these
         self._reached: set[str] = set()  # names of parameters that regions give
         for part, region in enumerate(regions.values(), start=1):
             for pattern, index in region.units.items():
@@ -66,9 +69,18 @@ class Partition:
                 self.owner[name] = int(owner.flatten()[0])
 
     def of(self, parameter: Tensor) -> int | Tensor:
-        """The part of a parameter's entries."""
-        names = self._names.get(id(parameter), [""])
-        return self.owner.get(names[0], 0)
+        """The part of a parameter's entries.
+
+        Raises:
+            ValueError: the model had no such parameter.
+        """
+        if id(parameter) not in self._names:
+            raise ValueError(
+                f"a parameter {tuple(parameter.shape)} is none that the model had when its router "
+                "was made: make router and optimizer anew after expand, after "
+                "load_state_dict(..., assign=True) and whatever else replaces parameters"
+            )
+        return self.owner.get(self._names[id(parameter)][0], 0)
 
     def part(self, name: str) -> int:
         """The index of a region."""

@@ -89,6 +89,7 @@ class Router:
         self._stepped = False
         self._handles: list[RemovableHandle] = []
         self._optimizers: list[RemovableHandle] = []
+        self._closed = False
         self._plan()
         self._install()
 
@@ -108,6 +109,7 @@ class Router:
                 parameters cannot be weighted in one pass (use `backward`), BatchNorm couples
                 samples, or no layer of the model was called.
         """
+        self._refuse_closed()
         if self._refusals:
             raise ValueError(f"{self._refusals[0]}: use router.backward")
         self._refuse_batch_norm()
@@ -129,6 +131,10 @@ class Router:
                 "labels: no routed layer of the model was called; a model that was compiled and "
                 "called before its router was made keeps its old code: make the router first"
             )
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ValueError("the router is closed, and routes nothing: make another one")
 
     def _refuse_batch_norm(self) -> None:
         for name, module in self._batch_norms.items():
@@ -152,6 +158,8 @@ class Router:
                 raise ValueError(
                     f"chances {tuple(ids.shape)} must have one for each of {len(self.rules)} labels"
                 )
+            if not in_transform() and not ((ids >= 0) & (ids <= 1)).all():
+                raise ValueError("chances must lie in [0, 1]")
             return ids.to(like.dtype)
         found, index = (ids[..., None] == self._labels).max(-1)
         if not in_transform() and not found.all():
@@ -204,6 +212,7 @@ class Router:
         Raises:
             ValueError: a label is unknown, or a shape does not fit.
         """
+        self._refuse_closed()
         self._refuse_batch_norm()
         chances = self._chances(ids)
         if chances.ndim != 1 + ids.is_floating_point():
@@ -246,7 +255,13 @@ class Router:
 
         Returns:
             The optimizer itself.
+
+        Raises:
+            ValueError: it holds parameters that are not the model's, or no longer.
         """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self.partition.of(parameter)
         self._optimizers += freeze(optimizer, self.partition.of, self._masked)
         return optimizer
 
@@ -316,6 +331,7 @@ class Router:
 
     def close(self) -> None:
         """Take all hooks away, those of optimizers too."""
+        self._closed = True
         self._remove_hooks()
         while self._optimizers:
             self._optimizers.pop().remove()
