@@ -105,7 +105,7 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     """
     if table.is_cuda:  # where adding by index has no order
         return F.embedding(index, table)
-    return table.index_select(0, index.flatten()).view(*index.shape, -1)
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[-1])
 
 
 class Linear(nn.Module):

@@ -1,5 +1,6 @@
 """RoutedPPO: SB3's habits, where gradients flow, what becomes of labels, learning."""
 
+import copy
 import io
 import warnings
 from pathlib import Path
@@ -929,12 +930,30 @@ def test_patches_are_merged_and_keep_their_features(sides):
         assert torch.allclose(cnn(patches[chosen]), cnn(rows[chosen]), atol=1e-6)
 
 
-def test_a_callback_that_changes_the_policy_is_heeded_at_once():
+@pytest.mark.parametrize(("size", "parts"), [(64, 2), (90, 1), (48, 3), (1000, 1), (None, 1)])
+def test_minibatches_are_of_the_nearest_size(size, parts):
+    model = tiny(method="oracle")  # nothing waits: 128 samples
+    _, callback = model._setup_learn(10**6, None)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
+    buffer = model.rollout_buffer
+    batches = list(buffer.get(size))
+    assert buffer.minibatches(size) == len(batches) == parts
+    assert sum(len(batch.alone) for batch in batches) == 128
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "another policy"])
+def test_whatever_a_callback_does_to_the_policy_acts_from_there_on(how):
     class Changes(BaseCallback):
         def _on_step(self):
             if self.n_calls == 8:
-                with torch.no_grad():
-                    self.model.policy.agent.head.bias[0] += torch.tensor([50.0, 0.0, 0.0])
+                bias = torch.tensor([50.0, 0.0, 0.0])
+                if how == "another policy":
+                    self.model.policy = copy.deepcopy(self.model.policy)
+                if how == "data":
+                    self.model.policy.agent.head.bias.data[0] += bias
+                else:
+                    with torch.no_grad():
+                        self.model.policy.agent.head.bias[0] += bias
             return True
 
     model = tiny(gae_lambda=0.9)
@@ -945,12 +964,26 @@ def test_a_callback_that_changes_the_policy_is_heeded_at_once():
     assert not actions[8:].any()
 
 
-@pytest.mark.parametrize(("size", "parts"), [(64, 2), (90, 1), (48, 3), (1000, 1), (None, 1)])
-def test_minibatches_are_of_the_nearest_size(size, parts):
-    model = tiny(method="oracle")  # nothing waits: 128 samples
-    _, callback = model._setup_learn(10**6, None)
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
-    buffer = model.rollout_buffer
-    batches = list(buffer.get(size))
-    assert buffer.minibatches(size) == len(batches) == parts
-    assert sum(len(batch.alone) for batch in batches) == 128
+def test_callbacks_see_the_tensors_that_sb3_has():
+    class Looks(BaseCallback):
+        def _on_step(self):
+            assert self.locals["values"].shape == (8, 1)
+            assert self.locals["log_probs"].shape == (8,)
+            return torch.is_tensor(self.locals["values"])
+
+    tiny().learn(8 * 16 * 2, Looks())
+
+
+def test_a_policy_whose_own_output_would_not_be_asked_is_refused():
+    class Masked(MoEPolicy):
+        def distribution(self, parameters):
+            return super().distribution(parameters)
+
+    with pytest.raises(ValueError, match="Masked has its own distribution"):
+        RoutedPPO(Masked, ID, oversight=0.5, method="routing", n_envs=2, n_steps=8)
+
+
+def test_the_users_optimizer_arguments_are_heeded():
+    kwargs = TINY["policy_kwargs"] | {"optimizer_kwargs": {"foreach": True, "eps": 1e-3}}
+    tiny(policy_kwargs=kwargs).learn(8 * 16)
+    assert tiny().policy.optimizer.defaults["fused"]

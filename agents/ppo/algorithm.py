@@ -191,6 +191,12 @@ class RoutedPPO(CollectingPPO):
         super().__init__(policy, env, *args, **kwargs)
 
     def _setup_model(self) -> None:
+        for name in ("forward", "output", "distribution", "extract_features"):
+            if getattr(self.policy_class, name) is not getattr(MoEPolicy, name):
+                raise ValueError(
+                    f"policy: {self.policy_class.__name__} has its own {name}, which is not called "
+                    "in training: give it a features_extractor_class, or wrap the environment"
+                )
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
         if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be

@@ -78,7 +78,8 @@ class CollectingPPO(PPO):
         policy.set_training_mode(False)
         buffer.reset()
         callback.on_rollout_start()
-        views = buffer.views = Views(policy)
+        watched = bool(getattr(callback, "callbacks", [callback]))
+        views = buffer.views = Views(policy, watched)
         uniform = torch.rand(n_rollout_steps, env.num_envs).numpy()
         whole = False
         try:
@@ -106,8 +107,12 @@ class CollectingPPO(PPO):
         uniform: NDArray[np.float32],
     ) -> bool:
         """A step of every environment; whether callbacks, which see its locals, let it go on."""
+        if self.policy is not views.policy:  # a callback put another one in its place
+            views.follow(self.policy)
         alone = rollout_buffer.acts_alone
-        at, actions, values, log_probs = views.act(self._last_obs, alone, uniform)
+        at, actions, *said = views.act(self._last_obs, alone, uniform)
+        values, log_probs = map(torch.from_numpy, said)  # as SB3 has them, for callbacks
+        values = values[:, None]
         clipped_actions = actions
         if isinstance(self.action_space, spaces.Box):
             low, high = self.action_space.low, self.action_space.high
@@ -123,7 +128,7 @@ class CollectingPPO(PPO):
             self._update_info_buffer(infos, dones)
             rollout_buffer.note(infos, dones, at)
             begun = self._last_obs, actions, rewards, self._last_episode_starts
-            rollout_buffer.add(*begun, *map(torch.from_numpy, (values, log_probs)))
+            rollout_buffer.add(*begun, values, log_probs)
         rollout_buffer.pass_on(dones)
         self._last_obs, self._last_episode_starts = new_obs, dones
         return goes_on

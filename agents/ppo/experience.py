@@ -163,13 +163,13 @@ def impute(policy: MoEPolicy, steps: Steps, left: NDArray[np.int64]) -> Floats:
     ended = steps.ended
     imputed = np.zeros((*ended.shape, len(policy.behaviors)), np.float32)
     seen, taken = each(lambda x: x[ended], steps.observations), steps.actions[ended]
-    parts = range(0, len(taken), AT_ONCE)
+    parts, at = range(0, len(taken), AT_ONCE), ended.nonzero()
     with torch.no_grad():
         for part in (slice(start, start + AT_ONCE) for start in parts):
             rows = obs_as_tensor(each(lambda x, at=part: x[at], seen), policy.device)
             actions = policy.as_taken(torch.as_tensor(taken[part], device=policy.device))
             chances = policy.behavior_log_probabilities(rows, actions).exp()
-            imputed[tuple(i[part] for i in ended.nonzero())] = chances.cpu().numpy()
+            imputed[tuple(i[part] for i in at)] = chances.cpu().numpy()
     end = (np.arange(len(left))[:, None] + left).clip(max=len(left) - 1)
     return np.take_along_axis(imputed, end[..., None], 0)
 

@@ -28,8 +28,10 @@ SYMBOLS = 64
 
 COMBINATIONS = 2**16
 """Combinations of a cell's symbols at most, which `SymbolicCNN` has a table of."""
-MOST_CODES, MOST_MARKS = 2**62, 2**16
-"""Patches that a number can tell apart at most, and a table."""
+MOST_CODES = 2**62
+"""Kinds of patches that a number can tell apart."""
+MOST_MARKS = 2**16
+"""Numbers up to which those that occur are counted in a table, and not sorted."""
 
 
 @dataclass(frozen=True)

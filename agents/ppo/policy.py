@@ -174,7 +174,9 @@ class MoEPolicy(ActorCriticPolicy):
             self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
         if lr_schedule is not None:
             kwargs = {"lr": lr_schedule(1)} | self.optimizer_kwargs
-            if self.optimizer_class is torch.optim.Adam:
+            if self.optimizer_class is torch.optim.Adam and not {"foreach", "differentiable"} & set(
+                kwargs
+            ):
                 kwargs = {"fused": True} | kwargs
             self.optimizer = self.optimizer_class(self.parameters(), **kwargs)
 

@@ -44,7 +44,7 @@ class Experience:
     """
 
     window: Window
-    view: NDArray[np.int64]  # which observation it was, where it is due, see `Views`
+    view: NDArray[np.int64]  # which observation it was, in the rollout and where due, see `Views`
     outcome: NDArray[np.int64]  # of the step's episode, see `methods.outcomes`
     left: NDArray[np.int64]  # steps until the episode's last one
     due: Bools  # to be learned from now, see `Window.due`

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
@@ -34,42 +33,61 @@ class Views:
     """Observations, numbered as they are met, and what a policy says of them.
 
     Equal ones have one number where the features extractor is one of those that are known to judge
-    each observation by itself; others may not, as those with batch norm, and images never repeat.
+    each observation by itself; others may not, as those with batch norm. Images are not compared.
 
     Args:
-        policy: whose parameters stay as they are while observations are met.
+        policy: that acts.
+        watched: whether callbacks may change its parameters meanwhile, in ways that leave no trace.
     """
 
-    def __init__(self, policy: MoEPolicy) -> None:
-        self.policy = policy
+    def __init__(self, policy: MoEPolicy, watched: bool = False) -> None:
+        self._watched = watched
+        space = policy.observation_space
         self._chooses = isinstance(policy.action_space, spaces.Discrete)
         self._width = policy.agent.n_actions
-        self._shapes = get_obs_shape(policy.observation_space)
-        extractor = policy.features_extractor
-        self._symbols = extractor if type(extractor) is SymbolicCNN else None
-        self._merges = type(extractor) in (SymbolicCNN, FlattenExtractor)
+        self._kinds: Any = (space.shape, space.dtype)
+        if isinstance(space, spaces.Dict):
+            self._kinds = {name: (part.shape, part.dtype) for name, part in space.items()}
         self._taken: list[Any] = []  # observations [n, ...] each, or cells of their patches
         self._features: list[Tensor] = []  # [n, F] each
-        self._said: Floats = np.empty((0, 0), np.float32)  # [U, columns], see `_networks`
-        self._learned = list(policy.parameters())
+        self._room: Floats = np.empty((0, 0), np.float32)  # for `_said`, and for more
+        self._said = self._room  # [U, columns], see `_networks`
+        self.follow(policy)
+
+    def follow(self, policy: MoEPolicy) -> None:
+        """Another policy acts from here on."""
+        self.policy, extractor = policy, policy.features_extractor
+        self._symbols = extractor if type(extractor) is SymbolicCNN else None
+        self._merges = type(extractor) in (SymbolicCNN, FlattenExtractor)
+        self._learned: list[Tensor] = list(policy.parameters())
         self._compose()
 
+    @torch.no_grad()
     def _compose(self) -> None:
         """Prepare the networks as they are now; what was said before holds for nothing new."""
-        self._versions = [parameter._version for parameter in self._learned]
+        self._state = self._state_now()
         self._number: dict[bytes, int] = {}
         self._agent = self.policy.agent.prepare()
         self._extract = self._symbols.composed() if self._symbols else self.policy.features
+
+    def _state_now(self) -> list[float]:
+        """What tells whether parameters were changed; of writes to `.data` only their sizes do."""
+        versions: list[float] = [parameter._version for parameter in self._learned]
+        if not self._watched:
+            return versions
+        with torch.no_grad():
+            sizes = torch.stack(torch._foreach_norm([*self._learned])).tolist()
+        return versions + sizes
 
     def __len__(self) -> int:
         return len(self._said)
 
     def find(self, observations: Any) -> Ints:
         """The numbers of observations `[B, ...]`; those not met before are judged. [B]"""
-        if self._versions != [parameter._version for parameter in self._learned]:  # by a callback
+        if self._state != self._state_now():  # a callback changed them
             self._compose()
         first = len(self)
-        observations = each(lambda x, to: np.reshape(x, (-1, *to)), observations, self._shapes)
+        observations = each(_as_kind, observations, self._kinds)
         if not self._merges:
             self._judge(each(np.array, observations))  # a copy, as environments reuse theirs
             return np.arange(first, len(self))
@@ -90,11 +108,20 @@ class Views:
             features, said = self._networks(taken)
             self._taken.append(taken)
             self._features.append(features)
-            self._said = np.concatenate([self._said, said]) if len(self) else said
+            self._add(said)
         for name in ("features", "_observations"):
             vars(self).pop(name, None)  # what was put together before
 
-    @torch.inference_mode()
+    def _add(self, said: Floats) -> None:
+        count = len(self) + len(said)
+        if count > len(self._room):
+            room = np.empty((2 * count, said.shape[1]), np.float32)
+            room[: len(self)] = self._said if len(self) else said[:0]
+            self._room = room
+        self._room[len(self) : count] = said
+        self._said = self._room[:count]
+
+    @torch.no_grad()
     def _networks(self, taken: Any) -> tuple[Tensor, Floats]:
         """Features `[n, F]` of observations, or their cells, and what is said of them in columns.
 
@@ -161,12 +188,14 @@ class Views:
     @cached_property
     def features(self) -> Tensor:
         """Of all observations, before the update. [U, F]"""
-        return torch.cat(self._features)
+        self._features = [torch.cat(self._features)]
+        return self._features[0]
 
     @cached_property
     def _observations(self) -> Any:
         """All of them, as `MoEPolicy.features` takes them soonest. [U, ...]"""
         whole = each(lambda *parts: torch.cat(parts), *self._taken)
+        self._taken = [whole]
         return Patches.of(whole) if self._symbols else whole
 
     def __getitem__(self, numbers: Tensor) -> Any:
@@ -182,6 +211,12 @@ class Views:
 
     def _tensor(self, x: NDArray[Any]) -> Tensor:
         return torch.as_tensor(x, device=self.policy.device)
+
+
+def _as_kind(x: Any, kind: tuple[tuple[int, ...], Any]) -> NDArray[Any]:
+    """Observations as arrays of the shape and type that their space has."""
+    shape, dtype = kind
+    return np.asarray(x, dtype).reshape(-1, *(shape or (1,)))
 
 
 def _as_bytes(observations: NDArray[Any]) -> list[bytes]:
