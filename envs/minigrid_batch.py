@@ -78,9 +78,8 @@ class DiamondGhostVecEnv(Batch):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        self._tiles: Tiles | None = (
-            None  # [N, size * size + 2], tile of cell y * size + x; then OFF_GRID
-        )
+        # [N, size * size + 2], the tile of cell y * size + x; beside these OFF_GRID
+        self._tiles: Tiles | None = None
         self._one = DiamondGhostEnv(  # checks and holds the settings
             size, layout, oversight, flags_visible, lava, reward, max_steps,
             agent_view_size=agent_view_size, render_mode=render_mode,

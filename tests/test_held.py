@@ -239,7 +239,7 @@ def test_what_the_policy_would_never_do_again_teaches_nothing_and_breaks_nothing
         agent.trunks[-1].bias[0, expert] += 1000.0  # this one is certain, the other is not
         for sign in (1, -1):
             agent.gate_out.bias.fill_(1000.0 * sign)  # and the mixture is the second one
-            if model.policy.gate_log_probabilities(rows)[0, :, 0].max() < -100:
+            if model.policy.output(rows).gate_logits.log_softmax(-1)[0, :, 0].max() < -100:
                 break
         output = model.policy.output(rows)
         parameters = output.alone(0), output.mix(output.gate)

@@ -26,7 +26,7 @@ from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.environment import ask, policy_arguments
 from oversight_rl.agents.ppo.experience import SETTLED
 from oversight_rl.agents.ppo.losses import figure_names
-from oversight_rl.agents.ppo.observations import each, named, parts_of, unnamed
+from oversight_rl.agents.ppo.observations import named, parts_of, unnamed
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.reinforce.figures import reward_model_figures
 from oversight_rl.agents.settings import AgentConfig, at
@@ -293,7 +293,7 @@ class PPOLearner(Learner):
 
 def statistics(model: RoutedPPO) -> dict[str, float]:
     """How episodes of a whole rollout ended, as the learner saw them, and the gate by outcome."""
-    buffer, policy = model.rollout_buffer, model.policy
+    buffer = model.rollout_buffer
     kinds = {"timeout": TIMEOUT, "unlabeled": UNLABELED}
     kinds |= {f"labeled_{name}": LABELED + i for i, name in enumerate(buffer.behaviors)}
     x = model.experience
@@ -306,13 +306,10 @@ def statistics(model: RoutedPPO) -> dict[str, float]:
         parts = (wanted, truth, truth != NO_LABEL, outcome)
         figures = reward_model_figures(*(torch.as_tensor(part).flatten()[None] for part in parts))
         shares |= {name: float(figure) for name, figure in figures.items()}
-    if policy.agent.has_gate:
-        with torch.no_grad():
-            rows = each(lambda x: torch.as_tensor(x).flatten(0, 1), buffer.observations)
-            rows = each(lambda x: x.to(model.device), rows)
-            gate = policy.gate_log_probabilities(rows)[0, :, 0].exp().cpu().numpy()
+    if model.policy.agent.has_gate:
+        gate = buffer.views.gates[buffer.view, 0]
         for kind, value in kinds.items():
-            chosen = gate[outcome.flatten() == value]
+            chosen = gate[outcome == value]
             shares[f"gate/{kind}"] = float(chosen.mean()) if chosen.size else math.nan
     return shares
 

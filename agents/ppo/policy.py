@@ -174,9 +174,8 @@ class MoEPolicy(ActorCriticPolicy):
             self.register_buffer("task_square", torch.zeros(2, dtype=torch.float64))
         if lr_schedule is not None:
             kwargs = {"lr": lr_schedule(1)} | self.optimizer_kwargs
-            if self.optimizer_class is torch.optim.Adam and not {"foreach", "differentiable"} & set(
-                kwargs
-            ):
+            others = {"foreach", "differentiable"} & kwargs.keys()  # which exclude it
+            if self.optimizer_class is torch.optim.Adam and not others:
                 kwargs = {"fused": True} | kwargs
             self.optimizer = self.optimizer_class(self.parameters(), **kwargs)
 
@@ -187,10 +186,6 @@ class MoEPolicy(ActorCriticPolicy):
     def output(self, obs: Any) -> Output:
         """Everything that the networks compute for B observations: `Output` with R = 1."""
         return self.agent(self.features(obs)[None])  # type: ignore[no-any-return]
-
-    def gate_log_probabilities(self, obs: Any) -> Tensor:
-        """The gate's log-probabilities alone, `[1, B, K]`."""
-        return self.agent.prepare().gate(self.features(obs)[None]).log_softmax(-1)
 
     def behavior_log_probabilities(self, obs: Any, actions: Tensor) -> Tensor:
         """Of each behavior, where an episode ends by these actions, `[B, behaviors]`."""

@@ -83,9 +83,7 @@ class SideBySide:
         self.agent, self.facts, self.policies, self.policy = agent, facts, policies, policy
         self.rows: dict[int, int] = {}  # of `edges`, by the key of what is seen
         space = cast(spaces.Discrete, agent.action_space)
-        self.edges = torch.empty(
-            0, len(policies), int(space.n) - 1
-        )  # of what was seen, see `sample`
+        self.edges = torch.empty(0, len(policies), int(space.n) - 1)  # of views, see `sample`
 
     @torch.no_grad()
     def __call__(self, observation: NDArray[np.uint8]) -> NDArray[np.int64]:
