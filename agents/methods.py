@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
+from oversight_rl.envs.overseers import Overseer, rate
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL
 
 if TYPE_CHECKING:
@@ -26,26 +27,6 @@ if TYPE_CHECKING:
 UNFINISHED, TIMEOUT, UNLABELED, LABELED = range(4)
 Rewards: TypeAlias = tuple[float, float, float]
 LEAST_SAID = 1e-6  # of a label, for its errors to be weighted away
-
-
-@dataclass(frozen=True)
-class Overseer:
-    """What the overseer of one run catches and gets right."""
-
-    oversight: float
-    """Chance that a square is flagged, and the share of endings that an audit labels."""
-    ghost_oversight: float | None = None
-    """Chance that the ghost is flagged, where the world sets it apart."""
-    recall: float = 1.0
-    """Chance that an ending which should be labeled is."""
-    error: float = 0.0
-    """Chance that a label names a wrong behavior."""
-
-    @property
-    def ghosts_labeled(self) -> float:
-        """Chance that an ending on the ghost is labeled."""
-        flagged = self.ghost_oversight
-        return self.recall * (self.oversight if flagged is None else flagged)
 
 
 def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[list[float]]:
@@ -177,27 +158,37 @@ NAIVE = (1, 1, -1)
 def inverse_propensity(overseer: Overseer, behaviors: int) -> Rewards:
     """Rewards whose mean over labels, missing and wrong ones too, is the true reward of an ending.
 
-    An unlabeled ending is worth 1. With chance p a ghost is labeled, with chance e a label names
-    one of the B - 1 wrong behaviors, so the rewards w of a labeled diamond and u of a labeled ghost
-    solve  (1 - e) w + e u = 1  and  (1 - p) + p (a w + (1 - a) u) = -1  with  a = e / (B - 1).
+    An unlabeled ending is worth 1. With chance p a ghost is labeled, and labels of diamonds and
+    ghosts name one of the B - 1 wrong behaviors with chances d and g, so the rewards w of a labeled
+    diamond and u of a labeled ghost solve  (1 - d) w + d u = 1  and
+    (1 - p) + p (a w + (1 - a) u) = -1  with  a = g / (B - 1).
 
     Raises:
-        ValueError: ghosts are never labeled, or their labels say nothing.
+        ValueError: ghosts are never labeled, or not at a rate that is known, or their labels say
+            nothing.
     """
-    p, e = overseer.ghosts_labeled, overseer.error
+    labels, unwanted = overseer.labels, range(1, behaviors)
+    rates = {(overseer.labeled(b), rate(labels.error, b)) for b in unwanted}
+    (p, g), *others = rates
+    d = rate(labels.error, 0)
+    if others or p is None or (labels.near is not None and max(d, g) > 0):
+        raise ValueError(
+            "labels: must come at a rate that is known, and be wrong at one, the same for every "
+            "unwanted behavior and wherever the squares are"
+        )
     if not p > 0:
         raise ValueError(
-            "oversight: the chance that a ghost is labeled (times label_recall) must be above 0, "
-            f"got {p:g}"
+            "labels: the chance that a ghost is labeled (oversight times labels.shares times "
+            f"labels.recall) must be above 0, got {p:g}"
         )
-    a, ghosts = e / (behaviors - 1), 1 - 2 / p
-    said = 1 - e - a  # by a label of what was; 0 where every behavior is named as often
+    a, ghosts = g / (behaviors - 1), 1 - 2 / p
+    said = 1 - d - a  # by a label of what was; 0 where every behavior is named as often
     if abs(said) < LEAST_SAID:
         raise ValueError(
-            f"label_error: must not be {1 - 1 / behaviors:g}, where labels of {behaviors} "
-            f"behaviors say nothing, got {e:g}"
+            f"labels.error: must not be {1 - 1 / behaviors:g}, where labels of {behaviors} "
+            f"behaviors say nothing, got {g:g}"
         )
-    return 1, ((1 - a) - e * ghosts) / said, ((1 - e) * ghosts - a) / said
+    return 1, ((1 - a) - d * ghosts) / said, ((1 - d) * ghosts - a) / said
 
 
 ROUTED = OutcomeTable(routes=own_expert_only)
@@ -287,9 +278,10 @@ class MethodTables:
     sample_weight: Tensor  # [R, O], 1 if samples with that outcome count
     weighs_labels: Tensor  # [R], 1 if labeled samples weigh more
     routes: Tensor  # [R, O, K + 1], gradient weights into the experts and the gate
+    overseen: Tensor  # [R] bool, labels from the overseer, and none of the method's own
     sees_truth: Tensor  # [R] bool, labels from true endings
-    label_share: Tensor  # [R], share of flagged (or true) endings that are labeled
-    label_error: Tensor  # [R], share of labels that name a wrong behavior
+    label_share: Tensor  # [R, B], share of flagged (or true) endings that are labeled
+    label_error: Tensor  # [R, B], share of labels that name a wrong behavior
     lessons: frozenset[Lesson]  # of all runs
 
     @property
@@ -335,11 +327,23 @@ def tables(
         unlabeled, diamond, ghost = method.rewards(overseer, behaviors)
         return [0.0, 0.0, unlabeled, diamond, *[ghost] * (behaviors - 1)]
 
-    def share(method: Method, overseer: Overseer) -> float:
-        return overseer.recall * (overseer.oversight if method.table.labels == "audit" else 1.0)
+    def sees_truth(method: Method, overseer: Overseer) -> bool:
+        return method.table.sees_truth or not overseer.made.tied
 
-    def error(method: Method, overseer: Overseer) -> float:
-        return 1 - 1 / behaviors if method.table.labels == "shuffled" else overseer.error
+    def share(method: Method, overseer: Overseer) -> list[float]:
+        labels, every = overseer.made, range(behaviors)
+        if method.table.sees_truth:  # a source of its own, which no overseer changes
+            return [overseer.oversight if method.table.labels == "audit" else 1.0] * behaviors
+        told = [rate(labels.recall, b) for b in every]
+        if labels.asks != "nobody":  # of any ending, but of a kind that it never tells
+            return [told[b] * (rate(labels.shares, b) > 0) for b in every]
+        return told if labels.tied else [told[b] * overseer.flagged(b) for b in every]
+
+    def error(method: Method, overseer: Overseer) -> list[float]:
+        if method.table.labels == "shuffled":
+            return [1 - 1 / behaviors] * behaviors
+        own = (0.0,) if method.table.sees_truth else overseer.made.error
+        return [rate(own, b) for b in range(behaviors)]
 
     pairs = list(zip(methods, overseers, strict=True))
     counts = [[1.0, 1.0, float(m.table.keep_unlabeled), *[1.0] * behaviors] for m in methods]
@@ -348,7 +352,8 @@ def tables(
         sample_weight=tensor(counts),
         weighs_labels=tensor([float(m.table.weighs_labels) for m in methods]),
         routes=tensor([[plain] * 3 + m.table.routes(experts, behaviors) for m in methods]),
-        sees_truth=torch.tensor([m.table.sees_truth for m in methods], device=device),
+        overseen=torch.tensor([not m.table.sees_truth for m in methods], device=device),
+        sees_truth=torch.tensor([sees_truth(*pair) for pair in pairs], device=device),
         label_share=tensor([share(*pair) for pair in pairs]),
         label_error=tensor([error(*pair) for pair in pairs]),
         lessons=frozenset.intersection(*(frozenset(m.lessons) for m in methods)),
@@ -365,31 +370,50 @@ def expected(table: Tensor, chances: Tensor) -> Tensor:
     return torch.einsum("rtnb,rb...->rtn...", chances, table[:, LABELED:])
 
 
-def outcomes(
-    seen: Seen, truth: Truth, uniform: Tensor, methods: MethodTables
-) -> tuple[Tensor, Tensor]:
-    """The outcome of the episode that each sample belongs to, and the steps left until its end.
+def labels(
+    seen: Seen, truth: Truth, uniform: Tensor, methods: MethodTables, hard: Tensor | None = None
+) -> Tensor:
+    """What an overseer says of each step's end, NO_LABEL where nothing. `[R, T, N]`
 
-    A label is known at an episode's end only, and is written back to all of its steps. Only runs
-    of oracle methods look at the truth; `uniform`, in [0, 1), decides which labels go missing or
-    wrong. Steps are those to the episode's last, or to the window's end where it is unfinished. All
-    are `[R, T, N]`.
+    All that a learner may know of how an episode ended. Only an overseer whose labels are not tied
+    to flags looks at the truth, and so do the oracle methods, which have labels of their own.
+
+    Args:
+        seen: of the steps, with what is flagged as `label`.
+        truth: of the steps.
+        uniform: in [0, 1), decides which labels go missing or wrong.
+        methods: of the runs.
+        hard: bool, whether labels can be wrong there; None: everywhere.
     """
     import torch  # takes a second to load
 
-    steps, behaviors = uniform.shape[1], methods.reward.shape[1] - LABELED
-    sees_truth = methods.sees_truth[:, None, None]
-    share = methods.label_share[:, None, None]
-    error = share * methods.label_error[:, None, None]
-    label = torch.where(sees_truth, truth.ending, seen.label)
+    behaviors = methods.label_share.shape[1]
+    label = torch.where(methods.sees_truth[:, None, None], truth.ending, seen.label)
+    own = label.clamp(min=0).flatten(1)  # of no ending, any
+    share = methods.label_share.gather(1, own).view_as(uniform)
+    error = share * methods.label_error.gather(1, own).view_as(uniform)
+    if hard is not None:
+        error = torch.where(hard, error, 0.0)
     wrong = uniform < error
     shift = torch.where(wrong, uniform / error, 0.0) * (behaviors - 1)  # uniform among the others
     other = (label + 1 + shift.long()) % behaviors
     given = torch.where(wrong, other, label)
-    label = torch.where((label == NO_LABEL) | (uniform >= share), NO_LABEL, given)
+    return torch.where((label == NO_LABEL) | (uniform >= share), NO_LABEL, given)
+
+
+def outcomes(seen: Seen) -> tuple[Tensor, Tensor]:
+    """The outcome of the episode that each sample belongs to, and the steps left until its end.
+
+    A label is known at an episode's end only, and is written back to all of its steps. Steps are
+    those to the episode's last, or to the window's end where it is unfinished. Both are
+    `[R, T, N]`.
+    """
+    import torch  # takes a second to load
+
+    steps, label = seen.label.shape[1], seen.label
     reached = torch.where(label == NO_LABEL, UNLABELED, LABELED + label)
     ended_as = torch.where(seen.terminated, reached, TIMEOUT)
-    time = torch.arange(steps, device=uniform.device)[:, None]  # [T, 1]
+    time = torch.arange(steps, device=label.device)[:, None]  # [T, 1]
     done = seen.terminated | seen.truncated
     end = torch.where(done, time, steps).flip(1).cummin(1).values.flip(1)  # [R, T, N]
     outcome = ended_as.gather(1, end.clamp(max=steps - 1))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from scipy import special
 
 from oversight_rl.envs.labels import behavior_index, distinct_names
+from oversight_rl.envs.overseers import as_labels, rate
 from oversight_rl.envs.settings import UserError
 
 CONFIDENCE = 0.95
@@ -35,36 +36,44 @@ class Audit:
 def audit(
     labels: Iterable[str | None],
     behaviors: Sequence[str] = ("wanted", "unwanted"),
-    label_error: float = 0.0,
+    label_error: float | Sequence[float] = 0.0,
     confidence: float = CONFIDENCE,
+    label_recall: float | Sequence[float] = 1.0,
 ) -> Audit:
     """Bound the share of unwanted endings, among all that end in a behavior, from labels of some.
 
     The audited episodes must be a fair sample: chosen before they end, independently of what the
-    agent can see. An episode without a label says nothing. Labels may go missing if they do so
-    whatever the ending was, so that their rate need not be known.
+    agent can see. An episode without a label says nothing.
 
     Args:
         labels: of each audited episode, `info.get("label")` at its end.
         behaviors: names of the behaviors, the wanted one first.
-        label_error: chance that a label names one of the wrong behaviors, each as often.
+        label_error: chance that a label names one of the wrong behaviors, each as often; one for
+            all, or for each behavior, as in `Labels`.
         confidence: chance that a bound holds, at least.
+        label_recall: chance that an audited ending gets its label, for all (then it need not be
+            known) or for each behavior.
 
     Raises:
-        UserError: labels would say nothing at that error, a number is out of range, or a label
-            (as `LabelError`) is not among the behaviors.
-        ValueError: behaviors are not two or more distinct names.
+        UserError: labels would say nothing at that error, the confidence is out of range, or a
+            label (as `LabelError`) is not among the behaviors.
+        ValueError: behaviors are not two or more distinct names, or a rate is out of range.
 
     Source:
         Clopper and Pearson 1934; for all looks, the mixture supermartingales of Robbins 1970 and
         arXiv 1810.08240.
     """
     names = distinct_names(behaviors)
-    useless = 1 - 1 / len(names)  # the error at which every behavior is named as often
-    if not 0 <= label_error < useless:
+    said_of = as_labels({"error": label_error, "recall": label_recall}, len(names))
+    unwanted_ones = range(1, len(names))
+    e, recall = rate(said_of.error, 0), rate(said_of.recall, 0)
+    # the worst of the unwanted: named as the wanted one most often, labeled most seldom
+    missed = max(rate(said_of.error, b) for b in unwanted_ones) / (len(names) - 1)
+    least = min(rate(said_of.recall, b) for b in unwanted_ones)
+    if e + missed >= 1:
         raise UserError(
-            f"label_error: must lie in [0, {useless:g}), where labels of {len(names)} behaviors "
-            f"say something, got {label_error:g}"
+            f"label_error: must lie in [0, {1 - 1 / len(names):g}), where labels of {len(names)} "
+            f"behaviors say something, got {label_error}"
         )
     if not 0 < confidence < 1:
         raise UserError(f"confidence: must lie in (0, 1), got {confidence:g}")
@@ -72,9 +81,11 @@ def audit(
     labeled, unwanted = len(said), sum(behavior > 0 for behavior in said)
 
     def corrected(named: float) -> float:
-        # unwanted are named as such but for e / (B - 1), wanted at e: named = e + share (1 - e B /
-        # (B - 1)), which grows with the share, so that a bound on the one bounds the other
-        return min(1.0, max(0.0, (named - label_error) / (1 - label_error / useless)))
+        # of labels, the share s of unwanted endings are named as such but for `missed`, others at
+        # e: named = e + s (1 - e - missed); of endings, there are s / least to (1 - s) / recall
+        share = min(1.0, max(0.0, (named - e) / (1 - e - missed)))
+        ended = share * recall + (1 - share) * least
+        return share * recall / ended if ended > 0 else 1.0
 
     bounds = (bound(unwanted, labeled, 1 - confidence) for bound in (_once, _anytime))
     return Audit(labeled, unwanted, *map(corrected, bounds))

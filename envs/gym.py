@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from oversight_rl.envs import render
+from oversight_rl.envs.overseers import Labels, as_labels
 from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, WorldConfig
 from oversight_rl.envs.world import State, Step, World
 
@@ -42,14 +43,22 @@ class _View:
         oversight: float = 0.1,
         reward: Reward = "reached",
         render_mode: str | None = None,
+        overseer: str | Mapping[str, Any] | Labels = "uniform",
         **world: Any,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.reward, self.has_task = reward, has_task(reward)
         config = WorldConfig(**world)
-        self.world, self._n, self.render_mode = World(config, oversight), num_envs, render_mode
-        self.oversight, self.ghost_oversight = oversight, config.ghost_oversight
+        self.labels = as_labels(overseer, len(BEHAVIORS))
+        if not self.labels.clean:
+            raise ValueError(
+                f"overseer: these worlds flag squares by shares and region, got {overseer!r}; "
+                "wrap them in OversightLabels or Overseen for the rest"
+            )
+        self.world = World(config, oversight, labels=self.labels)
+        self.behaviors, self._n, self.render_mode = BEHAVIORS, num_envs, render_mode
+        self.oversight = oversight
         self.flags_visible = config.flags_visible
         self.flags = np.zeros(config.shape, np.bool_)  # entries of an observation that show flags
         self.flags[PLANES.index("oversight")] = True
@@ -90,6 +99,7 @@ class _View:
         last = self._seen(step.last)
         for i in ended.tolist():
             info: dict[str, Any] = {"ground_truth_reward": float(step.truth.reward[i])}
+            info["distance"] = int(self.world.distance(step.last.diamond[i], step.last.ghost[i]))
             ending, label = int(step.truth.ending[i]), int(step.seen.label[i])
             info["behavior"] = None if ending == NO_LABEL else BEHAVIORS[ending]
             if label != NO_LABEL:
@@ -119,12 +129,13 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
 
     Info at an episode's end: `label` ("diamond" or "ghost") where the square was flagged, and, for
     evaluation only, `behavior` (the square reached, flagged or not; None at a timeout) and
-    `ground_truth_reward`.
+    `ground_truth_reward`; `distance`, the moves between the squares.
 
     Args:
         oversight: chance per episode that each square is flagged.
         reward: see above.
         render_mode: "rgb_array", "ansi" or "human".
+        overseer: whose `shares` and `region` say which squares are flagged.
         world: settings of `WorldConfig`: `rows`, `cols`, `max_steps`, `flags_visible`, ...
     """
 
@@ -135,13 +146,14 @@ class OversightGridEnv(_View, gym.Env[Any, Any]):
         oversight: float = 0.1,
         reward: Reward = "reached",
         render_mode: str | None = None,
+        overseer: str | Mapping[str, Any] | Labels = "uniform",
         **world: Any,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(
                 f"render_mode must be one of {self.metadata['render_modes']}, got {render_mode!r}"
             )
-        super().__init__(1, oversight, reward, render_mode, **world)
+        super().__init__(1, oversight, reward, render_mode, overseer, **world)
         self.observation_space, self.action_space = self._spaces()
         self._window: Any = None
 

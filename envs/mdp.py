@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ class WorldMDP:
     """Exact evaluation of one world size.
 
     Args:
-        world: the world; its overall oversight level does not matter here, but squares that its
-            config sets apart are flagged as it says, at any level.
+        world: the world; its oversight level does not matter here, but which share of a level
+            squares are flagged at, and where.
 
     Raises:
         ValueError: the world has spurious flags or too many states; see `why_not`.
@@ -62,6 +63,14 @@ class WorldMDP:
         # of moving onto a cell; where diamond == ghost it cancels, but no such state is reached
         self.reward = (agent == diamond).double() - (agent == ghost).double()
         self.next_cell = world.moves.view(cells, len(ACTIONS))
+        # classes of placements, by whether the diamond and the ghost can be flagged there
+        everywhere = bool(world.watched.all())
+        pairs = [(True, True)] if everywhere else list(product((False, True), repeat=2))
+        self.watched = torch.tensor(pairs, device=world.device)  # [C, 2] bool
+        of_diamond, of_ghost = (self.watched[:, i, None] == world.watched for i in (0, 1))
+        classes = of_diamond[:, None, :] & of_ghost[:, :, None]
+        self.classes = classes.double()  # [C, ghost cell, diamond cell]
+        self.share = (self.start.sum(0).T * self.classes).sum((1, 2))  # [C], of the starts
 
     @property
     def n_states(self) -> int:
@@ -108,11 +117,17 @@ class WorldMDP:
             Endings, `[Q, L]` float64.
         """
         limit = self.world.config.max_steps
-        found = [by_flags(self._arrivals(policy), limit, discount, window) for policy in table]
+        found = [
+            by_flags(self._arrivals(policy), self.share, limit, discount, window)
+            for policy in table
+        ]
         return endings(torch.stack(found), self._flag_weight(levels))
 
     def _arrivals(self, policy: Tensor) -> Tensor:
-        """Chance of ending in each step and behavior, `[T, 2, F]`, for a policy `[n_states, A]`."""
+        """Chance of ending in each step and behavior, `[T, 2, F, C]`; policies are `[n_states, A]`.
+
+        From a start of each class of placements.
+        """
         cells = self.world.config.cells
         dense = self._dense(policy)
         target = self.next_cell.T.flatten()  # of each action from each cell
@@ -121,12 +136,18 @@ class WorldMDP:
         for _ in range(self.world.config.max_steps):
             moved = torch.zeros_like(dense[0]).index_add_(0, target, (dense * mass).flatten(0, 1))
             at_diamond = moved.diagonal(dim1=0, dim2=2)  # [F, ghost cell, diamond cell], a view
-            at_ghost = moved.diagonal(dim1=0, dim2=3)
-            ends.append(torch.stack([at_diamond.sum((1, 2)), at_ghost.sum((1, 2))]))
+            at_ghost = moved.diagonal(dim1=0, dim2=3)  # [F, diamond cell, ghost cell]
+            ends.append(torch.stack([self._by_class(at_diamond), self._by_class(at_ghost.mT)]))
             at_diamond.zero_()
             at_ghost.zero_()
             mass = moved
         return torch.stack(ends)
+
+    def _by_class(self, ended: Tensor) -> Tensor:
+        """Chances `[F, ghost cell, diamond cell]` summed over each class of placements. `[F, C]`"""
+        if len(self.classes) == 1:
+            return ended.sum((1, 2))[:, None]
+        return torch.einsum("fgd,cgd->fc", ended, self.classes)
 
     @torch.no_grad()
     def ghost_on_path(self, table: Tensor, levels: Tensor) -> Tensor:
@@ -153,13 +174,16 @@ class WorldMDP:
                 for action, probability in enumerate(dense):
                     before.addcmul_(probability, chance[self.next_cell[:, action]])
                 chance = before
-            found.append((chance * start[:, None]).sum((0, 2, 3)))
-        return torch.stack(found) @ flag_weight
+            by_place = (chance * start[:, None]).sum(0)  # [F, diamond cell, ghost cell]
+            found.append(self._by_class(by_place.mT))
+        return torch.einsum("qfc,fcl->ql", torch.stack(found), flag_weight)
 
     def _flag_weight(self, levels: Tensor) -> Tensor:
-        """Chance of each setting of the two flags at levels `[L]`. [F, L] float64"""
+        """Chance of each setting of the two flags at levels `[L]`. [F, C, L] float64"""
         levels = levels.to(self.world.device, torch.float64)
-        return flag_weight(*self.world.chances(levels))
+        diamond, ghost = self.world.chances(levels)
+        can = self.watched.double()[..., None]  # [C, 2, 1]
+        return flag_weight(can[:, 0] * diamond, can[:, 1] * ghost)
 
     def _dense(self, policy: Tensor) -> Tensor:
         """A policy `[n_states, A]` by action, agent cell, flags, diamond cell, ghost cell."""
@@ -176,33 +200,35 @@ class WorldMDP:
 
 
 def flag_weight(diamond: Tensor, ghost: Tensor) -> Tensor:
-    """Chance of each setting of the two flags, from the chance of each flag: `[L]` to `[F, L]`."""
+    """Chance of each setting of the two flags, from that of each: `[...]` to `[F, ...]`."""
     no_diamond, no_ghost = 1 - diamond, 1 - ghost
     return torch.stack(
         [no_diamond * no_ghost, no_diamond * ghost, diamond * no_ghost, diamond * ghost]
     )
 
 
-def by_flags(arrivals: Tensor, limit: int, discount: float, window: int) -> Tensor:
-    """What a policy does under each flag setting, `[5, F]`.
+def by_flags(arrivals: Tensor, share: Tensor, limit: int, discount: float, window: int) -> Tensor:
+    """What a policy does under each flag setting from each class of starts, `[5, F, C]`.
 
     Return, p_diamond, p_ghost, length, and the sum over an episode's steps of the return within a
     window that is cut at random.
 
     Args:
-        arrivals: `[T, 2, F]` float64, chance of ending in each step on the diamond and the ghost;
-            steps after T end nothing.
+        arrivals: `[T, 2, F, C]` float64, chance of starting in a class and ending in each step on
+            the diamond and the ghost; steps after T end nothing.
+        share: `[C]`, of the starts that are of each class.
         limit: of an episode's steps.
         discount: per step.
         window: steps.
     """
-    diamond, ghost = arrivals.unbind(1)  # [T, F] each
+    settings, classes = arrivals.shape[2:]
+    diamond, ghost = arrivals.flatten(2).unbind(1)  # [T, F * C] each
     steps = torch.arange(1, len(arrivals) + 1, device=arrivals.device, dtype=torch.float64)
     # a window that holds a step reaches `ahead` steps further with chance 1 - ahead / window
     ahead = steps - 1
     in_view = (discount**ahead * (1 - ahead / window).clamp(min=0)).cumsum(0)
-    timeout = 1 - diamond.sum(0) - ghost.sum(0)
-    return torch.stack(
+    timeout = share.repeat(settings) - diamond.sum(0) - ghost.sum(0)
+    found = torch.stack(
         [
             discount**ahead @ (diamond - ghost),
             diamond.sum(0),
@@ -211,23 +237,28 @@ def by_flags(arrivals: Tensor, limit: int, discount: float, window: int) -> Tens
             in_view @ (diamond - ghost),
         ]
     )
+    return found.view(-1, settings, classes)
 
 
 def endings(found: Tensor, weight: Tensor) -> Endings:
     """Endings of policies at levels, from what they do `by_flags`.
 
     Args:
-        found: `[Q, 5, F]`.
-        weight: `[F, L]`, see `flag_weight`.
+        found: `[Q, 5, F, C]`.
+        weight: `[F, C, L]`, see `flag_weight`.
     """
-    value, p_diamond, p_ghost, length, window_sum = (found @ weight).unbind(1)
+
+    def mean(figures: Tensor, weight: Tensor) -> Tensor:
+        return torch.einsum("...fc,fcl->...l", figures, weight)
+
+    value, p_diamond, p_ghost, length, window_sum = mean(found, weight).unbind(1)
     return Endings(
         ground_truth_return=value,
         p_diamond=p_diamond,
         p_ghost=p_ghost,
         p_timeout=(1 - p_diamond - p_ghost).clamp(min=0),
-        p_diamond_flagged=found[:, 1, DIAMOND_FLAGGED] @ weight[DIAMOND_FLAGGED],
-        p_ghost_flagged=found[:, 2, GHOST_FLAGGED] @ weight[GHOST_FLAGGED],
+        p_diamond_flagged=mean(found[:, 1, DIAMOND_FLAGGED], weight[DIAMOND_FLAGGED]),
+        p_ghost_flagged=mean(found[:, 2, GHOST_FLAGGED], weight[GHOST_FLAGGED]),
         episode_length=length,
         window_return=window_sum / length,
     )

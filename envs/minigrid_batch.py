@@ -20,7 +20,15 @@ from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 
 from oversight_rl.envs.gym import Batch, Reward
-from oversight_rl.envs.minigrid import KINDS, DiamondGhostEnv, Layout, SymbolicObservation, walls
+from oversight_rl.envs.minigrid import (
+    KINDS,
+    DiamondGhostEnv,
+    Layout,
+    SymbolicObservation,
+    walls,
+    watched,
+)
+from oversight_rl.envs.overseers import Labels, rate
 
 UNSEEN, EMPTY, WALL = (OBJECT_TO_IDX[name] for name in ("unseen", "empty", "wall"))
 SQUARES = 3  # from here on a tile is a square: of each kind one without and one with a flag
@@ -73,6 +81,7 @@ class DiamondGhostVecEnv(Batch):
         max_steps: int | None = None,
         agent_view_size: int = 7,
         render_mode: str | None = None,
+        overseer: str | Mapping[str, Any] | Labels = "uniform",
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
@@ -81,7 +90,7 @@ class DiamondGhostVecEnv(Batch):
         # [N, size * size + 2], the tile of cell y * size + x; beside these OFF_GRID
         self._tiles: Tiles | None = None
         self._one = DiamondGhostEnv(  # checks and holds the settings
-            size, layout, oversight, flags_visible, lava, reward, max_steps,
+            size, layout, oversight, flags_visible, lava, reward, max_steps, overseer,
             agent_view_size=agent_view_size, render_mode=render_mode,
         )  # fmt: skip
         seen = SymbolicObservation(self._one)
@@ -95,6 +104,7 @@ class DiamondGhostVecEnv(Batch):
         self._view = _view(self.moves, agent_view_size)
         wall, self._gaps = walls(size, layout)
         self.walls = np.where(wall.ravel(), WALL, EMPTY).astype(np.uint8)
+        self._watched = np.tile(watched(self._one.labels, size), size)  # [size * size] bool
         self._sights: Ints | None = None  # [cells * 4, v * v], where walls are the same always
         if not self._gaps and self.walls.size * agent_view_size**2 <= MOST_SIGHTS:
             self._sights = self._sights_of_all()
@@ -130,6 +140,7 @@ class DiamondGhostVecEnv(Batch):
         if not ended.size:
             return observation, reward, done, infos
         elapsed = round(time.time() - self._clock, 6)
+        distance = self._distances(ended, kind[ended])
         for i, last in zip(ended.tolist(), observation[ended], strict=True):
             record = {"r": float(reward[i]), "l": int(self._steps[i]), "t": elapsed}
             infos[i] = {"terminal_observation": last, "TimeLimit.truncated": not terminated[i]}
@@ -137,11 +148,22 @@ class DiamondGhostVecEnv(Batch):
             if terminated[i]:
                 behavior = one.behaviors[kind[i]]
                 infos[i] |= {"behavior": behavior, "ground_truth_reward": float(truth[i])}
+                infos[i]["distance"] = distance[i]
                 if flag[i]:
                     infos[i]["label"] = behavior
         self._start(ended)
         observation[ended] = self._observe(ended)
         return observation, reward, done, infos
+
+    def _distances(self, worlds: Ints, kind: Ints) -> dict[int, int]:
+        """Moves, walls aside, from each world's agent to the nearest square of another kind."""
+        size = self._one.width
+        cells = np.arange(size * size)
+        tiles = self._started()[worlds, : len(cells)].astype(np.int64)
+        other = (tiles >= SQUARES) & ((tiles - SQUARES) // 2 != kind[:, None])
+        (y, x), (i, j) = np.divmod(self._agent[worlds, None], size), np.divmod(cells, size)
+        moves = np.where(other, np.abs(y - i) + np.abs(x - j), 2 * size).min(axis=1)
+        return dict(zip(worlds.tolist(), moves.tolist(), strict=True))
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         worlds = {"agent": self._agent, "direction": self._direction, "steps": self._steps}
@@ -229,7 +251,8 @@ class DiamondGhostVecEnv(Batch):
             if kind is None:
                 self._agent[worlds] = cell
             else:
-                flagged = rng.random(len(worlds)) < self._levels[worlds]
+                chance = self._levels[worlds] * rate(self._one.labels.shares, kind)
+                flagged = (rng.random(len(worlds)) < chance) & self._watched[cell]
                 tiles[each, cell] = SQUARES + 2 * kind + flagged
         self._started()[worlds, : tiles.shape[1]] = tiles
         self._direction[worlds] = rng.integers(len(DIR_TO_VEC), size=len(worlds))

@@ -22,6 +22,7 @@ from oversight_rl.envs.minigrid_batch import (
     Ints,
     Tiles,
 )
+from oversight_rl.envs.overseers import rate
 from oversight_rl.envs.settings import FLAGS
 
 DIRECTIONS = len(DIR_TO_VEC)
@@ -52,6 +53,7 @@ class DiamondGhostMDP:
         if reason := why_not(env):
             raise ValueError(f"no exact evaluation: {reason}")
         self.max_steps = int(env.get_attr("max_steps", 0)[0])
+        self.labels = env.get_attr("labels", 0)[0]
         cells = np.flatnonzero(env.walls == EMPTY)
         self.following = torch.from_numpy(_following(env, cells))
         squares = _rooms(len(cells))
@@ -83,12 +85,14 @@ class DiamondGhostMDP:
         Returns:
             Endings, `[Q, L]` float64.
         """
+        one = torch.ones(1, dtype=torch.float64)  # class of starts
         found = [
-            mdp.by_flags(self._arrivals(policy), self.max_steps, discount, window)
+            mdp.by_flags(self._arrivals(policy)[..., None], one, self.max_steps, discount, window)
             for policy in table
         ]
         levels = levels.double()
-        return mdp.endings(torch.stack(found), mdp.flag_weight(levels, levels))
+        chances = (levels * rate(self.labels.shares, kind) for kind in (0, 1))
+        return mdp.endings(torch.stack(found), mdp.flag_weight(*chances)[:, None])
 
     def _arrivals(self, policy: Tensor) -> Tensor:
         """Chance of ending in each step and behavior, `[T, 2, F]`, for a policy `[U, A]`."""
@@ -113,10 +117,12 @@ class DiamondGhostMDP:
 
 def why_not(env: DiamondGhostVecEnv) -> str | None:
     """Why exact evaluation does not apply to worlds, or None if it does."""
-    names = "layout", "lava", "width", "agent_view_size"
-    layout, lava, width, view = (env.get_attr(name, 0)[0] for name in names)
+    names = "layout", "lava", "width", "agent_view_size", "labels"
+    layout, lava, width, view, labels = (env.get_attr(name, 0)[0] for name in names)
     if layout != "empty":
         return "gaps in the walls multiply the states"
+    if labels.region != "all":
+        return "a room that is watched in one half does not look the same when it is turned"
     if lava:
         return "lava multiplies the states"
     cells = (width - 2) ** 2

@@ -90,10 +90,6 @@ class WorldConfig(Settings):
     """Grid width in cells, at least 2."""
     max_steps: int = Field(32, ge=1, le=10_000)
     """Step limit of an episode, exact."""
-    diamond_oversight: float | None = Field(None, ge=0, le=1)
-    """Chance that the diamond is flagged, at deployment too; None: the overall oversight level."""
-    ghost_oversight: float | None = Field(None, ge=0, le=1)
-    """Chance that the ghost is flagged, at deployment too; None: the overall oversight level."""
     spurious_oversight: float = Field(0.0, ge=0, le=1)
     """Chance that any other cell shows a flag that means nothing."""
     flags_visible: bool = True

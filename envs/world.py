@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from oversight_rl.envs.overseers import PLAIN, Labels, rate
 from oversight_rl.envs.record import Record
-from oversight_rl.envs.settings import ACTIONS, FLAGS, NO_LABEL, PLANES, WorldConfig
+from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, FLAGS, NO_LABEL, PLANES, WorldConfig
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class World:
 
     Args:
         config: size, limit and flags.
-        oversight: probability that a square is flagged, where `config` does not fix it; a number,
-            or a tensor that broadcasts against the batch shape of the states (`[R, 1]` gives each
-            of R runs its own level).
+        oversight: the oversight level; a number, or a tensor that broadcasts against the batch
+            shape of the states (`[R, 1]` gives each of R runs its own).
         device: where the tensors live.
+        labels: of the overseer, which share of that level each square is flagged at, and where.
     """
 
     def __init__(
@@ -81,19 +82,22 @@ class World:
         config: WorldConfig,
         oversight: float | Tensor = 0.0,
         device: torch.device | str = "cpu",
+        labels: Labels = PLAIN,
     ) -> None:
-        self.config = config
+        self.config, self.labels = config, labels
         self.device = torch.device(device)
         level = torch.as_tensor(oversight, dtype=torch.float32, device=self.device)
         if not bool(((level >= 0) & (level <= 1)).all()):
             raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
         self.diamond_oversight, self.ghost_oversight = self.chances(level)
         self.moves = _moves(config.rows, config.cols).to(self.device)  # [S * A]
+        column = torch.arange(config.cells, device=self.device) % config.cols
+        everywhere = labels.region == "all"
+        self.watched = column < (config.cols if everywhere else config.cols // 2)  # [S] bool
 
     def chances(self, level: Tensor) -> list[Tensor]:
-        """Chances that the diamond and the ghost are flagged at an overall oversight level."""
-        own = (self.config.diamond_oversight, self.config.ghost_oversight)
-        return [level if p is None else torch.full_like(level, p) for p in own]
+        """Chances that the diamond and the ghost are flagged, where they can be, at a level."""
+        return [level * rate(self.labels.shares, behavior) for behavior in range(len(BEHAVIORS))]
 
     @property
     def noise_channels(self) -> int:
@@ -123,8 +127,8 @@ class World:
             agent=agent,
             diamond=diamond,
             ghost=ghost,
-            diamond_flag=noise[..., 3] < self.diamond_oversight,
-            ghost_flag=noise[..., 4] < self.ghost_oversight,
+            diamond_flag=(noise[..., 3] < self.diamond_oversight) & self.watched[diamond],
+            ghost_flag=(noise[..., 4] < self.ghost_oversight) & self.watched[ghost],
             spurious=spurious,
             time=torch.zeros_like(agent),
         )
@@ -208,13 +212,13 @@ class World:
 
     def ghost_on_path(self, state: State) -> Tensor:
         """Whether the ghost lies on a shortest path from the agent to the diamond. `[...]` bool"""
+        before, after = (self.distance(cell, state.ghost) for cell in (state.agent, state.diamond))
+        return before + after == self.distance(state.agent, state.diamond)
 
-        def distance(a: Tensor, b: Tensor) -> Tensor:
-            cols = self.config.cols
-            return (a // cols - b // cols).abs() + (a % cols - b % cols).abs()
-
-        through = distance(state.agent, state.ghost) + distance(state.ghost, state.diamond)
-        return through == distance(state.agent, state.diamond)
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Moves from one cell to another. `[...]`"""
+        cols = self.config.cols
+        return (a // cols - b // cols).abs() + (a % cols - b % cols).abs()
 
     @property
     def n_keys(self) -> int:

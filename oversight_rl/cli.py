@@ -86,7 +86,7 @@ def _train(args: list[str], command: str) -> None:
     else:
         default = as_config(learner)
     for (old, new), arg in itertools.product(default.renamed.items(), others):
-        if arg.startswith(f"--{old}."):
+        if f"{arg.replace('-', '_')}.".startswith((f"__{old}.", f"__{old}=")):
             raise UserError(f"{arg}: {old} is called {new} since version 0.2")
     model: Any = Train[type(default)]  # type: ignore[misc]
     prog = command.removeprefix("python ")
@@ -187,8 +187,8 @@ def evaluate(
         run_dir: A run folder, a folder of runs by seed, or an exported policy file.
         steer: Policies: mixture, an expert's name, NAME=WEIGHT,NAME=WEIGHT (a blend) or
             without:NAME (an ablation). Default: the mixture and each expert.
-        oversight: Probabilities in [0, 1] that a square is flagged at deployment, where the world
-            does not set a square apart (world.ghost_oversight). Default: the training level.
+        oversight: Levels in [0, 1] at deployment: the chance that a square is flagged, where the
+            overseer watches it. Default: the training level.
         greedy: Take the likeliest action always.
         temperature: Divides the logits, from 0.001 to 1000; below 1 is greedier.
         json: File to write the rows to.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,34 @@ def as_config(content: Mapping[str, Any], written: bool = False) -> RunConfig:
     If `written` by this program, they may be version 0.1's, by other names.
     """
     model = settings_of(content)
+    settings = copy.deepcopy(dict(content))
     for old, new in model.renamed.items():
-        if old in content and not written:
+        value = _pop(settings, old)
+        if value is None:
+            continue
+        if not written:
             raise UserError(f"{old}: is called {new} since version 0.2")
-        content = {new if name == old else name: value for name, value in content.items()}
-    return model.model_validate(content)
+        if old in model.gone:
+            raise UserError(f"{old}: {new} cannot say {value!r}; use version 0.1 for this run")
+        _put(settings, new, value)
+    return model.model_validate(settings)
+
+
+def _pop(content: dict[str, Any], name: str) -> Any:
+    """Take a setting out of nested ones, by its dotted name; None where it is not there."""
+    *path, last = name.split(".")
+    for part in path:
+        content = content.get(part)  # type: ignore[assignment]
+        if not isinstance(content, dict):
+            return None
+    return content.pop(last, None)
+
+
+def _put(content: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        content = content.setdefault(part, {})
+    content[last] = value
 
 
 def load_config(path: Path, **others: str) -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -42,8 +42,7 @@ class EvaluationConfig(Settings):
     every: int = Field(50, ge=1)
     """Updates between evaluations (and checkpoints)."""
     oversight: tuple[Probability, ...] = (0.0, 0.01, 0.1, 1.0)
-    """Deployment oversight levels of the final table; the training level is always added. Squares
-    that the world sets apart (world.ghost_oversight) keep their own."""
+    """Deployment oversight levels of the final table; the training level is always added."""
     episodes: int = Field(200, ge=1, le=10_000_000)
     """Episodes per policy and level where exact evaluation does not apply; four times as many halve
     the standard errors."""
@@ -57,7 +56,9 @@ class RunConfig(Settings):
     """
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Sections that had another name in version 0.1: the old one, and the new."""
+    """Settings, or sections, that had another name in version 0.1: the old one, and the new."""
+    gone: ClassVar[Collection[str]] = ()
+    """Old ones whose values the new ones cannot have."""
 
     algo: str
     """What to train: a line of the table of kinds."""

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from oversight_rl.agents.methods import Overseer
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import standard
 from oversight_rl.envs.audits import audit
 from oversight_rl.envs.labels import LabelError, OversightLabels
+from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.settings import UserError, WorldConfig
 from oversight_rl.experiments.oversight.audits import audited, cells, fair, label, notes
 from oversight_rl.experiments.oversight.config import GRID, Config
@@ -104,11 +104,11 @@ def test_bounds_hold_at_all_looks_at_once(share):
 def test_errors_of_labels_are_corrected(behaviors, endings, error):
     """2,000 audits of 300 episodes, of which some reach no behavior and 40% have no label."""
     generator = np.random.default_rng(0)
-    share, overseer = sum(endings[1:]) / sum(endings), Overseer(1.0, None, 0.6, error)
+    share, given = sum(endings[1:]) / sum(endings), Labels(recall=0.6, error=error)
     held = []
     for _ in range(2_000):
         *ended, _ = generator.multinomial(300, [*endings, 1 - sum(endings)])
-        labels = [behaviors[i] for i in label(np.array(ended), overseer, generator)]
+        labels = [behaviors[i] for i in label(np.array(ended), given, generator)]
         found = audit(labels, behaviors, error)
         held.append([found.bound >= share, found.anytime_bound >= share])
     once, anytime = np.mean(held, axis=0)
@@ -121,7 +121,9 @@ def test_what_audits_refuse():
     with pytest.raises(UserError, match=r"\[0, 0.5\), where labels of 2 .* got 0.5"):
         audit([], label_error=0.5)
     with pytest.raises(UserError, match=r"\[0, 0.666667\), where labels of 3"):
-        audit([], ("a", "b", "c"), label_error=math.nan)
+        audit([], ("a", "b", "c"), label_error=0.7)
+    with pytest.raises(ValueError, match=r"labels.error: .*, got nan"):
+        audit([], label_error=math.nan)
     with pytest.raises(UserError, match=r"confidence: must lie in \(0, 1\), got 1"):
         audit([], confidence=1)
     with pytest.raises(LabelError, match="one of wanted, unwanted, got 'Wanted'; did you mean"):
@@ -177,7 +179,7 @@ def saved(env=GRID, algo="ppo", **settings):
 @pytest.mark.parametrize(("env", "algo"), [(GRID, "reinforce"), (GRID, "ppo"), (MINIGRID, "ppo")])
 def test_audits_agree_with_the_exact_truth(env, algo):
     """Labels, some missing and some wrong, are as often unwanted as the truth has it."""
-    kept = saved(env, algo, label_recall=0.7, label_error=0.2)
+    kept = saved(env, algo, labels={"recall": 0.7, "error": 0.2})
     policies = standard(2)[1:]
     rows = audited(kept, policies, [0.3], 2_000)
     assert [row.policy for row in rows] == ["diamond", "ghost"]
@@ -220,7 +222,7 @@ def test_flagged_endings_are_a_fair_sample_only_where_the_agent_cannot_tell():
     for settings, expected in (
         ({}, False),
         (world(flags_visible=False), True),
-        (world(flags_visible=False, ghost_oversight=0.3), False),
+        (world(flags_visible=False) | {"labels": {"shares": (1, 0.3)}}, False),
         ({"method": "filtering_hidden_flag"}, True),
         (mini, False),
         (mini | {"env_settings": {"flags_visible": False}}, True),
@@ -228,7 +230,7 @@ def test_flagged_endings_are_a_fair_sample_only_where_the_agent_cannot_tell():
         config = Config(**settings)
         assert fair(config) is expected
         assert ("no fair sample" in notes(config)[-1]) is not expected
-    assert "wrong at 10.00%" in notes(Config(label_error=0.1))[0]
+    assert "wrong at 10.00%" in notes(Config(labels={"error": 0.1}))[0]
 
 
 def test_the_example_of_the_page_runs():

@@ -590,7 +590,7 @@ def test_what_is_not_a_published_policy_is_refused(tmp_path, capsys):
         (["--method", "rooting"], "did you mean 'routing'"),
         (["--oversight", "1.5"], "oversight: should be less than or equal to 1, got 1.5"),
         (["--oversight", "nan"], "oversight"),
-        (["--world.ghost-oversight", "-0.5"], "world.ghost_oversight"),
+        (["--labels.shares", "-0.5"], "labels.shares"),
         (["--world.rows", "1"], "world.rows: should be greater than or equal to 2, got 1"),
         (["--world.cols", "0"], "world.cols"),
         (["--reinforce.worlds", "0"], "reinforce.worlds"),

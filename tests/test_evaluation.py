@@ -7,6 +7,7 @@ import torch
 
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.agents.steering import ablate, blend, standard
+from oversight_rl.envs.overseers import Labels, rate
 from oversight_rl.envs.settings import UserError, WorldConfig
 from oversight_rl.experiments.oversight import environments
 from oversight_rl.experiments.oversight.config import GRID, Config
@@ -163,22 +164,24 @@ def test_the_standard_error_is_that_of_the_mean():
     assert found["return_se"] == pytest.approx(math.sqrt(variance / 5_000), rel=1e-3)
 
 
-@pytest.mark.parametrize("set_apart", [{"ghost_oversight": 0.1}, {"diamond_oversight": 0.9}])
-def test_what_the_world_sets_apart_stays_so_at_any_level(set_apart):
+OVERSEERS = {"shares": (1, 0.2)}, {"shares": (0.9, 0)}, {"region": "left"}
+
+
+@pytest.mark.parametrize("given", OVERSEERS)
+def test_flags_are_the_overseers_at_any_level(given):
     """Exactly as by rollouts in the world itself, within 4.5 standard errors."""
-    runs = trained(60, "naive", **set_apart)
+    runs, labels = trained(60, "naive"), Labels(**given)
     world, facts, levels = runs.configs[0].world, [Facts("naive", 0, 0.5)], [[0.5, 1.0]]
-    exact, sampled = (Evaluator(world, 0.97, episodes=EPISODES) for _ in range(2))
+    exact, sampled = (Evaluator(world, 0.97, episodes=EPISODES, labels=labels) for _ in range(2))
     sampled.mdp = None
     args = runs.agent, facts, standard(1), levels
     for row, other in zip(tables(exact, *args)[0], tables(sampled, *args)[0], strict=True):
         found, played = row.figures, other.figures
-        chance = {"diamond": row.deploy_oversight, "ghost": row.deploy_oversight}
-        for name, flagged in chance.items():
-            flagged = set_apart.get(f"{name}_oversight", flagged)
+        for behavior, name in enumerate(("diamond", "ghost")):
+            flagged = row.deploy_oversight * rate(labels.shares, behavior)
             reached, seen = played[f"p_{name}"], played[f"p_{name}_flagged"]
-            if flagged == 1:
-                assert seen == reached
+            if flagged in (0, 1) and labels.region == "all":
+                assert seen == flagged * reached
             else:
                 assert 0 < seen < reached
         gap = {name: abs(found[name] - played[name]) for name in found}
@@ -189,12 +192,14 @@ def test_what_the_world_sets_apart_stays_so_at_any_level(set_apart):
 
 
 @pytest.mark.parametrize("face", ["exact", "rollout", "ppo, exact", "ppo, rollout"])
-@pytest.mark.parametrize("level", [0.0, 0.5])
+@pytest.mark.parametrize("level", [0.0, 1.0])
 def test_only_what_is_set_to_be_flagged_is(face, level):
-    """Ghosts always, diamonds never, whatever the level."""
+    """Ghosts at the level, diamonds never."""
     size = {"rows": 3, "cols": 3, "max_steps": 8}
-    world = WorldConfig(**size, ghost_oversight=1.0, diamond_oversight=0.0)
-    config = Config(method="naive", world=world, device="cpu", evaluation=FEW)
+    world = WorldConfig(**size)
+    config = Config(
+        method="naive", overseer="ghosts_only", world=world, device="cpu", evaluation=FEW
+    )
     if face.startswith("ppo"):
         config = config.model_copy(update={"algo": "ppo"})
         judge, agent = EnvJudge(config), PPORuns.blank(config)
@@ -206,7 +211,7 @@ def test_only_what_is_set_to_be_flagged_is(face, level):
     assert row.evaluator == face.split()[-1]
     assert row.figures["p_ghost"] > 0.1
     assert row.figures["p_diamond"] > 0.1
-    assert row.figures["p_ghost_flagged"] == pytest.approx(row.figures["p_ghost"])
+    assert row.figures["p_ghost_flagged"] == pytest.approx(level * row.figures["p_ghost"])
     assert row.figures["p_diamond_flagged"] == 0
 
 

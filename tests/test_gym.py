@@ -246,7 +246,9 @@ def same(a, b):
     assert str(a[3]) == str(b[3])
 
 
-@pytest.mark.parametrize("settings", [{}, {"spurious_oversight": 0.2}, {"ghost_oversight": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"spurious_oversight": 0.2}, {"overseer": "diamonds_only"}]
+)
 def test_a_restored_batch_goes_on_as_the_stored_one(settings):
     env, again = started(**settings), OversightGridVecEnv(6, oversight=0.5, max_steps=9, **settings)
     stored = env.get_state()

@@ -16,7 +16,7 @@ from oversight_rl.agents.methods import (
     TIMEOUT,
     UNFINISHED,
     UNLABELED,
-    Overseer,
+    labels,
     outcomes,
     tables,
 )
@@ -30,6 +30,7 @@ from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.agents.steering import standard
 from oversight_rl.envs.mdp import WorldMDP
+from oversight_rl.envs.overseers import Labels, Overseer
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.world import Seen, Truth, World
 from oversight_rl.experiments.oversight.config import Config
@@ -45,8 +46,14 @@ def make_agent(runs=1, experts="many", gate="learned", config=SMALL, seed=0):
     return Agent(config, SHAPE, 4, runs, experts, gate, generators)
 
 
+def heard(rollout, methods):
+    """The window as overseers label it."""
+    label = labels(rollout.seen, rollout.truth, rollout.uniform, methods)
+    return replace(rollout, seen=replace(rollout.seen, label=label))
+
+
 def read(rollout, methods):
-    return outcomes(rollout.seen, rollout.truth, rollout.uniform, methods)
+    return outcomes(heard(rollout, methods).seen)
 
 
 def make_rollout(agent, level=0.5, steps=12, worlds=20, seed=0, rows=3):
@@ -317,36 +324,31 @@ def test_methods_that_learn_from_the_truth_say_so():
 def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
     agent = make_agent(experts="one")
     rollout = make_rollout(agent, level=0.0, worlds=4000)
-    outcome, _ = outcomes(
-        rollout.seen,
-        rollout.truth,
-        rollout.uniform,
+    outcome, _ = read(
+        rollout,
         tables(["oracle_filtering"], [Overseer(0.3)], 1),
     )
     reached = outcome[rollout.seen.terminated]
     assert float((reached >= LABELED).float().mean()) == pytest.approx(0.3, abs=0.02)
-    outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.uniform, tables(["oracle"], [Overseer(0.0)], 1)
-    )
+    outcome, _ = read(rollout, tables(["oracle"], [Overseer(0.0)], 1))
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
 
 
 @pytest.mark.parametrize("method", ["naive", "oracle_filtering", "oracle", "random_module"])
 def test_labels_go_missing_and_wrong_at_their_rates(method):
-    """Recall and error are apart from the oversight level, and hit every kind of label."""
+    """An overseer's recall and error; labels of a method's own are right and do not go missing."""
     agent = make_agent(experts=METHODS[method].policy.experts)
     rollout = make_rollout(agent, level=0.8, worlds=20_000)
-    overseer = Overseer(0.8, recall=0.6, error=0.1)
-    outcome, _ = outcomes(
-        rollout.seen, rollout.truth, rollout.uniform, tables([method], [overseer], agent.n_experts)
-    )
+    overseer = Overseer(0.8, Labels(recall=0.6, error=0.1))
+    outcome, _ = read(rollout, tables([method], [overseer], agent.n_experts))
     for behavior in range(2):
         ended = rollout.seen.terminated & (rollout.truth.ending == behavior)
         labeled = outcome[ended] >= LABELED
-        chance = 0.6 if method == "oracle" else 0.6 * 0.8
+        own = method.startswith("oracle")
+        chance = {"oracle": 1.0, "oracle_filtering": 0.8}.get(method, 0.6 * 0.8)
         assert float(labeled.float().mean()) == pytest.approx(chance, abs=0.01)
         wrong = outcome[ended][labeled] != LABELED + behavior
-        error = 0.5 if method == "random_module" else 0.1
+        error = 0.0 if own else 0.5 if method == "random_module" else 0.1
         assert float(wrong.float().mean()) == pytest.approx(error, abs=0.01)
     others = outcome[~rollout.seen.terminated & rollout.seen.truncated]
     assert bool((others == TIMEOUT).all())
@@ -355,11 +357,11 @@ def test_labels_go_missing_and_wrong_at_their_rates(method):
 @pytest.mark.parametrize("recall", [1.0, 0.5])
 def test_inverse_propensity_weighting_is_unbiased(recall):
     """Over flagged and unflagged ghosts together, the mean reward is the true one."""
-    row = tables(["ipw_hidden_flag"], [Overseer(0.3, recall=recall)], 1).reward[0]
+    row = tables(["ipw_hidden_flag"], [Overseer(0.3, Labels(recall=recall))], 1).reward[0]
     p = 0.3 * recall
     assert float((1 - p) * row[UNLABELED] + p * row[LABELED + 1]) == pytest.approx(-1, abs=1e-5)
     assert float((1 - p) * row[UNLABELED] + p * row[LABELED]) == pytest.approx(1)
-    ghosts = Overseer(0.3, ghost_oversight=0.1, recall=recall)
+    ghosts = Overseer(0.3, Labels(shares=(1, 1 / 3), recall=recall))
     other = tables(["ipw_hidden_flag"], [ghosts], 1).reward[0]
     assert float(other[LABELED + 1]) == pytest.approx(1 - 2 / (0.1 * recall))
 
@@ -367,18 +369,20 @@ def test_inverse_propensity_weighting_is_unbiased(recall):
 @pytest.mark.parametrize("error", [0.0, 0.1, 0.4, 0.6, 1.0])
 @pytest.mark.parametrize("behaviors", [2, 3, 5])
 @pytest.mark.parametrize(
-    "overseer", [Overseer(1.0), Overseer(0.3, recall=0.5), Overseer(0.0, ghost_oversight=0.1)]
+    "overseer",
+    [Overseer(1.0), Overseer(0.3, Labels(recall=0.5)), Overseer(0.1, Labels(shares=(0, 1)))],
 )
 def test_inverse_propensity_weighting_minds_wrong_labels(overseer, behaviors, error):
     """The mean reward over all that can happen to an ending is its true one, whatever it was."""
-    overseer = replace(overseer, error=error)
+    given = overseer.labels.model_copy(update={"error": (error,)})
+    overseer, (recall,) = replace(overseer, labels=given), given.recall
     row = tables(["ipw_hidden_flag"], [overseer], 1, behaviors=behaviors).reward[0].double()
-    flagged = [overseer.oversight, *[overseer.ghosts_labeled / overseer.recall] * (behaviors - 1)]
+    flagged = [overseer.flagged(behavior) for behavior in range(behaviors)]
     for true in range(behaviors):
         mean = 0.0
         for is_flagged, is_heard, named in itertools.product((0, 1), (0, 1), range(behaviors)):
             chance = flagged[true] if is_flagged else 1 - flagged[true]
-            chance *= overseer.recall if is_heard else 1 - overseer.recall
+            chance *= recall if is_heard else 1 - recall
             chance *= 1 - error if named == true else error / (behaviors - 1)
             mean += chance * float(row[LABELED + named if is_flagged and is_heard else UNLABELED])
         assert mean == pytest.approx(1 if true == 0 else -1, abs=1e-4)
@@ -386,13 +390,13 @@ def test_inverse_propensity_weighting_minds_wrong_labels(overseer, behaviors, er
 
 @pytest.mark.parametrize(("behaviors", "error"), [(2, 0.5), (3, 2 / 3), (4, 0.75)])
 def test_inverse_propensity_weighting_needs_labels_that_say_something(behaviors, error):
-    with pytest.raises(ValueError, match=f"label_error: must not be {error:g}, where") as caught:
-        tables(["ipw_hidden_flag"], [Overseer(0.1, error=error)], 1, behaviors=behaviors)
+    with pytest.raises(ValueError, match=f"labels.error: must not be {error:g}, where") as caught:
+        tables(["ipw_hidden_flag"], [Overseer(0.1, Labels(error=error))], 1, behaviors=behaviors)
     assert "\n" not in str(caught.value)
-    assert tables(["naive"], [Overseer(0.1, error=error)], 1, behaviors=behaviors)
-    ipw = {"method": "ipw_hidden_flag", "label_error": error}
+    assert tables(["naive"], [Overseer(0.1, Labels(error=error))], 1, behaviors=behaviors)
+    ipw = {"method": "ipw_hidden_flag", "labels": {"error": error}}
     if behaviors == len(BEHAVIORS):
-        with pytest.raises(UserError, match=r"label_error: must not be 0\.5, where"):
+        with pytest.raises(UserError, match=r"labels\.error: must not be 0\.5, where"):
             Config(**ipw)
         Config(**ipw, algo="ppo", env="MiniGrid-DiamondGhost-8x8-v0", env_settings={"lava": 1})
     else:
@@ -400,7 +404,11 @@ def test_inverse_propensity_weighting_needs_labels_that_say_something(behaviors,
 
 
 def test_inverse_propensity_weighting_needs_labels_on_ghosts():
-    for settings in ({"oversight": 0.0}, {"label_recall": 0.0}, {"world": {"ghost_oversight": 0}}):
+    for settings in (
+        {"oversight": 0.0},
+        {"labels": {"recall": 0.0}},
+        {"overseer": "diamonds_only"},
+    ):
         with pytest.raises(UserError, match=r"must be above 0, got 0"):
             Config(method="ipw_hidden_flag", **settings)
     with pytest.raises(ValueError, match="must be above 0, got 0"):
@@ -418,10 +426,8 @@ def test_methods_that_hide_the_flags_do_so_for_the_policy_alone():
     state = world.reset(noise[:, :1, :, : world.noise_channels])[:, 0]
     rollout, _ = collect(agent, world, state, noise)
     assert not world.observe(state)[..., 3, :, :].any()
-    outcome, _ = outcomes(
-        rollout.seen,
-        rollout.truth,
-        rollout.uniform,
+    outcome, _ = read(
+        rollout,
         tables(["ipw_hidden_flag"], [Overseer(1.0)], 1),
     )
     assert bool((outcome[rollout.seen.terminated] >= LABELED).all())
@@ -870,7 +876,7 @@ def test_runs_with_different_networks_do_not_stack():
     def key(**settings):
         return Config(**settings).stack_key()
 
-    assert key() == key(method="no_routing", oversight=0.9, seeds=(7,), label_recall=0.5)
+    assert key() == key(method="no_routing", oversight=0.9, seeds=(7,))
     assert key(method="naive") != key(method="ipw_hidden_flag")
     assert key() != key(agent={"hidden": (8,)})
     for other in ("naive", "no_gate", "contrastive_routing"):

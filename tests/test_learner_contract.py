@@ -13,12 +13,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents.learner import NotFinite
-from oversight_rl.agents.methods import METHODS, Overseer
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.ppo import learner as ppo_learner
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.learner import PPOLearner
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.envs.overseers import Labels, Overseer
 from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.envs.world import Truth
@@ -49,7 +50,7 @@ class Reinforce:
                 rows=3, cols=3, max_steps=6, spurious_oversight=0.1, flags_visible=not hides
             ),
             [self.methods[run] for run in runs],
-            [Overseer(LEVELS[run], recall=0.9, error=0.1) for run in runs],
+            [Overseer(LEVELS[run], Labels(recall=0.9, error=0.1)) for run in runs],
             [seed + run for run in runs],
             looks_every=2,
         )
@@ -87,7 +88,7 @@ class PPO:
             else DummyVecEnv([self.env] * 4)
         )
         settings = PPOConfig(updates=8, steps=16, batch_size=32, epochs=2)
-        overseer = Overseer(0.5, recall=0.9, error=0.1)
+        overseer = Overseer(0.5, Labels(recall=0.9, error=0.1))
         return PPOLearner(settings, AGENT, env, self.method, overseer, seed)
 
     @staticmethod

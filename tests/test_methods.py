@@ -14,7 +14,6 @@ from oversight_rl.agents.methods import (
     ROUTED,
     Method,
     OutcomeTable,
-    Overseer,
     PolicyShape,
     own_expert_only,
 )
@@ -23,6 +22,7 @@ from oversight_rl.agents.ppo.learner import PPOLearner
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.cli import train
+from oversight_rl.envs.overseers import Overseer
 from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.runs.folder import RunFolder
 

@@ -639,7 +639,7 @@ def test_continuous_actions_have_no_temperature():
 
 
 def test_inverse_propensity_knows_how_often_ghosts_are_flagged():
-    worlds = {"env_kwargs": {"ghost_oversight": 0.5}, "oversight": 0.1}
+    worlds = {"env_kwargs": {"overseer": {"shares": [0.2, 1]}}, "oversight": 0.5}
     model = tiny("OversightGrid-v0", method="ipw_hidden_flag", **worlds)
     reward = model.tables.reward[0, LABELED + 1]
     assert float(reward) == 1 - 2 / 0.5

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from test_mdp import lookup_from, random_table
 from test_world import check_observation, worlds
 
-from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED, Overseer, tables
+from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED, tables
 from oversight_rl.agents.networks import cumulative, sample
 from oversight_rl.agents.reinforce.losses import label as make_targets
 from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.envs.mdp import WorldMDP
+from oversight_rl.envs.overseers import Overseer
 from oversight_rl.envs.settings import ACTIONS, NO_LABEL, WorldConfig
 from oversight_rl.envs.world import Seen, World
 
@@ -30,8 +31,6 @@ chance = st.one_of(st.none(), st.floats(0, 1))
         rows=st.integers(2, 64),
         cols=st.integers(2, 64),
         max_steps=st.integers(1, 40),
-        diamond_oversight=chance,
-        ghost_oversight=chance,
         flags_visible=st.booleans(),
     ),
     level=st.floats(0, 1),

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oversight_rl.agents.methods import METHODS, Overseer
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.reinforce import collect
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.envs.overseers import Overseer
 from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.experiments.oversight.config import Config
 

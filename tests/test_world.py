@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.world import State, World
 
@@ -107,7 +108,7 @@ def test_the_largest_random_number_stays_on_the_grid(cells):
 
 
 def test_flags_have_their_own_probabilities():
-    world = World(WorldConfig(diamond_oversight=0.8), oversight=0.3)
+    world = World(WorldConfig(), oversight=0.8, labels=Labels(shares=(1, 0.375)))
     state = worlds(world, 40_000)
     both = (state.diamond_flag & state.ghost_flag).float().mean()
     assert state.diamond_flag.float().mean() == pytest.approx(0.8, abs=0.01)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import METHODS, Overseer, tables
+from oversight_rl.agents.methods import METHODS, tables
 from oversight_rl.agents.ppo.buffer import RoutedDictRolloutBuffer, RoutedRolloutBuffer
 from oversight_rl.agents.ppo.collect import CollectingPPO
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, RoutedPPOArguments, rollout_sizes
@@ -51,6 +51,7 @@ from oversight_rl.agents.ppo.targets import Experience, Samples, Targets, target
 from oversight_rl.agents.steering import MIXTURE
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
+from oversight_rl.envs.overseers import Labels, Overseer, overheard
 from oversight_rl.envs.settings import BEHAVIORS, nearest
 
 FIRST_LABELS = 100
@@ -149,8 +150,8 @@ class RoutedPPO(CollectingPPO):
         task_weight: float = 0.5,
         gate_replay: int = 512,
         label_reach: int = 256,
-        label_recall: float = 1.0,
-        label_error: float = 0.0,
+        label_recall: float | Sequence[float] = 1.0,
+        label_error: float | Sequence[float] = 0.0,
         threads: int | None = 1,
         env_kwargs: dict[str, Any] | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -173,7 +174,8 @@ class RoutedPPO(CollectingPPO):
         )  # fmt: skip
         recall, error = numbers.pop("label_recall"), numbers.pop("label_error")
         vars(self).update(numbers)
-        self.method, self.overseer = method, Overseer(0.0, None, recall, error)
+        self.noise = Labels(recall=recall, error=error)
+        self.method, self.overseer = method, Overseer(0.0, self.noise)
         self.behaviors = () if behaviors is None else checked_behaviors(behaviors)
         self.declared_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
@@ -199,6 +201,9 @@ class RoutedPPO(CollectingPPO):
                 )
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
+        if "noise" not in vars(self):  # in a zip of 0.1
+            old = vars(self.overseer)
+            self.noise = Labels(recall=old["recall"], error=old["error"])
         if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
             self.policy_kwargs.pop("imputes", None)
         method = METHODS[self.method]
@@ -258,8 +263,7 @@ class RoutedPPO(CollectingPPO):
         self.behaviors = self.behaviors or self.declared_behaviors
         self.left_out = declared.left_out
         self._level = declared.oversight
-        levels = float(declared.oversight or 0.0), declared.ghost_oversight
-        self.overseer = Overseer(*levels, self.overseer.recall, self.overseer.error)
+        self.overseer = overheard(float(declared.oversight or 0.0), declared.labels, self.noise)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         if self.env is None:

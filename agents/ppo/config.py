@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from oversight_rl.agents.settings import NonNegative, Schedule
+from oversight_rl.envs.overseers import Rates
 from oversight_rl.envs.settings import Settings, UserError
 
 DEFAULT_METHOD = "imputed_routing"
@@ -78,10 +79,10 @@ class RoutedPPOArguments(PPOConfig):
 
     section: ClassVar[str] = ""
 
-    label_recall: float = Field(1.0, ge=0, le=1)
-    """Chance that an ending which should be labeled is."""
-    label_error: float = Field(0.0, ge=0, le=1)
-    """Chance that a label names a wrong behavior."""
+    label_recall: Rates = (1.0,)
+    """Chance that an ending which should be labeled is, of all or by behavior."""
+    label_error: Rates = (0.0,)
+    """Chance that a label names a wrong behavior, of all or by behavior."""
     threads: int | None = Field(1, ge=1)
     """Of PyTorch, while it learns; None leaves them as they are."""
 

@@ -16,12 +16,13 @@ from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.ppo.observations import flags_in_axes_of
 from oversight_rl.agents.steering import KEPT, MIXTURE
 from oversight_rl.envs.labels import distinct_names
+from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.readable import said
 from oversight_rl.envs.vector import make_vec
 
 RESERVED = (MIXTURE.name, KEPT, "single")  # names of policies
 ASKED = (
-    "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
+    "behaviors", "oversight", "labels", "flags", "flags_visible", "has_task", "left_out",
 )  # fmt: skip
 """Attributes of an environment that a model looks at."""
 
@@ -31,7 +32,7 @@ class Declared(NamedTuple):
 
     behaviors: tuple[str, ...] | None
     oversight: float | None
-    ghost_oversight: float | None
+    labels: Labels  # of its overseer
     flags: Any  # in the axes that the policy sees; None where the method has no use for them
     has_task: bool
     left_out: tuple[str, ...]
@@ -86,11 +87,11 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
     flags = None
     if "reward_model" in method.lessons:
         flags = _checked_flags(env, declared["flags"], made)
-    for name in ("oversight", "ghost_oversight"):
-        level = declared[name]
-        number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
-        if level is not None and not (number and 0 <= level <= 1):
-            raise ValueError(f"the environment's {name} must lie in [0, 1], got {level!r}")
+    level, labels = declared["oversight"], declared["labels"]
+    number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
+    if level is not None and not (number and 0 <= level <= 1):
+        raise ValueError(f"the environment's oversight must lie in [0, 1], got {level!r}")
+    labels = labels if isinstance(labels, Labels) else Labels()  # others' may be anything
     if method.policy.hides_flags and declared["flags_visible"] is not False:
         raise ValueError(
             f"method {method_name} is for environments that hide their flags from the policy "
@@ -110,8 +111,7 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             was = "a model of version 0.1 had no task part"
             was += ": load it without env to act, or train one anew"
         raise ValueError(was)
-    levels = declared["oversight"], declared["ghost_oversight"]
-    return Declared(behaviors, *levels, flags, bool(task), tuple(declared["left_out"] or ()))
+    return Declared(behaviors, level, labels, flags, bool(task), tuple(declared["left_out"] or ()))
 
 
 def made(

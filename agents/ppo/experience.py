@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.utils import obs_as_tensor
 
 from oversight_rl.agents.learner import NotFinite
-from oversight_rl.agents.methods import MethodTables, outcomes
+from oversight_rl.agents.methods import MethodTables, labels, outcomes
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.ppo.observations import each
@@ -131,7 +131,9 @@ def outcomes_of(
     uniform[late] = generator.random(int(late.sum()), dtype=np.float32)
     parts = steps.ended, steps.done & ~steps.ended, steps.label, steps.truth, uniform
     *seen, truth, drawn = (torch.as_tensor(part)[None] for part in parts)  # [1, W, C]
-    outcome, left = outcomes(Seen(*seen), Truth(truth), drawn, methods)
+    shown = Seen(*seen)
+    label = labels(shown, Truth(truth), drawn, methods)
+    outcome, left = outcomes(replace(shown, label=label))
     return outcome[0].numpy(), left[0].numpy()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED, Overseer
+from oversight_rl.agents.methods import LABELED, TIMEOUT, UNLABELED
 from oversight_rl.agents.ppo.algorithm import RoutedPPO
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.environment import ask, policy_arguments
@@ -30,6 +30,7 @@ from oversight_rl.agents.ppo.observations import named, parts_of, unnamed
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.reinforce.figures import reward_model_figures
 from oversight_rl.agents.settings import AgentConfig, at
+from oversight_rl.envs.overseers import Overseer
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError
 
 MOST_PARAMETERS = 2**27
@@ -67,7 +68,7 @@ def make_model(
         contrast_coef=settings.contrast_coef, solo_share=settings.solo_share,
         task_weight=settings.task_weight, labeled_weight=settings.labeled_weight,
         gate_replay=settings.gate_replay, label_reach=settings.label_reach,
-        label_recall=overseer.recall, label_error=overseer.error,
+        label_recall=overseer.made.recall, label_error=overseer.made.error,
         threads=None,  # those of the whole run
         policy_kwargs={"net_arch": list(agent.hidden), "experts": _experts(agent)},
     )  # fmt: skip
@@ -116,7 +117,8 @@ class PPOLearner(Learner):
         agent: of the networks: experts and hidden layers.
         env: N environments, at the overseer's level; closed with the learner.
         method: what to train with.
-        overseer: of whom recall and error are looked at; the level is the environment's own.
+        overseer: of whom recall and error are looked at, as far as they are left to make; the
+            level and the rest are the environment's own.
         seed: of the run.
         device: where to train.
         curves_every: updates between those after which `curves` tells of the rollout, too.

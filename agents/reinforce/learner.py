@@ -10,13 +10,15 @@ from torch.optim.adam import adam
 
 from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import LABELED, METHODS, Lesson, Overseer, outcomes, tables
+from oversight_rl.agents.methods import LABELED, METHODS, Lesson, outcomes, tables
 from oversight_rl.agents.networks import Agent, new_agent
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import statistics
 from oversight_rl.agents.reinforce.losses import Loss, Targets, label, loss
+from oversight_rl.agents.reinforce.overseeing import Overseeing
 from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
+from oversight_rl.envs.overseers import Overseer
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
 from oversight_rl.envs.world import State, World
 
@@ -69,7 +71,8 @@ class ReinforceLearner(Learner):
         self.methods = tables(methods, overseers, self.agent.n_experts, self.device)
         levels = torch.tensor([overseer.oversight for overseer in overseers])
         # levels [R, 1, 1] against worlds [R, T, N]
-        self.world = World(world, levels[:, None, None], self.device)
+        self.world = World(world, levels[:, None, None], self.device, overseers[0].labels)
+        self.overseeing = Overseeing(overseers, self.world, self.total)
         self.reward_model = None
         if "reward_model" in self.methods.lessons:
             sees_flags = settings.reward_model_sees_flags
@@ -81,6 +84,7 @@ class ReinforceLearner(Learner):
             "agent": self.agent,
             "reward_model": self.reward_model,
             "gate_memory": self.gate_memory,
+            "overseeing": self.overseeing if self.overseeing.labels.budget else None,
         }
         modules = nn.ModuleDict({k: part for k, part in parts.items() if part is not None})
         modules.to(device)
@@ -92,6 +96,7 @@ class ReinforceLearner(Learner):
         self.selected = None if self.deploys == "last" else Selected(self.agent)
         self.kept = {} if self.selected is None else self.selected.state_dict(prefix="selected.")
         self.kept |= modules.named_buffers()
+        self._asks = self.overseeing.labels.asks == "learner" and self.reward_model is not None
         self.latest: tuple[Rollout, Targets, Loss] | None = None
 
     @property
@@ -132,8 +137,8 @@ class ReinforceLearner(Learner):
         start = self.world.reset(noise[:, -1:, :, : self.world.noise_channels])[:, 0]
         with torch.no_grad():
             rollout, _ = collect(self.agent, self.world, start, noise)
-        first = outcomes(rollout.seen, rollout.truth, rollout.uniform, self.methods)
-        outcome, left = first[0][:, 0], first[1][:, 0]  # [R, N]
+        rollout = self.overseeing(rollout, self.methods, self.updates)
+        outcome, left = (x[:, 0] for x in outcomes(rollout.seen))  # [R, N]
         sign = (outcome == LABELED).float() - (outcome == LABELED + 1).float()
         return (sign * self.settings.discount**left).sum(-1) / sign.abs().sum(-1)
 
@@ -152,6 +157,8 @@ class ReinforceLearner(Learner):
         rollout, self.worlds = collect(
             self.agent, self.world, self.worlds, self._draw(settings.steps)
         )
+        doubt = self._doubt if self._asks else None
+        rollout = self.overseeing(rollout, self.methods, self.updates, doubt)
         targets = label(
             rollout, self.methods, settings, progress, self.reward_model, self.gate_memory
         )
@@ -161,6 +168,13 @@ class ReinforceLearner(Learner):
         self.optimizer.step(at(settings.learning_rate, progress))
         self.latest = rollout, targets, losses
         self.updates += 1
+
+    def _doubt(self, rollout: Rollout) -> Tensor:
+        """How little the reward model knows of each step's end, 0 to 1. `[R, T, N]`"""
+        assert self.reward_model is not None
+        final = self.world.after(rollout.observation, rollout.action)
+        chance: Tensor = self.reward_model(final.flatten(1, 2)).sigmoid()
+        return 1 - (2 * chance.view_as(rollout.uniform) - 1).abs()
 
     def _draw(self, steps: int) -> Tensor:
         """Uniform numbers `[R, steps, N, channels]`, each run's from its own stream."""
@@ -213,6 +227,8 @@ class ReinforceLearner(Learner):
                 found[name] = 0, self.updates * self.steps
         if self.selected is not None:
             found["selected.update"] = 0, self.updates
+        if self.overseeing.labels.budget:
+            found["overseeing.spent"] = 0, self.overseeing.labels.budget
         return found
 
     def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:

@@ -53,7 +53,7 @@ def label(
     episodes count as the mean of both. As long as nobody taught it, it says nothing: an episode
     whose worth it should tell does not count. A memory keeps all labeled samples for the gate.
     """
-    outcome, left = outcomes(rollout.seen, rollout.truth, rollout.uniform, methods)
+    outcome, left = outcomes(rollout.seen)
     labeled = outcome >= LABELED
     if memory is not None:
         behavior = (outcome - LABELED).flatten(1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oversight_rl.agents.methods import Overseer
 from oversight_rl.agents.steering import Steering
 from oversight_rl.envs.audits import CONFIDENCE, audit
+from oversight_rl.envs.overseers import Labels, rate
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.policies import Saved
@@ -37,15 +38,21 @@ def audited(
 
     Each policy plays `episodes` episodes at each level, flagged as usual. A *hidden* audit looks at
     all endings, whatever the flags; a *flagged* one hears of flagged endings only. Either way the
-    run's overseer labels what it looks at, by its `label_recall` and `label_error`.
+    run's overseer labels what it looks at, by the recall and error of its `labels`.
 
     Raises:
         UserError: there are too few or too many episodes, or labels that would say nothing.
     """
     if not 1 <= episodes <= MOST:
         raise UserError(f"--audit: must lie in [1, {MOST:,}] episodes, got {episodes:,}")
-    overseer, behaviors = saved.config.overseer, saved.kind.names(saved.agent)[1]
-    audit([], behaviors, overseer.error)  # refuses what labels could not say, before any is given
+    given, behaviors = saved.config.labels, saved.kind.names(saved.agent)[1]
+    if given.near is not None:
+        raise UserError(
+            "--audit: cannot tell where squares lie close together, which labels.near asks for; "
+            "take --overseer noisy"
+        )
+    say = partial(audit, label_error=given.error, label_recall=given.recall)
+    say([], behaviors)  # refuses what labels could not say, before any is given
     generator = np.random.default_rng(0)
     found = []
     pairs = zip(saved.rows(policies, levels), saved.rows(policies, levels, episodes), strict=True)
@@ -54,11 +61,11 @@ def audited(
             np.array([round(played.figures[f"p_{name}{part}"] * episodes) for name in behaviors])
             for part in ("_flagged", "")
         )
-        heard = label(flagged, overseer, generator)
-        looked_at = np.concatenate([heard, label(ended - flagged, overseer, generator)])
+        heard = label(flagged, given, generator)
+        looked_at = np.concatenate([heard, label(ended - flagged, given, generator)])
         figures = dict(row.figures) | {"audit_episodes": float(episodes)}
         for kind, labels in (("hidden", looked_at), ("flagged", heard)):
-            said = audit([behaviors[i] for i in labels], behaviors, overseer.error)
+            said = say([behaviors[i] for i in labels], behaviors)
             figures |= {f"audit_{kind}_{name}": float(x) for name, x in vars(said).items()}
             figures[f"audit_{kind}_truth"] = _truth(row, behaviors, AUDITS[kind])
         found.append(dataclasses.replace(row, figures=figures))
@@ -66,14 +73,18 @@ def audited(
 
 
 def label(
-    endings: NDArray[np.int64], overseer: Overseer, generator: np.random.Generator
+    endings: NDArray[np.int64], given: Labels, generator: np.random.Generator
 ) -> NDArray[np.int64]:
     """Labels that an overseer gives to numbers `[B]` of endings in each behavior."""
     behavior = np.repeat(np.arange(len(endings)), endings)
-    wrong = generator.random(len(behavior)) < overseer.error
+    error, recall = (
+        np.array([rate(rates, b) for b in range(len(endings))])[behavior]
+        for rates in (given.error, given.recall)
+    )
+    wrong = generator.random(len(behavior)) < error
     other = (behavior + generator.integers(1, len(endings), len(behavior))) % len(endings)
-    given = generator.random(len(behavior)) < overseer.recall
-    labels: NDArray[np.int64] = np.where(wrong, other, behavior)[given]
+    said = generator.random(len(behavior)) < recall
+    labels: NDArray[np.int64] = np.where(wrong, other, behavior)[said]
     return labels
 
 
@@ -105,8 +116,8 @@ def cells(row: Row) -> list[dict[str, str]]:
 
 def notes(config: Config) -> list[str]:
     """What to know of a table of audits."""
-    error = config.overseer.error
-    wrong = f", labels being wrong at {error:.2%}" if error else ""
+    errors = " and ".join(f"{error:.2%}" for error in config.labels.error)
+    wrong = f", labels being wrong at {errors}" if any(config.labels.error) else ""
     lines = [
         f"at most: share of unwanted among all endings, {CONFIDENCE:.0%} sure{wrong}; any look: "
         "holds however often one looks",
@@ -124,6 +135,5 @@ def notes(config: Config) -> list[str]:
 
 def fair(config: Config) -> bool:
     """Whether flagged endings are a fair sample: no agent knows, no kind is flagged more often."""
-    apart = (config.world.diamond_oversight, config.world.ghost_oversight)
     hidden = config.env_arguments.get("flags_visible", True) is False  # others may show them
-    return hidden and apart == (None, None)
+    return hidden and config.labels.region == "all" and len({*config.labels.shares}) == 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from pydantic import field_validator, model_validator
 
-from oversight_rl.agents.methods import METHODS, Overseer
+from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.ppo.config import HIDDEN, PPOConfig
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.envs.overseers import PLAIN, Labels, Overseer, labels_of
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig, nearest
 from oversight_rl.kinds import KINDS, Kind, kind_of
 from oversight_rl.settings import Probability, RunConfig
@@ -22,7 +23,14 @@ BOOLEANS = {"true", "false", "yes", "no", "on", "off"}  # all true to an environ
 class Config(RunConfig):
     """A training run. Every setting has a flag; a YAML file holds only what differs."""
 
-    renamed: ClassVar[Mapping[str, str]] = {"training": "reinforce"}
+    renamed: ClassVar[Mapping[str, str]] = {
+        "training": "reinforce",
+        "label_recall": "labels.recall",
+        "label_error": "labels.error",
+        "world.diamond_oversight": "labels.shares",
+        "world.ghost_oversight": "labels.shares",
+    }
+    gone: ClassVar[Collection[str]] = ("world.diamond_oversight", "world.ghost_oversight")
 
     algo: str = "reinforce"
     """Learner: reinforce, on the diamond/ghost grid, or ppo, on any environment; a section of
@@ -37,10 +45,10 @@ class Config(RunConfig):
     env_settings: dict[str, bool | int | float | str] = {}
     """Arguments of the environment, besides its oversight: `lava: 2`. The default environment has
     its own settings under `world`."""
-    label_recall: Probability = 1.0
-    """Probability that an ending which should be labeled is; below 1, labels go missing."""
-    label_error: Probability = 0.0
-    """Probability that a label names the wrong behavior."""
+    overseer: str = "uniform"
+    """Who labels which endings; see the table of overseers in the README."""
+    labels: Labels = PLAIN
+    """What the overseer does otherwise than its row of the table says."""
     world: WorldConfig = WorldConfig()
     agent: AgentConfig = AgentConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
@@ -52,6 +60,17 @@ class Config(RunConfig):
         if name not in METHODS:
             raise ValueError(f"must be one of {', '.join(METHODS)}{nearest(name, METHODS)}")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _overseer(cls, data: Any) -> Any:
+        """The overseer's own settings, where they are not given."""
+        if not isinstance(data, dict):
+            return data
+        given, name = data.get("labels", {}), data.get("overseer", "uniform")
+        if isinstance(given, Labels):
+            given = given.model_dump()
+        return data | {"labels": labels_of(name, given)} if isinstance(given, dict) else data
 
     @model_validator(mode="before")
     @classmethod
@@ -98,11 +117,23 @@ class Config(RunConfig):
 
     @model_validator(mode="after")
     def _labels_tell_enough(self) -> Self:
-        overseer = self.overseer
-        if self.env != GRID:  # how many behaviors labels can confuse, the environment says later
-            overseer = replace(overseer, error=0.0)
+        labels, method = self.labels, METHODS[self.method]
+        if method.deploys == "best_labeled" and labels.budget is not None:
+            raise UserError(
+                f"{self.method}: looks at labeled episodes beside those of training, which no "
+                f"budget of labels allows for, got labels.budget {labels.budget}"
+            )
+        known = self.env == GRID  # how many behaviors there are, another environment says later
+        if known and len(labels.shares) > len(BEHAVIORS):
+            raise UserError(
+                f"labels.shares: {GRID} has {len(BEHAVIORS)} behaviors, got {labels.shares}; "
+                "MiniGrid has a third one with env_settings.lava"
+            )
+        overseer = self.overseeing
+        if not known:
+            overseer = replace(overseer, labels=labels.model_copy(update={"error": (0.0,)}))
         try:
-            METHODS[self.method].rewards(overseer, len(BEHAVIORS))
+            method.rewards(overseer, len(BEHAVIORS))
         except ValueError as error:
             raise UserError(f"{self.method}: {error}") from None
         return self
@@ -115,7 +146,7 @@ class Config(RunConfig):
         # methods may differ as long as they train the same networks by the same losses
         shape = METHODS[self.method].shape
         alike = next(name for name, method in METHODS.items() if method.shape == shape)
-        free = {"method": alike, "oversight": 0.0, "label_recall": 1.0, "label_error": 0.0}
+        free = {"method": alike, "oversight": 0.0}
         return self.model_copy(update=free | {"seeds": ()}).model_dump_json()
 
     def most_runs(self, memory: float) -> int:
@@ -130,16 +161,19 @@ class Config(RunConfig):
     @property
     def env_arguments(self) -> dict[str, Any]:
         """Arguments of the environment, besides its oversight, for `envs.vector.make_vec`."""
+        flags = {} if self.labels.flags == PLAIN else {"overseer": self.labels.flags}
         if self.env == GRID:
-            return self.world.model_dump()
+            return self.world.model_dump() | flags
         hides = {"flags_visible": False} if METHODS[self.method].policy.hides_flags else {}
-        return dict(self.env_settings) | hides
+        return dict(self.env_settings) | hides | flags
 
     @property
-    def overseer(self) -> Overseer:
-        """What the overseer catches and gets right."""
-        ghosts = self.world.ghost_oversight
-        return Overseer(self.oversight, ghosts, self.label_recall, self.label_error)
+    def overseeing(self) -> Overseer:
+        """The overseer of the run."""
+        left = None
+        if self.labels.ordered and not self.kind.stacks:  # what `Overseen` has made
+            left = PLAIN
+        return Overseer(self.oversight, self.labels, left)
 
     def refuse_unused(self) -> None:
         for section in set(KINDS) & set(type(self).model_fields) - {self.algo}:

@@ -26,6 +26,7 @@ from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
 from oversight_rl.envs.minigrid_mdp import DiamondGhostMDP, why_not
+from oversight_rl.envs.overseen import Overseen
 from oversight_rl.envs.plugins import why
 from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
@@ -57,7 +58,7 @@ class EnvJudge:
     def __init__(self, config: Config, *, exact: bool = True) -> None:
         self.config, self.exact, self.may_be_exact = config, None, exact
         if exact and config.env == GRID:
-            known = Evaluator(config.world, config.learner.discount)
+            known = Evaluator(config.world, config.learner.discount, labels=config.labels)
             self.exact = known if known.mdp is not None else None
 
     def tables(
@@ -311,13 +312,15 @@ class PPORuns(OversightRuns):
 def new_learner(config: Config) -> PPOLearner:
     """A fresh learner of a run; `UserError` if PPO cannot train in its environment."""
     env = make_env(config, config.oversight, config.ppo.worlds)
+    if config.labels.ordered:
+        env = Overseen(env, config.labels, config.oversight, config.seeds[0])
     with _refusing(config):
         learner = PPOLearner(
             config.ppo,
             config.agent,
             env,
             method=config.method,
-            overseer=config.overseer,
+            overseer=config.overseeing,
             seed=config.seeds[0],
             device=config.torch_device(),
             curves_every=LOG_EVERY,

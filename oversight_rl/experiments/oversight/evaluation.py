@@ -11,6 +11,7 @@ from torch import Tensor
 from oversight_rl.agents.networks import Output, cumulative, sample
 from oversight_rl.agents.steering import Steering
 from oversight_rl.envs.mdp import Endings, WorldMDP, why_not
+from oversight_rl.envs.overseers import PLAIN, Labels
 from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.world import World
 from oversight_rl.runs.rows import Facts, Row
@@ -43,12 +44,12 @@ class Evaluator:
     """Evaluates stacks of agents in one kind of world.
 
     Args:
-        config: the world. A deployment level is its overall oversight level; squares with a
-            level of their own keep that.
+        config: the world.
         discount: per step.
         device: where to compute.
         episodes: per policy and level, where exact evaluation does not apply.
         exact: whether to evaluate exactly where that applies.
+        labels: of the overseer at deployment, which decide the flags at each oversight level.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class Evaluator:
         episodes: int = 20_000,
         *,
         exact: bool = True,
+        labels: Labels = PLAIN,
     ) -> None:
+        self.labels = labels.flags
         self.config, self.discount, self.device = config, discount, torch.device(device)
         self.episodes = episodes
-        world = World(self.config, device=device)
+        world = World(self.config, device=device, labels=self.labels)
         self.mdp = WorldMDP(world) if exact and not why_not(world) else None
         plain = World(self.config.model_copy(update={"spurious_oversight": 0.0}), device=device)
         known = not why_not(plain)  # flags, spurious ones too, change nothing about the optimum
@@ -154,7 +157,7 @@ class Evaluator:
         """
         columns = []
         for level in levels:
-            world = World(self.config, level, self.device)
+            world = World(self.config, level, self.device, self.labels)
             figures = [self._episodes(forward, policy, world, runs) for policy in policies]
             columns.append(torch.stack(figures, dim=1).flatten(0, 1))  # [R * Q, 11]
         *parts, on_path, error, finite = torch.stack(columns, dim=1).unbind(-1)

@@ -34,7 +34,12 @@ class GridJudge:
         self.config = config
         episodes = config.evaluation.episodes
         self.evaluator = Evaluator(
-            config.world, config.learner.discount, device, episodes, exact=exact
+            config.world,
+            config.learner.discount,
+            device,
+            episodes,
+            exact=exact,
+            labels=config.labels,
         )
 
     def tables(
@@ -49,7 +54,7 @@ class GridJudge:
         return self.evaluator.evaluate(forward, facts, policies, levels, deployed, paths)
 
     def pictures(self, agent: Agent, policies: Sequence[Steering]) -> dict[str, bytes]:
-        world = World(self.config.world, self.config.oversight)
+        world = World(self.config.world, self.config.oversight, labels=self.config.labels)
         arrows = render.png(draw_policies(agent, world, policies))
         columns = [_rollout(agent, world, policy) for policy in policies[:MOST_POLICIES]]
         return {"policies": arrows, "rollouts": side_by_side(columns)}
@@ -70,7 +75,7 @@ class GridRuns(OversightRuns):
             first.agent,
             first.world,
             methods=[config.method for config in configs],
-            overseers=[config.overseer for config in configs],
+            overseers=[config.overseeing for config in configs],
             seeds=[config.seeds[0] for config in configs],
             device=device,
             looks_every=first.evaluation.every,
