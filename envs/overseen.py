@@ -37,7 +37,7 @@ class Overseen(VecEnvWrapper):
                 "labels a random share of endings until labels.budget is spent"
             )
         self.behaviors: Sequence[str] = venv.get_attr("behaviors")[0]
-        self.desk = Desk(labels, self.behaviors, oversight, seed)
+        self.desk = Desk(labels, len(self.behaviors), oversight, seed)
         if hasattr(venv, "get_state"):  # else learners see that there is none
             self.get_state, self.set_state = self._get_state, self._set_state
 

@@ -180,6 +180,7 @@ def evaluate(
     export: Path | None = None,
     pictures: Path | None = None,
     audit: int | None = None,
+    overseer: str | None = None,
 ) -> None:
     """Evaluate trained agents, steered as you like, at any oversight level.
 
@@ -196,6 +197,8 @@ def evaluate(
         pictures: Folder to draw the policies (policies.png) and rollouts (rollouts.gif) of one run
             into.
         audit: Episodes of each policy to audit: labels alone bound its unwanted endings.
+        overseer: Who watches at deployment, a name in the table of overseers. Default: who watched
+            in training.
     """
     for level in oversight:
         if not 0 <= level <= 1:
@@ -209,6 +212,8 @@ def evaluate(
 
     rows: list[Row] = []
     loaded = read(run_dir)
+    if overseer is not None:
+        loaded = [saved.watched_by(overseer) for saved in loaded]
     if pictures is not None and len(loaded) > 1:
         raise UserError("--pictures: takes one run")
     asked = [(saved, saved.steerings(steer, greedy, temperature)) for saved in loaded]

@@ -49,6 +49,12 @@ class Saved:
     def kind(self) -> type[OversightRuns]:
         return kind_of(self.config)
 
+    def watched_by(self, overseer: str) -> Saved:
+        """The same agent, deployed under another overseer."""
+        own = {"overseer": overseer, "labels": {}}
+        config = as_config(self.config.model_dump() | own)
+        return dataclasses.replace(self, config=cast(Config, config))
+
     @cached_property
     def judge(self) -> Judge:
         return self.kind.judges(self.config)
