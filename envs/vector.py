@@ -59,9 +59,11 @@ def _monitored(env_id: str, kwargs: dict[str, Any]) -> Monitor[Any, Any]:
     try:
         env = gym.make(env_id, **kwargs)
     except TypeError as error:
-        if "unexpected keyword argument 'oversight'" in str(error):
+        for name in ("oversight", "overseer"):
+            if f"unexpected keyword argument '{name}'" not in str(error):
+                continue
             raise UserError(
-                f"env: {env_id} does not take the argument oversight; wrap it in OversightLabels, "
+                f"env: {env_id} does not take the argument {name}; wrap it in OversightLabels, "
                 "which does, and register that (docs/environments.md, From the command line)"
             ) from None
         if "required" in str(error) and "'oversight'" in str(error):

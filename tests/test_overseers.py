@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -20,6 +21,7 @@ from oversight_rl.envs.overseers import OVERSEERS, Labels, Overseer, as_labels, 
 from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
 from oversight_rl.experiments.oversight.config import Config
 
+PAGE = Path(__file__).parents[1] / "docs/overseers.md"
 SMALL = AgentConfig(hidden=(16, 16))
 WORLD = WorldConfig(rows=3, cols=4, max_steps=6)
 LEVEL = 0.6
@@ -335,3 +337,20 @@ def _refuses(method, name):
     except UserError:
         return True
     return False
+
+
+def test_the_page_shows_the_table():
+    rows = {}
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("| `") and line.count("|") == 4:
+            name, summary, settings = (part.strip(" `") for part in line.strip("|").split("|"))
+            if name in OVERSEERS:
+                rows[name] = summary, settings.replace("`", "")
+    assert list(rows) == list(OVERSEERS)
+
+    def said(value):
+        return " ".join(f"{x:g}" for x in value) if isinstance(value, tuple) else str(value)
+
+    for name, row in OVERSEERS.items():
+        own = ", ".join(f"{key} {said(value)}" for key, value in row.settings.items())
+        assert rows[name] == (row.summary, own)

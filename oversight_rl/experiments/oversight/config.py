@@ -46,7 +46,7 @@ class Config(RunConfig):
     """Arguments of the environment, besides its oversight: `lava: 2`. The default environment has
     its own settings under `world`."""
     overseer: str = "uniform"
-    """Who labels which endings; see the table of overseers in the README."""
+    """Who labels which endings; see docs/overseers.md."""
     labels: Labels = PLAIN
     """What the overseer does otherwise than its row of the table says."""
     world: WorldConfig = WorldConfig()
