@@ -344,38 +344,60 @@ class FirstLayer:
             product: Tensor = dense.unflatten(-1, weight.shape[1:3]).transpose(1, 2)
             return product.contiguous()
         table = self.table[:, start:stop]
-        rows = F.pad(observation, (0, 1), value=table.shape[2] - 1)  # the bias, always
-        return _row_sums(rows.expand(len(table), -1, -1), table)
+        return _row_sums(observation.expand(len(table), -1, -1), table)
 
 
 class _RowSums(torch.autograd.Function):
-    """Sums of rows of tables: `[R, B, D]` indices into `[R, J, rows, H]` -> `[R, J, B, H]`.
-
-    The gradient of a row is a sum as well, over the samples that took it. They are sorted by row
-    once for all J tables of a run.
-    """
+    """`row_sums` with gradients into the table."""
 
     @staticmethod
     def forward(ctx: Any, index: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.rows = table.shape[2]
-        bags = index[:, None] + _firsts(table, ctx.rows)
-        sums = F.embedding_bag(bags.flatten(0, 2), table.flatten(0, 2), mode="sum")
-        return sums.view(*table.shape[:2], index.shape[1], -1)
+        return row_sums(index, table)
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> tuple[None, Tensor]:
         (index,) = ctx.saved_tensors
-        runs, batch, active = index.shape
-        row, order = index.flatten(1).sort(dim=1, stable=True)  # [R, B * D]
-        rows = torch.arange(ctx.rows, device=index.device).repeat(runs, 1)
-        begins = torch.searchsorted(row, rows)  # [R, rows]
-        samples = (order // active)[:, None, :, None] + _firsts(grad[0], batch)
-        begins = begins[:, None, :, None] + _firsts(grad[0], batch * active)
-        sums = F.embedding_bag(
-            samples.flatten(), grad[0].flatten(0, 2), begins.flatten(), mode="sum"
-        )
-        return None, sums.view(*grad[0].shape[:2], ctx.rows, -1)
+        return None, row_gradients(index, grad[0], grad[0].sum(2), ctx.rows)
+
+
+def row_sums(index: Tensor, table: Tensor) -> Tensor:
+    """Sums of rows of tables and of the last one, a bias.
+
+    `[R, B, D]` indices into `[R, J, rows, H]` -> `[R, J, B, H]`.
+    """
+    rows = F.pad(index, (0, 1), value=table.shape[2] - 1)
+    bags = rows[:, None] + _firsts(table, table.shape[2])
+    sums = F.embedding_bag(bags.flatten(0, 2), table.flatten(0, 2), mode="sum")
+    return sums.view(*table.shape[:2], index.shape[1], -1)
+
+
+def row_gradients(index: Tensor, grad: Tensor, bias: Tensor, rows: int) -> Tensor:
+    """Gradient of tables from that of their `row_sums`.
+
+    The gradient of a row is a sum of rows as well, over the samples that took it. They are sorted
+    by row once for all J tables of a run. The last row but one, of zeros, is never learned.
+
+    Args:
+        index: `[R, B, D]`.
+        grad: `[R, J, B, H]`.
+        bias: `[R, J, H]`, the sum of `grad` over all samples.
+        rows: of a table.
+
+    Returns:
+        `[R, J, rows, H]`.
+    """
+    runs, batch, active = index.shape
+    row, order = index.flatten(1).sort(dim=1, stable=True)  # [R, B * D]
+    begins = torch.searchsorted(row, torch.arange(rows - 1, device=index.device).repeat(runs, 1))
+    if not index.is_cuda:  # where asking how many would make the host wait
+        order = order[:, : max(1, int(begins[:, -1].max()))]  # those that took a row of zeros
+    samples = (order // active)[:, None, :, None] + _firsts(grad, batch)
+    begins = begins.clamp(max=order.shape[1])[:, None, :, None] + _firsts(grad, order.shape[1])
+    sums = F.embedding_bag(samples.flatten(), grad.flatten(0, 2), begins.flatten(), mode="sum")
+    sums = sums.view(*grad.shape[:2], rows - 1, -1)
+    return torch.cat([sums, bias[:, :, None]], dim=2)
 
 
 def _firsts(x: Tensor, each: int) -> Tensor:

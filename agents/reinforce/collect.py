@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from oversight_rl.agents.networks import Agent, Output, cumulative, sample
+from oversight_rl.agents.reinforce.window import Window
 from oversight_rl.envs.record import Record
 from oversight_rl.envs.world import Seen, State, Truth, World
 
@@ -59,27 +60,26 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
     fresh = world.reset(noise[..., : world.noise_channels])
     forward = agent.prepare()
     states = _Distinct(world, runs, worlds)
+    window = Window(forward)
     edges = noise.new_empty(runs, steps * worlds, agent.n_actions - 1)  # by slot
-    products, slots, actions, taken = [], [], [], []
+    slots, actions, taken = [], [], []
     run = torch.arange(runs, device=noise.device)[:, None]
     for t in range(steps):
-        slot, active = states.look_up(state)
+        met = window.count
+        slot, active, counts = states.look_up(state, met)
         if active.shape[1]:
-            products.append(forward.products(active))
-            with torch.no_grad():
-                output = forward.output(*products[-1])
-                chances = output.mix(output.gate).softmax(-1)
-            edges[:, states.count - active.shape[1] : states.count] = cumulative(chances)
+            edges[:, met : met + active.shape[1]] = cumulative(window.act(active, counts))
         action = sample(edges[run, slot], noise[:, t, :, -2])
         state, step = world.step(state, action, fresh[:, t])
         slots.append(slot)
         actions.append(action)
         taken.append(step)
+    active, output = window.learning()
     with torch.no_grad():
         value_after = forward.value(world.active(state))
     rollout = Rollout(
-        active=torch.cat(states.met, dim=1),
-        output=forward.output(*(torch.cat(parts, dim=2) for parts in zip(*products, strict=True))),
+        active=active,
+        output=output,
         slot=torch.stack(slots, dim=1),
         action=torch.stack(actions, dim=1),
         seen=Seen.stack([step.seen for step in taken], dim=1),
@@ -99,20 +99,18 @@ class _Distinct:
 
     def __init__(self, world: World, runs: int, worlds: int) -> None:
         self.world, self.runs, self.worlds = world, runs, worlds
-        self.met: list[Tensor] = []  # active inputs of new states, step by step
-        self.count = 0  # slots in use in each run
         self.merging = world.device.type == "cpu" and 0 < world.n_keys <= MOST_KEYS
         if self.merging:
             self.slots = torch.full((runs, world.n_keys), -1)
 
-    def look_up(self, state: State) -> tuple[Tensor, Tensor]:
-        """Slots `[R, N]` of states, and active inputs `[R, new, ...]` of those not met before."""
+    def look_up(self, state: State, met: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Slots `[R, N]` of states, when so many slots are in use.
+
+        Also, active inputs `[R, new, ...]` of those not met before, and how many each run has.
+        """
         if not self.merging:
-            slot = torch.arange(self.worlds, device=self.world.device) + self.count
-            active = self.world.active(state)
-            self.count += self.worlds
-            self.met.append(active)
-            return slot.expand(self.runs, -1), active
+            slot = torch.arange(self.worlds, device=self.world.device) + met
+            return slot.expand(self.runs, -1), self.world.active(state), [self.worlds] * self.runs
         key = self.world.key(state)
         known = self.slots.gather(1, key)
         if self.runs > 1:
@@ -121,15 +119,13 @@ class _Distinct:
         run = new // self.world.n_keys
         per_run = run.bincount(minlength=self.runs)
         rank = torch.arange(len(new)) - (per_run.cumsum(0) - per_run)[run]
-        self.slots.view(-1)[new] = rank + self.count
-        width = int(per_run.max())
+        self.slots.view(-1)[new] = rank + met
+        counts: list[int] = per_run.tolist()
         active = self.world.active(self.world.unkey(new % self.world.n_keys))
         if self.runs > 1:
-            padded = torch.full((self.runs, width, active.shape[-1]), self.world.inputs)
+            padded = torch.full((self.runs, max(counts), active.shape[-1]), self.world.inputs)
             padded[run, rank] = active
             active = padded
         else:
             active = active[None]
-        self.count += width
-        self.met.append(active)
-        return self.slots.view(-1).take(key), active
+        return self.slots.view(-1).take(key), active, counts
