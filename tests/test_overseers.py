@@ -11,6 +11,7 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED
+from oversight_rl.agents.reinforce import learner as reinforce
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
 from oversight_rl.envs.gym import OversightGridVecEnv
@@ -136,13 +137,16 @@ def test_an_audit_does_not_mind_the_flags():
         assert (found["label"][own] != NO_LABEL).mean() == pytest.approx(LEVEL, abs=0.06)
 
 
+FEW = {"budget": {"budget": 20}, "active": {"budget": 20}, "delayed": {"delay": 60}}
+
+
 @pytest.mark.parametrize("name", [n for n in OVERSEERS if n != "unseen_kind"])
 @pytest.mark.parametrize("method", ["routing", "imputed_routing", "naive"])
 def test_what_no_overseer_says_changes_nothing(name, method):
     """The truth of endings without a label is swapped: gradients are the same to the bit."""
     found = []
     for swapped in (False, True):
-        ours = learner(name, method, **({"budget": 20} if name in ("budget", "active") else {}))
+        ours = learner(name, method, **FEW.get(name, {}))
         overseeing, seen = ours.overseeing.forward, []
 
         def hear(rollout, *args, overseeing=overseeing, seen=seen, swapped=swapped):
@@ -163,17 +167,63 @@ def test_what_no_overseer_says_changes_nothing(name, method):
     assert found[0]
 
 
-def test_a_run_goes_on_with_what_is_left_of_its_budget():
-    whole, first = learner("budget", budget=80), learner("budget", budget=80)
+def test_late_labels_come_once_each_after_so_many_episodes(monkeypatch):
+    """What is learned from as labeled, with a delay and without, is the same in the end."""
+    plain, late = (learner("uniform"), learner("delayed", delay=150))
+    for ours in (plain, late):  # nothing is learned, so that both meet the same
+        ours.optimizer.step = lambda rate: None
+    told, given, ended = [], [], []
+    once = reinforce.label
+
+    def watched(taught, *args):
+        targets = once(taught, *args)
+        worlds = late.settings.worlds
+        if taught.action.shape[2] > worlds:
+            outcome = targets.outcome[..., worlds:]
+            assert not (targets.outcome[..., :worlds] >= LABELED).any()
+            assert (targets.only_labeled(worlds).weight[..., worlds:] > 0).eq(outcome >= 3).all()
+            told.append(outcome[outcome >= LABELED].tolist())
+            shown = taught.observation[:, :, worlds:][outcome >= LABELED]
+            told[-1] = sorted(zip(told[-1], shown[:, :3].tolist(), strict=True))
+        return targets
+
+    for _ in range(30):
+        plain.update()
+        rollout, targets, _ = plain.latest
+        labeled = targets.outcome >= LABELED
+        shown = rollout.observation[labeled][:, :3].tolist()
+        given.append(sorted(zip(targets.outcome[labeled].tolist(), shown, strict=True)))
+        ended.append(int((rollout.seen.terminated | rollout.seen.truncated).sum()))
+    monkeypatch.setattr(reinforce, "label", watched)
+    for _ in range(30):
+        late.update()
+    came = [part for part in told if part]
+    assert came == given[: len(came)]
+    assert len(came) > 20
+    total = np.cumsum(ended)
+    for update, part in enumerate(told):
+        if part:
+            window = came.index(part)
+            assert total[update - 1] - total[window] >= 150
+            assert update < 2 or total[update - 2] - total[window] < 150
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("budget", {"budget": 80}), ("delayed", {"delay": 60})]
+)
+def test_a_run_goes_on_with_what_its_overseer_remembers(name, given):
+    whole, first = learner(name, **given), learner(name, **given)
     for _ in range(6):
         whole.update()
     for _ in range(3):
         first.update()
-    second = learner("budget", budget=80)
+    second = learner(name, **given)
     second.load([first.state(0)], 3)
     for _ in range(3):
         second.update()
-    assert int(second.overseeing.spent) == int(whole.overseeing.spent) > 0
+    kept = whole.overseeing.state_dict(), second.overseeing.state_dict()
+    assert all(torch.equal(ours, kept[1][name]) for name, ours in kept[0].items())
+    assert any(int(x.max()) > 0 for x in kept[0].values())
     for ours, theirs in zip(whole.agent.parameters(), second.agent.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -190,7 +240,7 @@ def test_what_is_refused():
             Config(method="ipw_hidden_flag", overseer=name)
     with pytest.raises(UserError, match="OversightGrid-v0 has 2 behaviors"):
         Config(overseer="unseen_kind")
-    with pytest.raises(UserError, match="no budget of labels allows for"):
+    with pytest.raises(UserError, match="no budget of labels and no delay allows for"):
         Config(method="naive_early_stop", overseer="budget")
     with pytest.raises(ValueError, match=r"labels\.near: this environment knows none, got 1"):
         as_labels("near_miss", 2, ("near",))
@@ -325,7 +375,7 @@ def test_the_table_lists_methods_that_fit():
         if _refuses(method, name)
     }
     assert {name for _, name in refused} == {
-        "unseen_kind", "diamonds_only", "region", "near_miss", "budget", "active",
+        "unseen_kind", "diamonds_only", "region", "near_miss", "budget", "active", "delayed",
     }  # fmt: skip
     but = {method for method, name in refused if name != "unseen_kind"}
     assert but == {"ipw_hidden_flag", "naive_early_stop"}

@@ -44,7 +44,9 @@ def noise_channels(world: World) -> int:
     return world.noise_channels + 2
 
 
-def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Rollout, State]:
+def collect(
+    agent: Agent, world: World, state: State, noise: Tensor, besides: Tensor | None = None
+) -> tuple[Rollout, State]:
     """Step the worlds through one window under the agent's mixture.
 
     Args:
@@ -52,6 +54,7 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
         world: the worlds' dynamics.
         state: worlds `[R, N]`.
         noise: `[R, T, N, noise_channels(world)]`, uniform in [0, 1).
+        besides: `[R, M, D]`, active inputs that the agent is evaluated for, too; the last slots.
 
     Returns:
         The window, and the worlds after it.
@@ -74,6 +77,8 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
         slots.append(slot)
         actions.append(action)
         taken.append(step)
+    if besides is not None:
+        window.act(besides, [besides.shape[1]] * runs)
     active, output = window.learning()
     with torch.no_grad():
         value_after = forward.value(world.active(state))

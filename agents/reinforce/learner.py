@@ -14,6 +14,7 @@ from oversight_rl.agents.methods import LABELED, METHODS, Lesson, outcomes, tabl
 from oversight_rl.agents.networks import Agent, new_agent
 from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import statistics
+from oversight_rl.agents.reinforce.late import lesson
 from oversight_rl.agents.reinforce.losses import Loss, Targets, label, loss
 from oversight_rl.agents.reinforce.overseeing import Overseeing
 from oversight_rl.agents.reinforce.reward_model import RewardModel
@@ -72,7 +73,8 @@ class ReinforceLearner(Learner):
         levels = torch.tensor([overseer.oversight for overseer in overseers])
         # levels [R, 1, 1] against worlds [R, T, N]
         self.world = World(world, levels[:, None, None], self.device, overseers[0].labels)
-        self.overseeing = Overseeing(overseers, self.world, self.total)
+        window = settings.steps, settings.worlds
+        self.overseeing = Overseeing(overseers, self.world, self.total, window)
         self.reward_model = None
         if "reward_model" in self.methods.lessons:
             sees_flags = settings.reward_model_sees_flags
@@ -84,7 +86,7 @@ class ReinforceLearner(Learner):
             "agent": self.agent,
             "reward_model": self.reward_model,
             "gate_memory": self.gate_memory,
-            "overseeing": self.overseeing if self.overseeing.labels.budget else None,
+            "overseeing": self.overseeing if self.overseeing.remembers else None,
         }
         modules = nn.ModuleDict({k: part for k, part in parts.items() if part is not None})
         modules.to(device)
@@ -154,19 +156,26 @@ class ReinforceLearner(Learner):
 
     def update(self) -> None:
         settings, progress = self.settings, self.updates / max(1, self.total - 1)
-        rollout, self.worlds = collect(
-            self.agent, self.world, self.worlds, self._draw(settings.steps)
-        )
+        waiting = self.overseeing.waiting
+        late = None if waiting is None else waiting.due()
+        noise, besides = self._draw(settings.steps), None if late is None else late.active
+        rollout, self.worlds = collect(self.agent, self.world, self.worlds, noise, besides)
         doubt = self._doubt if self._asks else None
         rollout = self.overseeing(rollout, self.methods, self.updates, doubt)
+        taught = rollout
+        if waiting is not None and late is not None:
+            rollout = waiting.put(rollout)
+            taught = lesson(rollout, late)
         targets = label(
-            rollout, self.methods, settings, progress, self.reward_model, self.gate_memory
+            taught, self.methods, settings, progress, self.reward_model, self.gate_memory
         )
-        losses = loss(self.agent, rollout, targets, self.reward_model, self.gate_memory)
+        if late is not None:
+            targets = targets.only_labeled(settings.worlds)
+        losses = loss(self.agent, taught, targets, self.reward_model, self.gate_memory)
         self.optimizer.zero_grad()
         losses.total(settings, progress).sum().backward()
         self.optimizer.step(at(settings.learning_rate, progress))
-        self.latest = rollout, targets, losses
+        self.latest = rollout, targets if late is None else targets.first(settings.worlds), losses
         self.updates += 1
 
     def _doubt(self, rollout: Rollout) -> Tensor:
@@ -227,8 +236,8 @@ class ReinforceLearner(Learner):
                 found[name] = 0, self.updates * self.steps
         if self.selected is not None:
             found["selected.update"] = 0, self.updates
-        if self.overseeing.labels.budget:
-            found["overseeing.spent"] = 0, self.overseeing.labels.budget
+        if self.overseeing.remembers:
+            found |= {f"overseeing.{k}": bound for k, bound in self.overseeing.bounds().items()}
         return found
 
     def load(self, states: Sequence[Mapping[str, Tensor]], update: int) -> None:

@@ -1,6 +1,7 @@
 """What is learned from a window, and its losses, with every gradient routed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,19 @@ class Targets:
     lessons: frozenset[Lesson]  # of the runs' methods
     deployed_returns: Tensor  # [R, T, N], true return of labeled (or imputed) episodes, else 0
     chance: Tensor | None  # [R, T, N], a reward model's, of the diamond after each step
+
+    def only_labeled(self, worlds: int) -> "Targets":
+        """The same, where of all worlds but the first ones only labeled episodes count."""
+        counts = self.outcome >= LABELED
+        counts[..., :worlds] = True
+        return replace(self, weight=self.weight * counts)
+
+    def first(self, worlds: int) -> "Targets":
+        """Those of the first worlds alone."""
+        parts: dict[str, Any] = {
+            k: x[:, :, :worlds] for k, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **parts)
 
 
 @torch.no_grad()

@@ -9,10 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from oversight_rl.agents.learner import Bounds
 from oversight_rl.agents.methods import MethodTables, labels
 from oversight_rl.agents.reinforce.collect import Rollout
+from oversight_rl.agents.reinforce.late import Waiting
 from oversight_rl.envs.overseers import Overseer
-from oversight_rl.envs.settings import NO_LABEL
+from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL
 from oversight_rl.envs.world import World
 
 Doubt = Callable[[Rollout], Tensor]
@@ -28,6 +30,7 @@ class Overseeing(nn.Module):
         overseers: one per run.
         world: that they watch.
         updates: of training.
+        window: steps T and worlds N.
 
     Raises:
         ValueError: they differ in more than their levels.
@@ -35,13 +38,36 @@ class Overseeing(nn.Module):
 
     spent: Tensor  # [R] int64, labels given so far
 
-    def __init__(self, overseers: Sequence[Overseer], world: World, updates: int) -> None:
+    def __init__(
+        self, overseers: Sequence[Overseer], world: World, updates: int, window: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.labels, *others = (overseer.labels for overseer in overseers)
         if any(other != self.labels for other in others):
             raise ValueError("overseers of one stack may differ in their levels only")
         self.world, self.updates = world, updates
         self.register_buffer("spent", torch.zeros(len(overseers), dtype=torch.int64))
+        self.waiting = None
+        if self.labels.delay:
+            shape = len(overseers), *window, world.n_active
+            self.waiting = Waiting(self.labels.delay, world.config.max_steps, shape)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what was labeled before decides what will be."""
+        return self.labels.budget is not None or self.waiting is not None
+
+    def bounds(self) -> Bounds:
+        """What its whole numbers can be, by name."""
+        found: Bounds = {"spent": (0, self.labels.budget or 0)}
+        if self.waiting is not None:
+            most = self.updates * self.waiting.label[0, 0].numel()  # steps of a run
+            found |= {f"waiting.{name}": (0, most) for name in ("count", "episodes")}
+            found |= {f"waiting.{name}": (0, self.updates) for name in ("served", "windows")}
+            found |= {"waiting.active": (0, self.world.inputs), "waiting.ended": (0, 1)}
+            found["waiting.action"] = 0, len(ACTIONS) - 1
+            found["waiting.label"] = NO_LABEL, len(BEHAVIORS) - 1
+        return found
 
     @torch.no_grad()
     def forward(

@@ -118,10 +118,10 @@ class Config(RunConfig):
     @model_validator(mode="after")
     def _labels_tell_enough(self) -> Self:
         labels, method = self.labels, METHODS[self.method]
-        if method.deploys == "best_labeled" and labels.budget is not None:
+        if method.deploys == "best_labeled" and (labels.budget is not None or labels.delay):
             raise UserError(
                 f"{self.method}: looks at labeled episodes beside those of training, which no "
-                f"budget of labels allows for, got labels.budget {labels.budget}"
+                f"budget of labels and no delay allows for, got --overseer {self.overseer}"
             )
         known = self.env == GRID  # how many behaviors there are, another environment says later
         if known and len(labels.shares) > len(BEHAVIORS):
