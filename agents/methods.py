@@ -10,6 +10,7 @@ torch, which takes a second, is loaded by what makes tensors only: settings look
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
@@ -32,20 +33,24 @@ LEAST_SAID = 1e-6  # of a label, for its errors to be weighted away
 class Overseer:
     """What the overseer of one run catches and gets right."""
 
-    oversight: float
-    """Chance that a square is flagged, and the share of endings that an audit labels."""
+    oversight: float | None
+    """Chance that a square is flagged, and the share of endings that an audit labels; None where
+    an environment does not say."""
     ghost_oversight: float | None = None
     """Chance that the ghost is flagged, where the world sets it apart."""
     recall: float = 1.0
     """Chance that an ending which should be labeled is."""
     error: float = 0.0
     """Chance that a label names a wrong behavior."""
+    diamond_oversight: float | None = None
+    """Chance that the diamond is flagged, where the world sets it apart."""
 
-    @property
-    def ghosts_labeled(self) -> float:
-        """Chance that an ending on the ghost is labeled."""
-        flagged = self.ghost_oversight
-        return self.recall * (self.oversight if flagged is None else flagged)
+    def labeled(self, behavior: int) -> float | None:
+        """Chance that an ending of a behavior is labeled; None where a method may not know it."""
+        apart = (self.diamond_oversight, self.ghost_oversight)
+        flagged = apart[behavior] if behavior < len(apart) else None
+        flagged = self.oversight if flagged is None else flagged
+        return None if flagged is None else self.recall * flagged
 
 
 def own_expert_only(experts: int, behaviors: int, other: float = 0.0) -> list[list[float]]:
@@ -184,7 +189,9 @@ def inverse_propensity(overseer: Overseer, behaviors: int) -> Rewards:
     Raises:
         ValueError: ghosts are never labeled, or their labels say nothing.
     """
-    p, e = overseer.ghosts_labeled, overseer.error
+    p, e = overseer.labeled(1), overseer.error
+    if p is None:
+        raise ValueError("oversight: the chance that a ghost is labeled must be known")
     if not p > 0:
         raise ValueError(
             "oversight: the chance that a ghost is labeled (times label_recall) must be above 0, "
@@ -290,6 +297,7 @@ class MethodTables:
     sees_truth: Tensor  # [R] bool, labels from true endings
     label_share: Tensor  # [R], share of flagged (or true) endings that are labeled
     label_error: Tensor  # [R], share of labels that name a wrong behavior
+    labeled: Tensor  # [R, B], chance that an ending of a behavior is labeled; nan: unknown
     lessons: frozenset[Lesson]  # of all runs
 
     @property
@@ -336,10 +344,15 @@ def tables(
         return [0.0, 0.0, unlabeled, diamond, *[ghost] * (behaviors - 1)]
 
     def share(method: Method, overseer: Overseer) -> float:
-        return overseer.recall * (overseer.oversight if method.table.labels == "audit" else 1.0)
+        audits = method.table.labels == "audit"
+        return overseer.recall * ((overseer.oversight or 0.0) if audits else 1.0)
 
     def error(method: Method, overseer: Overseer) -> float:
         return 1 - 1 / behaviors if method.table.labels == "shuffled" else overseer.error
+
+    def labeled(overseer: Overseer) -> list[float]:
+        known = [overseer.labeled(behavior) for behavior in range(behaviors)]
+        return [math.nan if chance is None else chance for chance in known]
 
     pairs = list(zip(methods, overseers, strict=True))
     counts = [[1.0, 1.0, float(m.table.keep_unlabeled), *[1.0] * behaviors] for m in methods]
@@ -351,6 +364,7 @@ def tables(
         sees_truth=torch.tensor([m.table.sees_truth for m in methods], device=device),
         label_share=tensor([share(*pair) for pair in pairs]),
         label_error=tensor([error(*pair) for pair in pairs]),
+        labeled=tensor([labeled(overseer) for overseer in overseers]),
         lessons=frozenset.intersection(*(frozenset(m.lessons) for m in methods)),
     )
 

@@ -49,7 +49,9 @@ class _View:
         self.reward, self.has_task = reward, has_task(reward)
         config = WorldConfig(**world)
         self.world, self._n, self.render_mode = World(config, oversight), num_envs, render_mode
-        self.oversight, self.ghost_oversight = oversight, config.ghost_oversight
+        self.oversight = oversight
+        self.diamond_oversight = config.diamond_oversight
+        self.ghost_oversight = config.ghost_oversight
         self.flags_visible = config.flags_visible
         self.flags = np.zeros(config.shape, np.bool_)  # entries of an observation that show flags
         self.flags[PLANES.index("oversight")] = True

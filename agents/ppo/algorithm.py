@@ -173,7 +173,7 @@ class RoutedPPO(CollectingPPO):
         )  # fmt: skip
         recall, error = numbers.pop("label_recall"), numbers.pop("label_error")
         vars(self).update(numbers)
-        self.method, self.overseer = method, Overseer(0.0, None, recall, error)
+        self.method, self.overseer = method, Overseer(None, None, recall, error)
         self.behaviors = () if behaviors is None else checked_behaviors(behaviors)
         self.declared_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
@@ -211,14 +211,18 @@ class RoutedPPO(CollectingPPO):
         self.policy_kwargs = self.policy_kwargs | policy_arguments(
             self.method, self.behaviors, experts, flags, bool(task)
         )
-        self.memory = self.endings = None  # of the gate; of the reward model
+        # of the gate; of the reward model: labeled endings, and all of them
+        self.memory = self.endings = self.every_ending = None
+        self._set_tables()
         space = self.observation_space
         if "gate" in method.lessons and self.gate_replay > 0:
             self.memory = Memory(1, row_width(space), self.gate_replay, row_type(space))
         if "reward_model" in method.lessons:
             parts = space, self.action_space  # an observation, followed by its action
-            self.endings = Memory(1, sum(map(row_width, parts)), ENDINGS, row_type(*parts))
-        self._set_tables()
+            row = sum(map(row_width, parts)), ENDINGS, row_type(*parts), len(self.behaviors)
+            self.endings = Memory(1, *row)
+            if not (self.tables.labeled > 0).all():
+                self.every_ending = Memory(1, *row)
         if self.label_generator is None:
             self.label_generator = np.random.default_rng(self.seed)
         if self.rollout_buffer_class is None:
@@ -258,8 +262,9 @@ class RoutedPPO(CollectingPPO):
         self.behaviors = self.behaviors or self.declared_behaviors
         self.left_out = declared.left_out
         self._level = declared.oversight
-        levels = float(declared.oversight or 0.0), declared.ghost_oversight
-        self.overseer = Overseer(*levels, self.overseer.recall, self.overseer.error)
+        said = declared.oversight, declared.ghost_oversight
+        levels = self.overseer.recall, self.overseer.error, declared.diamond_oversight
+        self.overseer = Overseer(*said, *levels)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         if self.env is None:
@@ -284,7 +289,7 @@ class RoutedPPO(CollectingPPO):
         self._warnings.of_lost(missed, buffer.held.reach)
         ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
-        window.remember(outcome, self.memory, self.endings)
+        window.remember(outcome, self.memory, self.endings, self.every_ending)
         taught = self.endings is not None and bool(self.endings.count)
         x = rollout.experience(window, ends, due, taught)
         found = targets(
@@ -318,7 +323,9 @@ class RoutedPPO(CollectingPPO):
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
         if self.endings is not None:
-            figures["reward_model_loss"] = learn_reward_model(self.policy, self.endings)
+            memories, chances = (self.endings, self.every_ending), self.tables.labeled
+            found = learn_reward_model(self.policy, *memories, chances)
+            figures["reward_model_loss"] = found
         drawn: Iterator[Replay | None] = repeat(None)
         if self.memory is not None:
             minibatches = buffer.minibatches(self.batch_size) * self.n_epochs
@@ -331,9 +338,9 @@ class RoutedPPO(CollectingPPO):
             mean = torch.stack(values).mean().item() if values else math.nan
             self.logger.record(f"train/{name}", mean)
         assert buffer.samples is not None
-        found = buffer.samples
-        mixture = ~found.alone
-        parts = found.old_values[mixture], found.returns[mixture]
+        samples = buffer.samples
+        mixture = ~samples.alone
+        parts = samples.old_values[mixture], samples.returns[mixture]
         explained = explained_variance(*parts) if mixture.any() else math.nan
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
@@ -427,5 +434,5 @@ class RoutedPPO(CollectingPPO):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()
-        kept = [name for name in ("memory", "endings") if getattr(self, name) is not None]
+        kept = [name for name in ("memory", "endings", "every_ending") if getattr(self, name) is not None]
         return modules + kept, variables

@@ -21,9 +21,11 @@ from oversight_rl.envs.vector import make_vec
 
 RESERVED = (MIXTURE.name, KEPT, "single")  # names of policies
 ASKED = (
-    "behaviors", "oversight", "ghost_oversight", "flags", "flags_visible", "has_task", "left_out",
+    "behaviors", "oversight", "diamond_oversight", "ghost_oversight", "flags", "flags_visible",
+    "has_task", "left_out",
 )  # fmt: skip
 """Attributes of an environment that a model looks at."""
+LEVELS = "oversight", "diamond_oversight", "ghost_oversight"
 
 
 class Declared(NamedTuple):
@@ -31,6 +33,7 @@ class Declared(NamedTuple):
 
     behaviors: tuple[str, ...] | None
     oversight: float | None
+    diamond_oversight: float | None
     ghost_oversight: float | None
     flags: Any  # in the axes that the policy sees; None where the method has no use for them
     has_task: bool
@@ -86,7 +89,7 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
     flags = None
     if "reward_model" in method.lessons:
         flags = _checked_flags(env, declared["flags"], made)
-    for name in ("oversight", "ghost_oversight"):
+    for name in LEVELS:
         level = declared[name]
         number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
         if level is not None and not (number and 0 <= level <= 1):
@@ -110,7 +113,7 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             was = "a model of version 0.1 had no task part"
             was += ": load it without env to act, or train one anew"
         raise ValueError(was)
-    levels = declared["oversight"], declared["ghost_oversight"]
+    levels = [declared[name] for name in LEVELS]
     return Declared(behaviors, *levels, flags, bool(task), tuple(declared["left_out"] or ()))
 
 

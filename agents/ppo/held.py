@@ -126,11 +126,16 @@ class Window:
         return due
 
     def remember(
-        self, outcome: NDArray[np.int64], memory: Memory | None, endings: Memory | None
+        self,
+        outcome: NDArray[np.int64],
+        memory: Memory | None,
+        endings: Memory | None,
+        every_ending: Memory | None,
     ) -> None:
         """Keep labeled observations, those of earlier rollouts whose label came now, too.
 
-        Of endings, their actions are kept as well.
+        Of endings, their actions are kept as well; those without a label where they are asked for,
+        under the number that follows the behaviors'.
         """
         steps, labeled = self.steps, outcome >= LABELED
         if memory is not None:
@@ -138,8 +143,16 @@ class Window:
             memory.keep(_rows(steps.observations, known), outcome[known] - LABELED)
         known = steps.ended & labeled
         if endings is not None and known.any():
-            rows = [_rows(x, known) for x in (steps.observations, steps.actions)]
-            endings.keep(np.concatenate(rows, axis=-1), outcome[known] - LABELED)
+            endings.keep(self._endings(known), outcome[known] - LABELED)
+        known = steps.ended & ~self.older
+        if every_ending is not None and known.any():
+            labels = np.where(labeled, outcome - LABELED, every_ending.kinds)[known]
+            every_ending.keep(self._endings(known), labels)
+
+    def _endings(self, chosen: Bools) -> NDArray[Any]:
+        """Observations before endings, and the actions taken there. [B, D]"""
+        rows = [_rows(x, chosen) for x in (self.steps.observations, self.steps.actions)]
+        return np.concatenate(rows, axis=-1)
 
 
 class Held:

@@ -211,7 +211,9 @@ class PPOLearner(Learner):
     @property
     def _memories(self) -> dict[str, Memory]:
         # by their names in checkpoints
-        found = {"memory": self.model.memory, "endings": self.model.endings}
+        model = self.model
+        found = {"memory": model.memory, "endings": model.endings}
+        found["every_ending"] = model.every_ending
         return {name: memory for name, memory in found.items() if memory is not None}
 
     @property
@@ -258,7 +260,7 @@ class PPOLearner(Learner):
             found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
         for name in self._memories:
             found[f"{name}.observation"] = seen if name == "memory" else _side_by_side(seen, taken)
-            found[f"{name}.label"] = 0, len(model.behaviors) - 1
+            found[f"{name}.label"] = 0, len(model.behaviors) - (name != "every_ending")
             found[f"{name}.count"] = 0, self.env_steps
         ours = self.state()
         for name in ours:
@@ -330,7 +332,7 @@ def _looked_at(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A run's tensors without what is never read: rows of memories and held steps not in use."""
     read = dict(state)
     for name, rows in state.items():
-        if name in ("memory.observation", "endings.observation"):
+        if name in ("memory.observation", "endings.observation", "every_ending.observation"):
             count = int(state[name.replace("observation", "count")][0])
             read[name] = rows[0, : min(max(0, count), rows.shape[1] - 1)]
         elif name == "held.actions" or name.startswith("held.observations"):

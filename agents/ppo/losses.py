@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.agents.ppo.views import AT_ONCE, Views
+from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
 from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 LESSONS = 12
@@ -188,15 +190,29 @@ def _drawn(policy: MoEPolicy, memory: Memory, times: int) -> list[Tensor]:
 
 def reward_model_loss(policy: MoEPolicy, replay: Replay) -> Tensor:
     """Cross entropy of the reward model on remembered endings."""
+    said = _judged(policy, replay)
+    return cross_entropy(said.log_chances, said.label, said.weight)[0]
+
+
+def _judged(policy: MoEPolicy, replay: Replay) -> Judged:
+    """What the reward model says of remembered endings."""
     assert policy.endings is not None
     assert replay.actions is not None
     features = policy.features(replay.observations, policy.endings.extractor)
-    chances = policy.endings(features, replay.actions).log_softmax(-1)
-    return cross_entropy(chances[None], replay.label[None], replay.weight[None])[0]
+    log_chances = policy.endings(features, replay.actions).log_softmax(-1)
+    return Judged(log_chances[None], replay.label[None], replay.weight[None])
 
 
-def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
+def learn_reward_model(
+    policy: MoEPolicy, memory: Memory, every: Memory | None, chances: Tensor
+) -> list[Tensor]:
     """Steps of the reward model, apart from the policy's, once there are labels; their losses.
+
+    Args:
+        policy: that it is a part of.
+        memory: of labeled endings.
+        every: of all endings, where labels may never name some behavior.
+        chances: that an ending of each behavior is labeled, nan where unknown, `[1, behaviors]`.
 
     Raises:
         NotFinite: a loss is not.
@@ -204,9 +220,18 @@ def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
     losses: list[Tensor] = []
     if not int(memory.count):
         return losses
-    for replay in replays(remembered_endings, policy, memory, LESSONS):
+    unlabeled: Iterator[Replay | None] = repeat(None)
+    if every is not None:
+        unlabeled = replays(remembered_endings, policy, every, LESSONS)
+    for replay, other in zip(
+        replays(remembered_endings, policy, memory, LESSONS), unlabeled, strict=False
+    ):
         policy.optimizer.zero_grad()
-        loss = reward_model_loss(policy, replay)
+        if every is None or other is None:
+            loss = reward_model_loss(policy, replay)
+        else:
+            judged = _judged(policy, replay), _judged(policy, other)
+            loss = loss_of_endings(*judged, chances, memory, every)[0]
         if not loss.isfinite():
             raise NotFinite("reward model's loss", float(loss.detach()))
         loss.backward()

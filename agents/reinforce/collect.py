@@ -1,6 +1,7 @@
 """Windows of experience, each distinct state of them evaluated once."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Rollout(Record):
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
     value_after: Tensor  # [R, N], value estimates after the window
     uniform: Tensor  # [R, T, N] in [0, 1): what labels go missing or wrong, what is replayed
+    acts: tuple[slice, ...] = (slice(None),)  # worlds where the mixture acts; each expert by itself
 
     @property
     def observation(self) -> Tensor:
@@ -43,14 +45,28 @@ def noise_channels(world: World) -> int:
     return world.noise_channels + 2
 
 
-def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Rollout, State]:
-    """Step the worlds through one window under the agent's mixture.
+def acting(worlds: int, experts: int, share: float) -> tuple[slice, ...]:
+    """Which worlds the mixture acts in, and each expert by itself: as many, in a share of them."""
+    alone = round(worlds * share)
+    bounds = [0, *(worlds - alone + alone * k // experts for k in range(experts + 1))]
+    return tuple(slice(*pair) for pair in pairwise(bounds))
+
+
+def collect(
+    agent: Agent,
+    world: World,
+    state: State,
+    noise: Tensor,
+    acts: tuple[slice, ...] = (slice(None),),
+) -> tuple[Rollout, State]:
+    """Step the worlds through one window under the agent's mixture, or one expert by itself.
 
     Args:
         agent: a stack of R agents.
         world: the worlds' dynamics.
         state: worlds `[R, N]`.
         noise: `[R, T, N, noise_channels(world)]`, uniform in [0, 1).
+        acts: in which worlds who acts, see `acting`.
 
     Returns:
         The window, and the worlds after it.
@@ -59,7 +75,10 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
     fresh = world.reset(noise[..., : world.noise_channels])
     forward = agent.prepare()
     states = _Distinct(world, runs, worlds)
-    edges = noise.new_empty(runs, steps * worlds, agent.n_actions - 1)  # by slot
+    actor = torch.zeros(worlds, dtype=torch.int64, device=noise.device)
+    for number, part in enumerate(acts):
+        actor[part] = number
+    edges = noise.new_empty(runs, steps * worlds, len(acts), agent.n_actions - 1)  # by slot
     products, slots, actions, taken = [], [], [], []
     run = torch.arange(runs, device=noise.device)[:, None]
     for t in range(steps):
@@ -68,9 +87,10 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
             products.append(forward.products(active))
             with torch.no_grad():
                 output = forward.output(*products[-1])
-                chances = output.mix(output.gate).softmax(-1)
+                alone = [output.alone(k) for k in range(len(acts) - 1)]
+                chances = torch.stack([output.mix(output.gate), *alone], dim=2).softmax(-1)
             edges[:, states.count - active.shape[1] : states.count] = cumulative(chances)
-        action = sample(edges[run, slot], noise[:, t, :, -2])
+        action = sample(edges[run, slot, actor], noise[:, t, :, -2])
         state, step = world.step(state, action, fresh[:, t])
         slots.append(slot)
         actions.append(action)
@@ -86,6 +106,7 @@ def collect(agent: Agent, world: World, state: State, noise: Tensor) -> tuple[Ro
         truth=Truth.stack([step.truth for step in taken], dim=1),
         value_after=value_after,
         uniform=noise[..., -1],
+        acts=acts,
     )
     return rollout, state
 

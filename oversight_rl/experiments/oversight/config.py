@@ -138,8 +138,9 @@ class Config(RunConfig):
     @property
     def overseer(self) -> Overseer:
         """What the overseer catches and gets right."""
-        ghosts = self.world.ghost_oversight
-        return Overseer(self.oversight, ghosts, self.label_recall, self.label_error)
+        world = self.world
+        own = world.ghost_oversight, self.label_recall, self.label_error, world.diamond_oversight
+        return Overseer(self.oversight, *own)
 
     def refuse_unused(self) -> None:
         for section in set(KINDS) & set(type(self).model_fields) - {self.algo}:
