@@ -59,7 +59,7 @@ ENDINGS = 512
 """Remembered endings that each step of the reward model learns from."""
 LOOKING = 0.1
 """Share of training that this may take at most."""
-FOLLOWING = {"behaviors", "gate", "lessons", "flags", "task", "steering"}
+FOLLOWING = {"behaviors", "gate", "lessons", "flags", "soloists", "task", "steering"}
 """Arguments of the policy that nobody gives but its model."""
 
 
@@ -87,7 +87,7 @@ class RoutedPPO(CollectingPPO):
         labeled_weight: weight of a labeled episode's samples next to any other's.
         gate_coef: weight of the gate loss.
         contrast_coef: weight of the contrast loss, for the methods that have one.
-        solo_share: share of the episodes in which the deployed expert acts by itself and learns
+        solo_share: share of the episodes in which experts act by themselves, each in turn, and learn
             from that, for the method that knows, or imputes, how every episode ended.
         task_weight: exchange rate between the environment's reward and the behaviors: how much
             one spread of the task's advantage counts next to one of the behavior's. At 0 the
@@ -199,8 +199,10 @@ class RoutedPPO(CollectingPPO):
                 )
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
+        soloists = None
         if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
             self.policy_kwargs.pop("imputes", None)
+            soloists = self.policy_kwargs.get("soloists", 1)  # the deployed expert alone
         method = METHODS[self.method]
         experts, flags, task = map(self.policy_kwargs.get, ("experts", "flags", "task"))
         if self.env is not None:
@@ -209,7 +211,7 @@ class RoutedPPO(CollectingPPO):
             flags, task = declared.flags, declared.has_task
         self.behaviors = self.behaviors or BEHAVIORS
         self.policy_kwargs = self.policy_kwargs | policy_arguments(
-            self.method, self.behaviors, experts, flags, bool(task)
+            self.method, self.behaviors, experts, flags, bool(task), soloists
         )
         # of the gate; of the reward model: labeled endings, and all of them
         self.memory = self.endings = self.every_ending = None
@@ -230,7 +232,8 @@ class RoutedPPO(CollectingPPO):
             self.rollout_buffer_class = RoutedDictRolloutBuffer if by_name else RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
-            "solo_share": self.solo_share if "acts_alone" in method.lessons else 0.0,
+            "solo_share": self.solo_share,
+            "soloists": self.policy_kwargs["soloists"],
             "label_reach": self.label_reach,
         }
         self._resets = None
@@ -276,14 +279,14 @@ class RoutedPPO(CollectingPPO):
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
         policy, waits = self.policy, self.tables.asks_labels
         rollout = Rollout(policy, buffer, self._last_obs)
-        deployed, task = rollout.values()
+        own, task = rollout.values()
         reward = np.zeros_like(task)
         if policy.task and self.task_weight > 0:
             reward = in_task_scale(policy, buffer, self.gamma)
         if bool(self.tables.sees_truth.any()):  # and nobody's labels
             buffer.names.clear()
             buffer.late.clear()
-        window, missed = buffer.look_back(deployed, task, reward)
+        window, missed = buffer.look_back(own, task, reward)
         if window.late.any() and not waits and self.endings is None:
             self._warnings.of_useless(self.method)
         self._warnings.of_lost(missed, buffer.held.reach)

@@ -251,7 +251,8 @@ class PPOLearner(Learner):
         model, space = self.model, self.model.observation_space
         ranges = {name: _range(part) for name, part in parts_of(space).items()}
         seen, taken = _side_by_side(*ranges.values()), _range(model.action_space)
-        found: Bounds = dict.fromkeys(("held.alone", "held.learned", "last.episode_starts"), (0, 1))
+        found: Bounds = dict.fromkeys(("held.learned", "last.episode_starts"), (0, 1))
+        found["held.actor"] = 0, self.policy.soloists
         found |= {"held.actions": taken, "held.length": (0, model.label_reach)}
         found |= named("held.observations", ranges if isinstance(space, spaces.Dict) else seen)
         found["last.observation"] = seen

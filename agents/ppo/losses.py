@@ -87,13 +87,13 @@ def losses(
     }
     own = log_prob
     if policy.lessons & {"contrast", "acts_alone"}:
-        acts = "acts_alone" in policy.lessons
-        own_values = policy.deployed_values(features)[view] if acts else None
-        own, more = _deployed_losses(policy, batch, output, own_values, actions, clip)
+        expert = (batch.actor - 1).clamp(min=DEPLOYED)
+        own_values = policy.own_values(features)[view, expert] if policy.soloists else None
+        own, more = _own_losses(policy, batch, output, own_values, actions, clip)
         for name, part in more:
             parts[name] = parts[name] + part if name in parts else part
     if policy.task:  # the reward is seen in every episode, whatever the method drops
-        task = policy.task_values(features)[view, batch.alone.long()]
+        task = policy.task_values(features)[view, batch.actor]
         parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         log_ratio = torch.where(batch.alone, own - batch.old_log_prob, log_ratio)
@@ -112,7 +112,7 @@ def figure_names(policy: MoEPolicy, has_reward_model: bool) -> list[str]:
     return [*names, "explained_variance", *["std"] * hasattr(policy, "log_std")]
 
 
-def _deployed_losses(
+def _own_losses(
     policy: MoEPolicy,
     batch: Targets[Tensor],
     output: Output,
@@ -120,10 +120,15 @@ def _deployed_losses(
     actions: Tensor,
     clip: float,
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """The deployed expert's log-probabilities `[B]`, and the parts of the loss it has itself."""
-    share, weight, alone = batch.share, batch.deployed_weights, batch.alone
-    own, entropy = policy.judged(output.alone(DEPLOYED)[0], actions)
-    advantages = share * batch.deployed_advantages
+    """Log-probabilities `[B]` of experts by themselves, and the parts of the loss they have so.
+
+    Each sample is of the expert that acted by itself, or else of the deployed one.
+    """
+    share, weight, alone = batch.share, batch.own_weights, batch.alone
+    each = torch.stack([output.alone(k)[0] for k in range(max(1, policy.soloists))])  # [S, B, A]
+    whose, sample = (batch.actor - 1).clamp(min=DEPLOYED), torch.arange(len(alone))
+    own, entropy = policy.judged(each[whose, sample], actions)
+    advantages = share * batch.own_advantages
     parts = []
     if "contrast" in policy.lessons:  # off-policy from what the mixture did
         taken = own, batch.old_log_prob, advantages, weight * ~alone
@@ -131,7 +136,7 @@ def _deployed_losses(
     if own_values is not None:  # PPO from what it did
         ratio = torch.where(alone, own - batch.old_log_prob, 0.0).exp()
         spread = -own if entropy is None else entropy
-        error = batch.deployed_returns - own_values
+        error = batch.own_returns - own_values
         parts += [
             ("contrast_loss", -_mean(_surrogate(advantages, ratio, clip), weight * alone)),
             ("entropy_loss", -_mean(share * spread, weight * alone)),

@@ -16,7 +16,7 @@ from oversight_rl.agents.methods import (
     expected,
     outcomes,
 )
-from oversight_rl.agents.networks import Agent, Output
+from oversight_rl.agents.networks import Agent, Output, rows_of
 from oversight_rl.agents.reinforce.collect import Rollout
 from oversight_rl.agents.reinforce.own_values import OwnValues
 from oversight_rl.agents.reinforce.reward_model import RewardModel
@@ -164,13 +164,12 @@ def loss(
     """
     mixed, *alone = rollout.acts
     weight, returns, action = (
-        x[..., mixed].flatten(1)
-        for x in (targets.weight, targets.returns, rollout.action)
+        x[..., mixed].flatten(1) for x in (targets.weight, targets.returns, rollout.action)
     )
     output = rollout.output.rows(rollout.slot[..., mixed].flatten(1))
     routed = output.routed(targets.routes[..., mixed, :].flatten(1, 2))
     log_policy = routed.mix(routed.gate).log_softmax(-1)  # [R, B, A]
-    parts = acting_loss(log_policy, output.value, action, returns, weight)
+    acting = [acting_loss(log_policy, output.value, action, returns, weight)]
     uniform = rollout.uniform.flatten(1)
     gate = contrast = nothing = uniform.new_zeros(len(uniform))
     if "gate" in targets.lessons:
@@ -178,16 +177,18 @@ def loss(
         gate = gate_loss(agent, output, chances, uniform, memory)
     if own_values is not None:
         values = own_values(rollout.active)  # [R, U, K]
-        worlds = rollout.slot.shape[-1]
-        shares = [len(range(*part.indices(worlds))) / worlds for part in rollout.acts]
-        each = [parts, *(alone_loss(rollout, targets, values[..., k], k, part) for k, part in enumerate(alone))]
-        parts = tuple(sum(share * x for share, x in zip(shares, several, strict=True)) for several in zip(*each, strict=True))
+        acting += [alone_loss(rollout, targets, values, k) for k in range(len(alone))]
     elif "contrast" in targets.lessons:
         log_prob = log_policy.gather(-1, action[..., None]).squeeze(-1)
-        for k, own_return in enumerate(targets.own_returns[..., mixed, :].unbind(-1)):
+        for k, own_return in enumerate(targets.own_returns.unbind(-1)):
             own = output.alone(k).log_softmax(-1).gather(-1, action[..., None]).squeeze(-1)
             contrast = contrast + contrast_loss(own, log_prob, own_return.flatten(1), weight)
-    policy, value, entropy = parts
+    worlds = rollout.slot.shape[-1]
+    shares = [len(range(*part.indices(worlds))) / worlds for part in rollout.acts]
+    policy, value, entropy = (  # whoever took them, all samples count alike
+        torch.stack([share * part for share, part in zip(shares, parts, strict=True)]).sum(0)
+        for parts in zip(*acting, strict=True)
+    )
     return Loss(
         policy=policy,
         value=value,
@@ -214,15 +215,18 @@ def acting_loss(
 
 
 def alone_loss(
-    rollout: Rollout, targets: Targets, values: Tensor, expert: int, worlds: slice
+    rollout: Rollout, targets: Targets, values: Tensor, expert: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of an expert in the worlds where it acted by itself; its values are `[R, U]`."""
+    """The same of an expert where it acted by itself; values are `[R, U, K]`."""
+    worlds = rollout.acts[1 + expert]
     slot, *parts = (
         x[..., worlds].flatten(1)
         for x in (rollout.slot, rollout.action, targets.returns, targets.weight)
     )
     log_policy = rollout.output.rows(slot).alone(expert).log_softmax(-1)
-    return acting_loss(log_policy, values.gather(1, slot), *parts)
+    row = slot + (torch.arange(len(slot), device=slot.device) * values.shape[1])[:, None]
+    value = rows_of(values[..., expert].reshape(-1, 1), row)[..., 0]
+    return acting_loss(log_policy, value, *parts)
 
 
 def gate_loss(
