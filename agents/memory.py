@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from oversight_rl.envs.settings import BEHAVIORS
+
 CAPACITY = 16_384
 """Samples that each run remembers, the newest; fewer where they would not fit into MOST_BYTES."""
 MOST_BYTES = 2**28
@@ -22,15 +24,23 @@ class Memory(nn.Module):
             all of it.
         draws: samples that `draw` gives at most (M); never more than uniform numbers given to it.
         dtype: of these numbers.
+        kinds: labels B; where samples without one are kept, that is their number.
     """
 
     observation: Tensor  # [R, capacity + 1, D]; the last row is scratch
-    label: Tensor  # [R, capacity + 1] int8, index into BEHAVIORS
+    label: Tensor  # [R, capacity + 1] int8, index of a behavior
     count: Tensor  # [R] int64, samples met so far
 
-    def __init__(self, runs: int, width: int, draws: int, dtype: torch.dtype = torch.int16) -> None:
+    def __init__(
+        self,
+        runs: int,
+        width: int,
+        draws: int,
+        dtype: torch.dtype = torch.int16,
+        kinds: int = len(BEHAVIORS),
+    ) -> None:
         super().__init__()
-        self.draws = draws
+        self.draws, self.kinds = draws, kinds
         self.capacity = min(CAPACITY, max(1, MOST_BYTES // (width * dtype.itemsize)))
         rows = self.capacity + 1
         self.register_buffer("observation", torch.zeros(runs, rows, width, dtype=dtype))
@@ -73,6 +83,18 @@ class Memory(nn.Module):
                 state_dict[prefix + name] = whole
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @property
+    def known(self) -> Tensor:
+        """Samples that each run remembers. [R]"""
+        return self.count.clamp(max=self.capacity)
+
+    def counts(self) -> Tensor:
+        """How many of them have each label. [R, B]"""
+        there = torch.arange(self.capacity, device=self.label.device) < self.known[:, None]
+        kinds = torch.arange(self.kinds, device=self.label.device)
+        same = self.label[:, :-1, None] == kinds
+        return (same & there[..., None]).sum(1)
+
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw M samples by the first ones of uniform numbers `[R, B]`; M <= B. See `at`.
 
@@ -88,7 +110,7 @@ class Memory(nn.Module):
             observations `[R, M, D]`, labels `[R, M]`, and weights `[R, M]`: 1, but 0 in runs that
             remember nothing.
         """
-        known = self.count.clamp(max=self.capacity)[:, None]
+        known = self.known[:, None]
         index = (uniform * known).long()
         run = torch.arange(len(index), device=index.device)[:, None]
         weight = (known > 0).to(uniform.dtype).expand_as(uniform)

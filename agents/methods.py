@@ -10,6 +10,7 @@ torch, which takes a second, is loaded by what makes tensors only: settings look
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
@@ -282,6 +283,7 @@ class MethodTables:
     sees_truth: Tensor  # [R] bool, labels from true endings
     label_share: Tensor  # [R, B], share of flagged (or true) endings that are labeled
     label_error: Tensor  # [R, B], share of labels that name a wrong behavior
+    labeled: Tensor  # [R, B], chance that an ending of a behavior is labeled; nan: unknown
     lessons: frozenset[Lesson]  # of all runs
 
     @property
@@ -333,7 +335,8 @@ def tables(
     def share(method: Method, overseer: Overseer) -> list[float]:
         labels, every = overseer.made, range(behaviors)
         if method.table.sees_truth:  # a source of its own, which no overseer changes
-            return [overseer.oversight if method.table.labels == "audit" else 1.0] * behaviors
+            audits = method.table.labels == "audit"
+            return [(overseer.oversight or 0.0) if audits else 1.0] * behaviors
         told = [rate(labels.recall, b) for b in every]
         if labels.asks != "nobody":  # of any ending, but of a kind that it never tells
             return [told[b] * (rate(labels.shares, b) > 0) for b in every]
@@ -344,6 +347,10 @@ def tables(
             return [1 - 1 / behaviors] * behaviors
         own = (0.0,) if method.table.sees_truth else overseer.made.error
         return [rate(own, b) for b in range(behaviors)]
+
+    def labeled(overseer: Overseer) -> list[float]:
+        known = [overseer.labeled(behavior) for behavior in range(behaviors)]
+        return [math.nan if chance is None else chance for chance in known]
 
     pairs = list(zip(methods, overseers, strict=True))
     counts = [[1.0, 1.0, float(m.table.keep_unlabeled), *[1.0] * behaviors] for m in methods]
@@ -356,6 +363,7 @@ def tables(
         sees_truth=torch.tensor([sees_truth(*pair) for pair in pairs], device=device),
         label_share=tensor([share(*pair) for pair in pairs]),
         label_error=tensor([error(*pair) for pair in pairs]),
+        labeled=tensor([labeled(overseer) for overseer in overseers]),
         lessons=frozenset.intersection(*(frozenset(m.lessons) for m in methods)),
     )
 

@@ -68,6 +68,9 @@ class ReinforceConfig(Settings):
     of the update's own window."""
     contrast_coef: Schedule = (0.3,)
     """Weight of the contrast loss, for the methods that have one."""
+    solo_share: float = Field(0.9, ge=0, lt=1)
+    """Share of the worlds in which experts act by themselves, for the methods that have them do so;
+    each in as many."""
     reward_model_sees_flags: bool = False
     """Whether a reward model looks at the flags too."""
     labeled_weight: Schedule = (20.0,)

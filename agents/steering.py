@@ -64,6 +64,13 @@ class Steering:
                     f"got {weight:g}"
                 )
 
+    @property
+    def expert(self) -> int | None:
+        """The expert that acts by itself, if one does."""
+        weights = self.weights or ()
+        alone = not self.ablated and sorted(weights) == [*[0.0] * (len(weights) - 1), 1.0]
+        return weights.index(1.0) if alone else None
+
     def mix(self, output: Output) -> Tensor:
         """What the steered policy's head puts out, before the temperature: `[R, B, A]`."""
         weights = output.gate

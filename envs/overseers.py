@@ -157,8 +157,9 @@ def as_labels(
 class Overseer:
     """The overseer of one run: how much it watches, and how it labels."""
 
-    oversight: float
-    """Chance that a behavior is watched whose share is 1."""
+    oversight: float | None
+    """Chance that a behavior is watched whose share is 1; None where an environment does not say.
+    """
     labels: Labels = PLAIN
     left: Labels | None = None
     """What is left of its recall and error for the learner to make, where labels come from an
@@ -166,7 +167,7 @@ class Overseer:
 
     def flagged(self, behavior: int) -> float:
         """Chance that a behavior's square is flagged, where squares can be."""
-        return self.oversight * rate(self.labels.shares, behavior)
+        return (self.oversight or 0.0) * rate(self.labels.shares, behavior)
 
     def labeled(self, behavior: int) -> float | None:
         """Chance that an ending in a behavior is labeled; None where it depends on what is done.
@@ -176,9 +177,9 @@ class Overseer:
         labels = self.labels
         share = rate(labels.shares, behavior)
         somewhere = labels.tied and labels.region != "all"
-        if share > 0 and (somewhere or labels.budget is not None):
+        if share > 0 and (somewhere or labels.budget is not None or self.oversight is None):
             return None
-        return self.oversight * share * rate(labels.recall, behavior)
+        return self.flagged(behavior) * rate(labels.recall, behavior)
 
     @property
     def made(self) -> Labels:
@@ -186,7 +187,7 @@ class Overseer:
         return self.labels if self.left is None else self.left
 
 
-def overheard(oversight: float, labels: Labels, noise: Labels) -> Overseer:
+def overheard(oversight: float | None, labels: Labels, noise: Labels) -> Overseer:
     """An environment's overseer, of whom a learner hears with a recall and an error of its own."""
     count = max(len(labels.recall), len(noise.recall))
     recall = tuple(rate(labels.recall, b) * rate(noise.recall, b) for b in range(count))

@@ -293,9 +293,9 @@ def test_a_label_that_comes_in_the_rollout_of_its_end_is_as_good_as_one_in_time(
     late, early = targets(5), targets(0)
     reached = late["outcome"] >= LABELED
     assert reached.sum() == 3 * 30  # the fourth one's label has not come yet
-    for name in ("outcome", "weights", "routes", "deployed_advantages"):
+    for name in ("outcome", "weights", "routes", "own_advantages"):
         a, b = late[name][reached], early[name][reached]
-        if name != "deployed_advantages":  # which has a spread in it
+        if name != "own_advantages":  # which has a spread in it
             assert np.array_equal(a, b), name
 
 

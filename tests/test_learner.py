@@ -102,7 +102,8 @@ def exact_returns(learner, level):
 
 def make_reward_model(runs=1, sees_flags=False):
     generators = [torch.Generator().manual_seed(10 + r) for r in range(runs)]
-    return RewardModel(runs, World(WorldConfig(rows=3, cols=3)), sees_flags, generators)
+    chances = torch.full((runs, 2), 0.5)
+    return RewardModel(runs, World(WorldConfig(rows=3, cols=3)), sees_flags, chances, generators)
 
 
 def loss_of(agent, rollout, targets, mask):
@@ -485,8 +486,8 @@ def test_an_imputed_episode_is_routed_and_contrasted_as_the_mean_of_both_labels(
         chance = float(targets.chance[0, t + left[t, n], n])
         routes = [chance, 1 - chance, 0.0]
         assert targets.routes[0, t, n].tolist() == pytest.approx(routes, abs=1e-5)
-        worth = float(targets.deployed_returns[0, t, n]) / 0.5 ** left[t, n]
-        assert worth == pytest.approx(2 * chance - 1, abs=1e-5)
+        worth = targets.own_returns[0, t, n] / 0.5 ** left[t, n]
+        assert worth.tolist() == pytest.approx([2 * chance - 1, 1 - 2 * chance], abs=1e-5)
         worth = float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
         assert worth == pytest.approx(1.0, abs=1e-5)  # the mixture is paid for either square
 
@@ -522,7 +523,7 @@ def test_imputed_routing_without_any_label_is_contrastive_routing():
         for name, model in (("imputed_routing", make_reward_model()), ("contrastive_routing", None))
     )
     assert (untaught.outcome == UNLABELED).sum() > 20
-    for part in ("returns", "weight", "routes", "deployed_returns"):
+    for part in ("returns", "weight", "routes", "own_returns"):
         assert torch.equal(getattr(untaught, part), getattr(contrastive, part)), part
 
 
@@ -620,7 +621,7 @@ def test_the_gate_is_replayed_in_training_unless_told_otherwise():
 # ---- contrastive routing
 
 
-def test_contrast_teaches_the_deployed_expert_and_the_head_only():
+def test_contrast_teaches_experts_and_the_head_only():
     agent = make_agent()
     rollout = make_rollout(agent)
     methods = tables(["contrastive_routing"], [Overseer(0.5)], 2)
@@ -628,7 +629,7 @@ def test_contrast_teaches_the_deployed_expert_and_the_head_only():
     contrast = loss(agent, rollout, targets).contrast
     for name, grads in by_module(agent, grads_of(agent, contrast)).items():
         for grad in grads:
-            assert bool((grad != 0).any()) == (name in ("expert 0", "head")), name
+            assert bool((grad != 0).any()) == (name in ("expert 0", "expert 1", "head")), name
 
 
 def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
@@ -645,15 +646,17 @@ def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
     def log_policy(hidden):
         return (hidden @ agent.head.weight[0].T + agent.head.bias[0]).log_softmax(-1)
 
-    own, mixture = log_policy(diamond), log_policy(g * diamond + (1 - g) * ghost)
+    experts = log_policy(diamond), log_policy(ghost)
+    mixture = log_policy(g * diamond + (1 - g) * ghost)
     total, weights = 0.0, 0.0
     for i, action in enumerate(rollout.action[0].flatten().tolist()):
         kind = outcome.flatten()[i]
         weights += 3.0 if kind >= LABELED else 1.0
         if kind >= LABELED:
-            sign = 1 if kind == LABELED else -1
-            ratio = min(1.0, float((own[i, action] - mixture[i, action]).detach().exp()))
-            total = total + 3.0 * ratio * sign * 0.9 ** left.flatten()[i] * own[i, action]
+            for behavior, own in enumerate(experts):
+                sign = 1 if kind == LABELED + behavior else -1
+                ratio = min(1.0, float((own[i, action] - mixture[i, action]).detach().exp()))
+                total = total + 3.0 * ratio * sign * 0.9 ** left.flatten()[i] * own[i, action]
     torch.testing.assert_close(found[0], -total / weights)
     plain_routing = label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
     assert loss(agent, rollout, plain_routing).contrast.item() == 0.0

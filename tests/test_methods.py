@@ -123,7 +123,7 @@ def test_an_expert_that_acts_alone_learns_from_that_and_not_from_the_mixture(mon
     model = ppo("alone", 1).model
     learned = model.rollout_buffer.samples
     assert learned.alone.any()
-    assert not learned.deployed_weights[~learned.alone].any()
+    assert not learned.own_weights[~learned.alone].any()
     assert model.logger.name_to_value["train/contrast_loss"] != 0
     assert not ppo("contrast", 1).model.rollout_buffer.samples.alone.any()
 

@@ -671,7 +671,7 @@ def test_an_unlabeled_ending_counts_as_the_mean_of_what_it_may_have_been(method)
             gate = policy.output(rows).gate[0, 0].tolist()
             signed -= (gate[0] - gate[1]) * buffer.values[step, 0]
             assert found.routes[step, 0].tolist() == pytest.approx([good, bad, 0.0], abs=1e-5)
-        assert float(found.deployed_advantages[step, 0]) == pytest.approx(signed, abs=1e-5)
+        assert float(found.own_advantages[step, 0]) == pytest.approx(signed, abs=1e-5)
     worth = good - bad if method == "reward_model" else 1.0
     signs = [1, worth, -1] if method == "reward_model" else [1, 1, 1]
     assert found.returns[[2, 4, 6], 0].tolist() == pytest.approx(signs, abs=1e-5)
@@ -754,7 +754,7 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
     found = model.targets
     waits = model.experience.outcome == UNFINISHED
     assert (found.weights > 0).tolist() == (~buffer.alone & ~waits).tolist()  # the mixture acted
-    assert (found.deployed_weights > 0).tolist() == buffer.alone.tolist()
+    assert (found.own_weights > 0).tolist() == buffer.alone.tolist()
     assert int(model.memory.count) == (model.experience.outcome >= LABELED).sum()
     assert int(model.endings.count) == (buffer.ended & (model.experience.outcome >= LABELED)).sum()
     assert not tiny(method="contrastive_routing").rollout_buffer.acts_alone.any()
@@ -817,7 +817,7 @@ def test_numbered_observations_can_be_imputed():
     assert not int(model.endings.count)  # nothing was labeled, so nothing is imputed
     found, outcome = model.targets, model.experience.outcome
     assert set(np.unique(found.routes)) == {1.0}
-    assert not found.deployed_weights[outcome == UNLABELED].any()
+    assert not found.own_weights[outcome == UNLABELED].any()
     assert (outcome == UNLABELED).any()
 
 

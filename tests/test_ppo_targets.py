@@ -124,9 +124,9 @@ def test_the_behavior_part_is_the_same_for_any_reward(method):
         with_task = collected(lambda reward=reward: Random(reward), method=method)
         found = with_task.targets
         behavior = model.targets
-        for name in ("weights", "deployed_weights", "routes", "returns", "deployed_returns"):
+        for name in ("weights", "own_weights", "routes", "returns", "own_returns"):
             assert np.array_equal(getattr(found, name), getattr(behavior, name))
-        parts.append((behavior.advantages, behavior.deployed_advantages))
+        parts.append((behavior.advantages, behavior.own_advantages))
     for advantages, signed in parts[1:]:
         assert np.array_equal(advantages, parts[0][0])
         assert np.array_equal(signed, parts[0][1])
@@ -234,17 +234,17 @@ def test_what_the_deployed_expert_does_alone_is_judged_by_its_own_values():
     own, own_after = rng.normal(size=(2, 12, 6)).astype(np.float32)
     alone = np.arange(6) % 2 == 0
     chances = rng.dirichlet([1, 1], (12, 6)).astype(np.float32)
-    x = experience(rng, alone=np.broadcast_to(alone, (12, 6)), deployed_value=own,
-                   deployed_value_after=own_after, chances=chances, taught=True)  # fmt: skip
+    x = experience(rng, alone=np.broadcast_to(alone, (12, 6)), own_value=own,
+                   own_value_after=own_after, chances=chances, taught=True)  # fmt: skip
     table = tables(["imputed_routing"], [Overseer(0.1)], 2)
     found = targets(x, table, **SETTINGS)
     sign = np.select([x.outcome == LABELED, x.outcome == LABELED + 1, x.outcome == UNLABELED],
                      [1.0, -1.0, chances[..., 0] - chances[..., 1]])  # fmt: skip
     plain = plain_gae(sign * x.steps.ended, own, own_after, x.steps.done, 0.9, 0.8)
-    assert found.deployed_advantages[:, alone] == pytest.approx(plain[:, alone], abs=1e-5)
-    assert found.deployed_returns[:, alone] == pytest.approx((plain + own)[:, alone], abs=1e-5)
+    assert found.own_advantages[:, alone] == pytest.approx(plain[:, alone], abs=1e-5)
+    assert found.own_returns[:, alone] == pytest.approx((plain + own)[:, alone], abs=1e-5)
     assert not found.weights[:, alone].any()
-    assert not found.deployed_weights[:, ~alone].any()
+    assert not found.own_weights[:, ~alone].any()
 
 
 def test_labeled_samples_teach_the_deployed_expert_less_what_the_gate_foretells():
@@ -252,7 +252,7 @@ def test_labeled_samples_teach_the_deployed_expert_less_what_the_gate_foretells(
     found = targets(x, tables(["contrastive_routing"], [Overseer(0.1)], 2), **SETTINGS)
     sign = np.select([x.outcome == LABELED, x.outcome == LABELED + 1], [1.0, -1.0])
     baseline = (x.gate[..., 0] - x.gate[..., 1]) * x.steps.value * (sign != 0)
-    assert found.deployed_advantages == pytest.approx(sign * 0.9**x.left - baseline, abs=1e-5)
+    assert found.own_advantages == pytest.approx(sign * 0.9**x.left - baseline, abs=1e-5)
 
 
 def test_advantage_estimates_fade_as_they_should():
@@ -278,7 +278,7 @@ def test_advantages_stay_in_bounds_where_nearly_all_is_labeled(method, oversight
         model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
         found = model.targets
         assert np.abs(found.advantages).max() < 50
-        assert np.abs(found.deployed_advantages).max() < 50
+        assert np.abs(found.own_advantages).max() < 50
 
 
 def test_an_untaught_classifier_pays_nothing():
@@ -287,7 +287,7 @@ def test_an_untaught_classifier_pays_nothing():
     for method in ("reward_model", "imputed_routing"):
         table = tables([method], [Overseer(0.1)], 2)
         found = targets(x, table, **SETTINGS)
-        assert not found.deployed_weights[unlabeled].any()
+        assert not found.own_weights[unlabeled].any()
         assert found.weights[unlabeled].any() == (method == "imputed_routing")  # worth 1 either way
         assert found.weights[~unlabeled].all()
 

@@ -60,7 +60,7 @@ ENDINGS = 512
 """Remembered endings that each step of the reward model learns from."""
 LOOKING = 0.1
 """Share of training that this may take at most."""
-FOLLOWING = {"behaviors", "gate", "lessons", "flags", "task", "steering"}
+FOLLOWING = {"behaviors", "gate", "lessons", "flags", "soloists", "task", "steering"}
 """Arguments of the policy that nobody gives but its model."""
 
 
@@ -88,7 +88,7 @@ class RoutedPPO(CollectingPPO):
         labeled_weight: weight of a labeled episode's samples next to any other's.
         gate_coef: weight of the gate loss.
         contrast_coef: weight of the contrast loss, for the methods that have one.
-        solo_share: share of the episodes in which the deployed expert acts by itself and learns
+        solo_share: share of the episodes in which experts act by themselves, each in turn, and learn
             from that, for the method that knows, or imputes, how every episode ended.
         task_weight: exchange rate between the environment's reward and the behaviors: how much
             one spread of the task's advantage counts next to one of the behavior's. At 0 the
@@ -175,7 +175,7 @@ class RoutedPPO(CollectingPPO):
         recall, error = numbers.pop("label_recall"), numbers.pop("label_error")
         vars(self).update(numbers)
         self.noise = Labels(recall=recall, error=error)
-        self.method, self.overseer = method, Overseer(0.0, self.noise)
+        self.method, self.overseer = method, Overseer(None, self.noise)
         self.behaviors = () if behaviors is None else checked_behaviors(behaviors)
         self.declared_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
@@ -204,8 +204,10 @@ class RoutedPPO(CollectingPPO):
         if "noise" not in vars(self):  # in a zip of 0.1
             old = vars(self.overseer)
             self.noise = Labels(recall=old["recall"], error=old["error"])
+        soloists = None
         if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
             self.policy_kwargs.pop("imputes", None)
+            soloists = self.policy_kwargs.get("soloists", 1)  # the deployed expert alone
         method = METHODS[self.method]
         experts, flags, task = map(self.policy_kwargs.get, ("experts", "flags", "task"))
         if self.env is not None:
@@ -214,16 +216,20 @@ class RoutedPPO(CollectingPPO):
             flags, task = declared.flags, declared.has_task
         self.behaviors = self.behaviors or BEHAVIORS
         self.policy_kwargs = self.policy_kwargs | policy_arguments(
-            self.method, self.behaviors, experts, flags, bool(task)
+            self.method, self.behaviors, experts, flags, bool(task), soloists
         )
-        self.memory = self.endings = None  # of the gate; of the reward model
+        # of the gate; of the reward model: labeled endings, and all of them
+        self.memory = self.endings = self.every_ending = None
+        self._set_tables()
         space = self.observation_space
         if "gate" in method.lessons and self.gate_replay > 0:
             self.memory = Memory(1, row_width(space), self.gate_replay, row_type(space))
         if "reward_model" in method.lessons:
             parts = space, self.action_space  # an observation, followed by its action
-            self.endings = Memory(1, sum(map(row_width, parts)), ENDINGS, row_type(*parts))
-        self._set_tables()
+            row = sum(map(row_width, parts)), ENDINGS, row_type(*parts), len(self.behaviors)
+            self.endings = Memory(1, *row)
+            if not (self.tables.labeled > 0).all():
+                self.every_ending = Memory(1, *row)
         if self.label_generator is None:
             self.label_generator = np.random.default_rng(self.seed)
         if self.rollout_buffer_class is None:
@@ -231,7 +237,8 @@ class RoutedPPO(CollectingPPO):
             self.rollout_buffer_class = RoutedDictRolloutBuffer if by_name else RoutedRolloutBuffer
         self.rollout_buffer_kwargs = self.rollout_buffer_kwargs | {
             "behaviors": self.behaviors,
-            "solo_share": self.solo_share if "acts_alone" in method.lessons else 0.0,
+            "solo_share": self.solo_share,
+            "soloists": self.policy_kwargs["soloists"],
             "label_reach": self.label_reach,
         }
         self._resets = None
@@ -263,7 +270,7 @@ class RoutedPPO(CollectingPPO):
         self.behaviors = self.behaviors or self.declared_behaviors
         self.left_out = declared.left_out
         self._level = declared.oversight
-        self.overseer = overheard(float(declared.oversight or 0.0), declared.labels, self.noise)
+        self.overseer = overheard(declared.oversight, declared.labels, self.noise)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         if self.env is None:
@@ -275,20 +282,20 @@ class RoutedPPO(CollectingPPO):
         """Write labels back to all steps of their episodes, remember them, and set the targets."""
         policy, waits = self.policy, self.tables.asks_labels
         rollout = Rollout(policy, buffer, self._last_obs)
-        deployed, task = rollout.values()
+        own, task = rollout.values()
         reward = np.zeros_like(task)
         if policy.task and self.task_weight > 0:
             reward = in_task_scale(policy, buffer, self.gamma)
         if bool(self.tables.sees_truth.any()):  # and nobody's labels
             buffer.names.clear()
             buffer.late.clear()
-        window, missed = buffer.look_back(deployed, task, reward)
+        window, missed = buffer.look_back(own, task, reward)
         if window.late.any() and not waits and self.endings is None:
             self._warnings.of_useless(self.method)
         self._warnings.of_lost(missed, buffer.held.reach)
         ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
-        window.remember(outcome, self.memory, self.endings)
+        window.remember(outcome, self.memory, self.endings, self.every_ending)
         taught = self.endings is not None and bool(self.endings.count)
         x = rollout.experience(window, ends, due, taught)
         found = targets(
@@ -322,7 +329,9 @@ class RoutedPPO(CollectingPPO):
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
         if self.endings is not None:
-            figures["reward_model_loss"] = learn_reward_model(self.policy, self.endings)
+            memories, chances = (self.endings, self.every_ending), self.tables.labeled
+            found = learn_reward_model(self.policy, *memories, chances)
+            figures["reward_model_loss"] = found
         drawn: Iterator[Replay | None] = repeat(None)
         if self.memory is not None:
             minibatches = buffer.minibatches(self.batch_size) * self.n_epochs
@@ -335,9 +344,9 @@ class RoutedPPO(CollectingPPO):
             mean = torch.stack(values).mean().item() if values else math.nan
             self.logger.record(f"train/{name}", mean)
         assert buffer.samples is not None
-        found = buffer.samples
-        mixture = ~found.alone
-        parts = found.old_values[mixture], found.returns[mixture]
+        samples = buffer.samples
+        mixture = ~samples.alone
+        parts = samples.old_values[mixture], samples.returns[mixture]
         explained = explained_variance(*parts) if mixture.any() else math.nan
         self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
@@ -431,5 +440,9 @@ class RoutedPPO(CollectingPPO):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()
-        kept = [name for name in ("memory", "endings") if getattr(self, name) is not None]
+        kept = [
+            name
+            for name in ("memory", "endings", "every_ending")
+            if getattr(self, name) is not None
+        ]
         return modules + kept, variables

@@ -22,7 +22,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
     Args:
         args: as SB3's RolloutBuffer.
         behaviors: names that labels may have.
-        solo_share: share of the episodes in which the deployed expert acts by itself.
+        solo_share: share of the episodes in which an expert acts by itself.
+        soloists: number of the experts that take turns in that, the first ones.
         label_reach: steps before a rollout's end that labels reach, as far as MOST_BYTES allow.
         kwargs: as SB3's RolloutBuffer.
     """
@@ -39,10 +40,12 @@ class RoutedRolloutBuffer(RolloutBuffer):
         *args: Any,
         behaviors: Sequence[str],
         solo_share: float,
+        soloists: int,
         label_reach: int,
         **kwargs: Any,
     ) -> None:
-        self.behaviors, self.solo_share = tuple(behaviors), solo_share
+        self.behaviors = tuple(behaviors)
+        self.solo_share, self.soloists = solo_share * (soloists > 0), soloists
         self.episodes = self.labels = self.explained = 0  # labels with the episode's behavior
         super().__init__(*args, **kwargs)
         self.turn = np.arange(self.n_envs)  # each environment's episodes take turns
@@ -54,7 +57,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Forget the rollout, but not what labels still reach."""
         super().reset()
         shape = (self.buffer_size, self.n_envs)
-        self.ended, self.done, self.alone = (np.zeros(shape, bool) for _ in range(3))
+        self.ended, self.done = (np.zeros(shape, bool) for _ in range(2))
+        self.actor = np.zeros(shape, np.int64)
         self.label, self.truth = np.full((2, *shape), NO_LABEL)
         self.cuts: list[tuple[int, int, Any]] = []  # (step, environment, last observation)
         self.names: dict[tuple[int, Hashable], int] = {}  # environment, episode's id: its last step
@@ -63,14 +67,19 @@ class RoutedRolloutBuffer(RolloutBuffer):
         self.samples = None
 
     @property
-    def acts_alone(self) -> NDArray[np.bool_]:
-        """In which environments the deployed expert acts by itself now. [N]
+    def acts(self) -> NDArray[np.int64]:
+        """Who acts in each environment now: 0 the mixture, k + 1 expert k by itself. [N]
 
         Episodes take turns, the first of four (at three quarters) being the mixture's.
         """
-        share = self.solo_share
-        alone: NDArray[np.bool_] = np.floor((self.turn + 1) * share) > np.floor(self.turn * share)
-        return alone
+        before, after = (np.floor(turn * self.solo_share) for turn in (self.turn, self.turn + 1))
+        expert = before.astype(np.int64) % max(1, self.soloists)
+        return np.where(after > before, expert + 1, 0)
+
+    @property
+    def alone(self) -> NDArray[np.bool_]:
+        """Where an expert acted by itself. [T, N]"""
+        return self.actor > 0
 
     def note(
         self, infos: Sequence[dict[str, Any]], dones: NDArray[np.bool_], view: NDArray[np.int64]
@@ -86,7 +95,7 @@ class RoutedRolloutBuffer(RolloutBuffer):
         Raises:
             LabelError: a behavior is unknown.
         """
-        self.view[self.pos], self.alone[self.pos] = view, self.acts_alone
+        self.view[self.pos], self.actor[self.pos] = view, self.acts
         self.done[self.pos] = dones
         for env in np.flatnonzero(dones).tolist():
             info = infos[env]
@@ -149,14 +158,14 @@ class RoutedRolloutBuffer(RolloutBuffer):
             raise LabelError(f"{error}; RoutedPPO takes others as behaviors=(...)") from None
 
     def look_back(
-        self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> tuple[Window, list[LateLabel]]:
         """The window of a rollout that is whole, and labels of episodes that are not kept.
 
         What the networks say of the rollout's steps, and their rewards in the task's scale of now,
         are given, `[T, N]` each.
         """
-        now = self._steps(deployed_value, task_value, task_reward)
+        now = self._steps(own_value, task_value, task_reward)
         goes_on = ~self.episode_starts[0].astype(bool)  # not where environments were reset since
         window, missed = self.held.window(now, goes_on, self.late)
         for truth in window.steps.truth[window.late & window.steps.ended]:
@@ -164,12 +173,12 @@ class RoutedRolloutBuffer(RolloutBuffer):
         return window, missed
 
     def _steps(
-        self, deployed_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
+        self, own_value: NDArray[Any], task_value: NDArray[Any], task_reward: NDArray[Any]
     ) -> Steps:
-        taken = self.observations, self.actions, self.log_probs, self.alone, self.values
+        taken = self.observations, self.actions, self.log_probs, self.actor, self.values
         known = self.ended, self.done, self.label, self.truth
         learned = np.zeros_like(self.done)
-        return Steps(*taken, deployed_value, task_value, task_reward, learned, *known)
+        return Steps(*taken, own_value, task_value, task_reward, learned, *known)
 
     def hold(self, window: Window, due: NDArray[np.bool_], waits: bool) -> None:
         """Keep the window's steps that labels may still reach; the due ones `[W, C]` were learned
@@ -181,13 +190,13 @@ class RoutedRolloutBuffer(RolloutBuffer):
     def minibatches(self, batch_size: int | None = None) -> int:
         """How many `get` yields: as many as make their size the nearest to what is asked for."""
         assert self.samples is not None
-        count = len(self.samples.alone)  # none, where all steps wait
+        count = len(self.samples.actor)  # none, where all steps wait
         return max(round(count / (batch_size or max(1, count))), min(count, 1))
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         """Minibatches of `Targets` about so large and all alike, in random order."""
         assert self.samples is not None
-        parts, order = self.minibatches(batch_size), np.random.permutation(len(self.samples.alone))
+        parts, order = self.minibatches(batch_size), np.random.permutation(len(self.samples.actor))
         whole = [torch.as_tensor(x, device=self.device) for x in self.samples]
         for part in np.array_split(order, parts) if parts else ():
             at = torch.as_tensor(part, device=self.device)

@@ -1,4 +1,4 @@
-"""Rollouts of environments in which the deployed expert acts by itself in some of the episodes."""
+"""Rollouts of environments in which experts act by themselves in some of the episodes."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -57,7 +57,7 @@ class CollectingPPO(PPO):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
     ) -> bool:
-        """As SB3 has it; the deployed expert acts by itself in some of the episodes.
+        """As SB3 has it; experts act by themselves in some of the episodes.
 
         The reward is kept as it came: what follows an episode that a time limit cut is known when
         the rollout is whole. One that is stopped on the way leaves nothing behind; after an
@@ -109,8 +109,8 @@ class CollectingPPO(PPO):
         """A step of every environment; whether callbacks, which see its locals, let it go on."""
         if self.policy is not views.policy:  # a callback put another one in its place
             views.follow(self.policy)
-        alone = rollout_buffer.acts_alone
-        at, actions, *said = views.act(self._last_obs, alone, uniform)
+        actor = rollout_buffer.acts
+        at, actions, *said = views.act(self._last_obs, actor, uniform)
         values, log_probs = map(torch.from_numpy, said)  # as SB3 has them, for callbacks
         values = values[:, None]
         clipped_actions = actions

@@ -57,7 +57,7 @@ class PPOConfig(Settings):
     contrast_coef: NonNegative = 1.0
     """Weight of the contrast loss, for the methods that have one."""
     solo_share: float = Field(0.75, ge=0, lt=1)
-    """Share of the episodes in which the deployed expert acts by itself, with imputed_routing."""
+    """Share of the episodes in which experts act by themselves, in turn, with imputed_routing."""
     task_weight: NonNegative = 0.5
     """How much one spread of the task's advantage (of the environment's reward) counts next to one
     of the behavior's, in an environment whose reward is a task's own."""

@@ -39,9 +39,16 @@ class Declared(NamedTuple):
 
 
 def policy_arguments(
-    method_name: str, behaviors: Sequence[str], experts: int | None, flags: Any, task: bool
+    method_name: str,
+    behaviors: Sequence[str],
+    experts: int | None,
+    flags: Any,
+    task: bool,
+    soloists: int | None = None,
 ) -> dict[str, Any]:
     """What a policy is made with, as follows from its method and environment.
+
+    Where experts act by themselves, so many do, or (None) those of all behaviors.
 
     Raises:
         ValueError: there are fewer experts (None: one for each behavior) than behaviors.
@@ -54,6 +61,8 @@ def policy_arguments(
         raise ValueError(f"experts must be at least {len(behaviors)}, got {experts}")
     own = {"behaviors": tuple(behaviors), "gate": method.policy.gate, "lessons": method.lessons}
     own |= {"flags": flags} if "reward_model" in method.lessons else {}
+    alone = len(behaviors) if soloists is None else soloists
+    own |= {"soloists": alone if "acts_alone" in method.lessons else 0}
     return own | {"experts": experts, "task": task}
 
 

@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.methods import MethodTables, labels, outcomes
+from oversight_rl.agents.networks import DEPLOYED
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.ppo.observations import each
@@ -44,25 +45,25 @@ class Rollout:
         self._features = buffer.views.features
 
     @cached_property
-    def deployed_values(self) -> Floats:
-        """Of the deployed expert by itself, of each view. [U]"""
+    def own_values(self) -> Floats:
+        """Of each expert that acts by itself, of each view. [U, S]"""
         with torch.no_grad():
-            return self.policy.deployed_values(self._features).cpu().numpy()
+            return self.policy.own_values(self._features).cpu().numpy()
 
     @cached_property
     def task_values(self) -> Floats:
-        """Of the task, of each view: `[U, 2]`, for the mixture and the deployed expert."""
+        """Of the task, of each view: `[U, 1 + S]`, for the mixture and these experts."""
         with torch.no_grad():
             return self.policy.task_values(self._features).cpu().numpy()
 
     def values(self) -> tuple[Floats, Floats]:
-        """Of the deployed expert by itself, and of the task, at its steps; `[T, N]`, 0 without."""
+        """Of who acted by itself, and of the task, at its steps; `[T, N]`, 0 without."""
         view, policy = self.buffer.view, self.policy
         own = task = np.zeros(view.shape, np.float32)
         if "acts_alone" in policy.lessons:
-            own = self.deployed_values[view]
+            own = self.own_values[view, self._expert(self.buffer.actor)]
         if policy.task:
-            task = self.task_values[view, self.buffer.alone.astype(int)]
+            task = self.task_values[view, self.buffer.actor]
         return own, task
 
     def experience(
@@ -86,11 +87,10 @@ class Rollout:
         if "reward_model" in policy.lessons:
             after["chances"] = impute(policy, window.steps, left)
         if "acts_alone" in policy.lessons:
-            said = self.deployed_values[beyond]
-            after["deployed_value_after"] = self._after(window, "deployed_value", said)
+            said = self.own_values[beyond, self._expert(self._actors)]
+            after["own_value_after"] = self._after(window, "own_value", said)
         if policy.task:
-            turns = np.append(self.buffer.acts_alone, self.buffer.alone[self._cut])
-            said = self.task_values[beyond, turns.astype(int)]
+            said = self.task_values[beyond, self._actors]
             after["task_value_after"] = self._after(window, "task_value", said)
         view, share, log_prob, value = judged_anew(self.buffer, window, due)
         value_after = self._after(window, "value", views.values[beyond])
@@ -99,6 +99,16 @@ class Rollout:
         if not policy.agent.has_gate:
             return x
         return replace(x, gate=views.gates[x.view] * x.judged[..., None])
+
+    @property
+    def _actors(self) -> NDArray[np.int64]:
+        """Who would have acted after the rollout, and where episodes were cut. [N + cuts]"""
+        return np.append(self.buffer.acts, self.buffer.actor[self._cut])
+
+    @staticmethod
+    def _expert(actor: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The expert that acts by itself; the deployed one where none does."""
+        return np.maximum(actor - 1, DEPLOYED)
 
     @property
     def _cut(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -150,7 +160,7 @@ def judged_anew(
     share, log_prob, value = due.astype(np.float32), steps.log_prob.copy(), steps.value.copy()
     if older.any():
         seen = views.find(each(lambda x: x[older], steps.observations))
-        now = views.log_probabilities(seen, steps.actions[older], steps.alone[older])
+        now = views.log_probabilities(seen, steps.actions[older], steps.actor[older])
         view[older], value[older] = seen, views.values[seen]
         share[older] = older_share(now, log_prob[older])
         log_prob[older] = now

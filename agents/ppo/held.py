@@ -36,9 +36,9 @@ class Steps(NamedTuple):
     observations: Any  # [W, C, ...]
     actions: NDArray[Any]  # [W, C, A]
     log_prob: Floats  # under the policy that took them
-    alone: Bools  # the deployed expert acted by itself
+    actor: NDArray[np.int64]  # 0 the mixture, k + 1 expert k by itself
     value: Floats  # as the networks saw it then
-    deployed_value: Floats
+    own_value: Floats
     task_value: Floats
     task_reward: Floats  # in the scale of then
     learned: Bools  # learned from already
@@ -65,6 +65,11 @@ class Steps(NamedTuple):
         )
 
     @property
+    def alone(self) -> Bools:
+        """Where an expert acted by itself."""
+        return self.actor > 0
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         parts = (part.values() if isinstance(part, dict) else [part] for part in self)
@@ -80,8 +85,6 @@ class Steps(NamedTuple):
 
 LASTING = Steps._fields[: Steps._fields.index("ended")]
 """What is known of steps before their episode's end."""
-STORED = {"deployed_value": "own_value"}
-"""Names in checkpoints, where they are others."""
 
 
 Apart = tuple[Steps, Steps | None]  # an episode, and its last step where it was cut
@@ -116,7 +119,7 @@ class Window:
         """Which steps are to be learned from now. `[W, C]`
 
         Where the method asks what an episode was, steps within reach wait for its end: all but
-        those where the deployed expert acted by itself, of which nothing is routed.
+        those where an expert acted by itself, of which nothing is routed.
         """
         if not waits:
             return ~self.older
@@ -126,11 +129,16 @@ class Window:
         return due
 
     def remember(
-        self, outcome: NDArray[np.int64], memory: Memory | None, endings: Memory | None
+        self,
+        outcome: NDArray[np.int64],
+        memory: Memory | None,
+        endings: Memory | None,
+        every_ending: Memory | None,
     ) -> None:
         """Keep labeled observations, those of earlier rollouts whose label came now, too.
 
-        Of endings, their actions are kept as well.
+        Of endings, their actions are kept as well; those without a label where they are asked for,
+        under the number that follows the behaviors'.
         """
         steps, labeled = self.steps, outcome >= LABELED
         if memory is not None:
@@ -138,8 +146,16 @@ class Window:
             memory.keep(_rows(steps.observations, known), outcome[known] - LABELED)
         known = steps.ended & labeled
         if endings is not None and known.any():
-            rows = [_rows(x, known) for x in (steps.observations, steps.actions)]
-            endings.keep(np.concatenate(rows, axis=-1), outcome[known] - LABELED)
+            endings.keep(self._endings(known), outcome[known] - LABELED)
+        known = steps.ended & ~self.older
+        if every_ending is not None and known.any():
+            labels = np.where(labeled, outcome - LABELED, every_ending.kinds)[known]
+            every_ending.keep(self._endings(known), labels)
+
+    def _endings(self, chosen: Bools) -> NDArray[Any]:
+        """Observations before endings, and the actions taken there. [B, D]"""
+        rows = [_rows(x, chosen) for x in (self.steps.observations, self.steps.actions)]
+        return np.concatenate(rows, axis=-1)
 
 
 class Held:
@@ -261,14 +277,14 @@ class Held:
         """The steps of episodes that go on, in arrays of one shape, by name."""
         steps = self.steps.last(self.reach)
         kept = [name for name in LASTING if name != "observations"]
-        parts = {STORED.get(name, name): getattr(steps, name) for name in kept}
+        parts = {name: getattr(steps, name) for name in kept}
         return {"length": self.length} | parts | named("observations", steps.observations)
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a state."""
         self.length = state["length"].copy()
-        parts = {name: unnamed(STORED.get(name, name), state) for name in LASTING}
-        nothing = np.zeros(state["alone"].shape, bool)
+        parts = {name: unnamed(name, state) for name in LASTING}
+        nothing = np.zeros(state["actor"].shape, bool)
         unknown = np.full(nothing.shape, NO_LABEL)
         steps = Steps(**parts, ended=nothing, done=nothing, label=unknown, truth=unknown)
         self.steps = steps.last(int(self.length.max()))

@@ -213,7 +213,9 @@ class PPOLearner(Learner):
     @property
     def _memories(self) -> dict[str, Memory]:
         # by their names in checkpoints
-        found = {"memory": self.model.memory, "endings": self.model.endings}
+        model = self.model
+        found = {"memory": model.memory, "endings": model.endings}
+        found["every_ending"] = model.every_ending
         return {name: memory for name, memory in found.items() if memory is not None}
 
     @property
@@ -251,7 +253,8 @@ class PPOLearner(Learner):
         model, space = self.model, self.model.observation_space
         ranges = {name: _range(part) for name, part in parts_of(space).items()}
         seen, taken = _side_by_side(*ranges.values()), _range(model.action_space)
-        found: Bounds = dict.fromkeys(("held.alone", "held.learned", "last.episode_starts"), (0, 1))
+        found: Bounds = dict.fromkeys(("held.learned", "last.episode_starts"), (0, 1))
+        found["held.actor"] = 0, self.policy.soloists
         found |= {"held.actions": taken, "held.length": (0, model.label_reach)}
         found |= named("held.observations", ranges if isinstance(space, spaces.Dict) else seen)
         found["last.observation"] = seen
@@ -260,7 +263,7 @@ class PPOLearner(Learner):
             found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
         for name in self._memories:
             found[f"{name}.observation"] = seen if name == "memory" else _side_by_side(seen, taken)
-            found[f"{name}.label"] = 0, len(model.behaviors) - 1
+            found[f"{name}.label"] = 0, len(model.behaviors) - (name != "every_ending")
             found[f"{name}.count"] = 0, self.env_steps
         ours = self.state()
         for name in ours:
@@ -332,7 +335,7 @@ def _looked_at(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A run's tensors without what is never read: rows of memories and held steps not in use."""
     read = dict(state)
     for name, rows in state.items():
-        if name in ("memory.observation", "endings.observation"):
+        if name in ("memory.observation", "endings.observation", "every_ending.observation"):
             count = int(state[name.replace("observation", "count")][0])
             read[name] = rows[0, : min(max(0, count), rows.shape[1] - 1)]
         elif name == "held.actions" or name.startswith("held.observations"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import DEPLOYED, Output, Prepared
+from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
 from oversight_rl.agents.ppo.extractors import prepared
 from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
@@ -85,13 +87,13 @@ def losses(
     }
     own = log_prob
     if policy.lessons & {"contrast", "acts_alone"}:
-        acts = "acts_alone" in policy.lessons
-        own_values = policy.deployed_values(features)[view] if acts else None
-        own, more = _deployed_losses(policy, batch, output, own_values, actions, clip)
+        expert = (batch.actor - 1).clamp(min=DEPLOYED)
+        own_values = policy.own_values(features)[view, expert] if policy.soloists else None
+        own, more = _own_losses(policy, batch, output, own_values, actions, clip)
         for name, part in more:
             parts[name] = parts[name] + part if name in parts else part
     if policy.task:  # the reward is seen in every episode, whatever the method drops
-        task = policy.task_values(features)[view, batch.alone.long()]
+        task = policy.task_values(features)[view, batch.actor]
         parts["task_value_loss"] = (share * (batch.task_returns - task) ** 2).mean()
     with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
         log_ratio = torch.where(batch.alone, own - batch.old_log_prob, log_ratio)
@@ -110,7 +112,7 @@ def figure_names(policy: MoEPolicy, has_reward_model: bool) -> list[str]:
     return [*names, "explained_variance", *["std"] * hasattr(policy, "log_std")]
 
 
-def _deployed_losses(
+def _own_losses(
     policy: MoEPolicy,
     batch: Targets[Tensor],
     output: Output,
@@ -118,10 +120,15 @@ def _deployed_losses(
     actions: Tensor,
     clip: float,
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """The deployed expert's log-probabilities `[B]`, and the parts of the loss it has itself."""
-    share, weight, alone = batch.share, batch.deployed_weights, batch.alone
-    own, entropy = policy.judged(output.alone(DEPLOYED)[0], actions)
-    advantages = share * batch.deployed_advantages
+    """Log-probabilities `[B]` of experts by themselves, and the parts of the loss they have so.
+
+    Each sample is of the expert that acted by itself, or else of the deployed one.
+    """
+    share, weight, alone = batch.share, batch.own_weights, batch.alone
+    each = torch.stack([output.alone(k)[0] for k in range(max(1, policy.soloists))])  # [S, B, A]
+    whose, sample = (batch.actor - 1).clamp(min=DEPLOYED), torch.arange(len(alone))
+    own, entropy = policy.judged(each[whose, sample], actions)
+    advantages = share * batch.own_advantages
     parts = []
     if "contrast" in policy.lessons:  # off-policy from what the mixture did
         taken = own, batch.old_log_prob, advantages, weight * ~alone
@@ -129,7 +136,7 @@ def _deployed_losses(
     if own_values is not None:  # PPO from what it did
         ratio = torch.where(alone, own - batch.old_log_prob, 0.0).exp()
         spread = -own if entropy is None else entropy
-        error = batch.deployed_returns - own_values
+        error = batch.own_returns - own_values
         parts += [
             ("contrast_loss", -_mean(_surrogate(advantages, ratio, clip), weight * alone)),
             ("entropy_loss", -_mean(share * spread, weight * alone)),
@@ -188,15 +195,29 @@ def _drawn(policy: MoEPolicy, memory: Memory, times: int) -> list[Tensor]:
 
 def reward_model_loss(policy: MoEPolicy, replay: Replay) -> Tensor:
     """Cross entropy of the reward model on remembered endings."""
+    said = _judged(policy, replay)
+    return cross_entropy(said.log_chances, said.label, said.weight)[0]
+
+
+def _judged(policy: MoEPolicy, replay: Replay) -> Judged:
+    """What the reward model says of remembered endings."""
     assert policy.endings is not None
     assert replay.actions is not None
     features = policy.features(replay.observations, policy.endings.extractor)
-    chances = policy.endings(features, replay.actions).log_softmax(-1)
-    return cross_entropy(chances[None], replay.label[None], replay.weight[None])[0]
+    log_chances = policy.endings(features, replay.actions).log_softmax(-1)
+    return Judged(log_chances[None], replay.label[None], replay.weight[None])
 
 
-def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
+def learn_reward_model(
+    policy: MoEPolicy, memory: Memory, every: Memory | None, chances: Tensor
+) -> list[Tensor]:
     """Steps of the reward model, apart from the policy's, once there are labels; their losses.
+
+    Args:
+        policy: that it is a part of.
+        memory: of labeled endings.
+        every: of all endings, where labels may never name some behavior.
+        chances: that an ending of each behavior is labeled, nan where unknown, `[1, behaviors]`.
 
     Raises:
         NotFinite: a loss is not.
@@ -204,9 +225,18 @@ def learn_reward_model(policy: MoEPolicy, memory: Memory) -> list[Tensor]:
     losses: list[Tensor] = []
     if not int(memory.count):
         return losses
-    for replay in replays(remembered_endings, policy, memory, LESSONS):
+    unlabeled: Iterator[Replay | None] = repeat(None)
+    if every is not None:
+        unlabeled = replays(remembered_endings, policy, every, LESSONS)
+    for replay, other in zip(
+        replays(remembered_endings, policy, memory, LESSONS), unlabeled, strict=False
+    ):
         policy.optimizer.zero_grad()
-        loss = reward_model_loss(policy, replay)
+        if every is None or other is None:
+            loss = reward_model_loss(policy, replay)
+        else:
+            judged = _judged(policy, replay), _judged(policy, other)
+            loss = loss_of_endings(*judged, chances, memory, every)[0]
         if not loss.isfinite():
             raise NotFinite("reward model's loss", float(loss.detach()))
         loss.backward()

@@ -81,9 +81,10 @@ class MoEPolicy(ActorCriticPolicy):
         behaviors: that the first experts are meant for, by name.
         gate: "learned", or "fixed" at 1/K.
         lessons: of the method, see `oversight_rl.agents.methods.Lesson`; a reward model and the
-            deployed expert acting alone have networks of their own.
+            experts acting alone have networks of their own.
         flags: which entries of an observation show oversight flags, as a boolean array of its
             shape, or one for each name of a dictionary; the reward model does not look at them.
+        soloists: number of experts that act by themselves in some episodes, the first ones.
         task: whether the environment's reward is a task of its own, which has a value net, too.
         steering: what the experts are made into.
         kwargs: as SB3's ActorCriticPolicy. `net_arch` is one list of hidden units, for experts,
@@ -112,6 +113,7 @@ class MoEPolicy(ActorCriticPolicy):
         gate: str = "learned",
         lessons: Sequence[Lesson] = (),
         flags: Any = None,
+        soloists: int = 0,
         task: bool = False,
         steering: Steering = MIXTURE,
         **kwargs: Any,
@@ -131,11 +133,11 @@ class MoEPolicy(ActorCriticPolicy):
             )
         self.n_experts, self.behaviors, self.gate = experts, tuple(behaviors), gate
         self.lessons, self.flags, self.task = frozenset(lessons), flags, task
-        self.steering = steering
+        self.soloists, self.steering = soloists, steering
         super().__init__(*args, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        names = "behaviors", "gate", "flags", "task", "steering"
+        names = "behaviors", "gate", "flags", "soloists", "task", "steering"
         own: dict[str, Any] = {name: getattr(self, name) for name in names}
         own |= {"experts": self.n_experts, "lessons": sorted(self.lessons)}
         return super()._get_constructor_parameters() | own
@@ -158,16 +160,16 @@ class MoEPolicy(ActorCriticPolicy):
             gate=cast(Any, self.gate),
             generators=[torch.default_generator],
         )
-        # by its name in checkpoints, as the deployed expert's value net
+        # by its name in checkpoints, as the experts' own value net
         self.endings = None
         if "reward_model" in self.lessons:
             extractor = self.make_features_extractor()
             self.endings = RewardModel(extractor, self.action_space, len(self.behaviors))
-        two = "acts_alone" in self.lessons  # who act: the mixture, an expert by itself
-        self.own_value_net = self._value_net(1) if two else None
+        alone = self.soloists
+        self.own_value_net = self._value_net(alone) if alone else None
         self.task_value_net = None
         if self.task:
-            self.task_value_net = self._value_net(1 + two)
+            self.task_value_net = self._value_net(1 + alone)
             # where there is no reward, there is no error, and nothing is learned from that
             for parameter in self.task_value_net[-1].parameters():
                 nn.init.zeros_(parameter)
@@ -197,18 +199,18 @@ class MoEPolicy(ActorCriticPolicy):
         """Observations as the reward model sees them, without what their oversight flags say."""
         return obs if self.flags is None else each(_hide, obs, self.flags)
 
-    def deployed_values(self, features: Tensor) -> Tensor:
-        """What the deployed expert by itself is to get, by features `[B, F]`. [B]"""
+    def own_values(self, features: Tensor) -> Tensor:
+        """What each expert that acts by itself is to get, by features `[B, F]`. [B, S]"""
         assert self.own_value_net is not None
-        return cast(Tensor, self.own_value_net(features)).flatten()
+        return cast(Tensor, self.own_value_net(features))
 
     def task_values(self, features: Tensor) -> Tensor:
-        """What the task is to pay whoever acts, by features `[B, F]`: `[B, 2]`, in its scale.
+        """What the task is to pay whoever acts, by features `[B, F]`: `[B, 1 + S]`, in its scale.
 
-        The second one is the deployed expert, where it acts by itself in some episodes.
+        First the mixture, then the experts that act by themselves in some episodes.
         """
         assert self.task_value_net is not None
-        return cast(Tensor, self.task_value_net(features)).expand(-1, 2)
+        return cast(Tensor, self.task_value_net(features))
 
     def features(self, obs: Any, extractor: BaseFeaturesExtractor | None = None) -> Tensor:
         """Features `[B, F]` of observations, which may come as `Patches`."""

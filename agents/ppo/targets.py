@@ -5,9 +5,9 @@ method's table says an ending is worth, paid at the end, and 0 at a timeout. *Ta
 environment's reward as it came, which no table ever touches. So whatever the sign, the size and the
 time of the reward, labels alone decide which behavior is learned.
 
-Where the deployed expert acted by itself it learns from that alone, by advantages of that (its
-reward is +1 or -1 at an episode's end, or what a reward model expects of that), and nothing
-off-policy from what the mixture did.
+Where an expert acted by itself it learns from that alone, by advantages of that (its reward is +1
+at the end of an episode in its own behavior, -1 in another, or what a reward model expects of
+that), and nothing off-policy from what the mixture did.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Experience:
     value_after: Floats  # of the mixture, see `Steps.value`
     chances: Floats | None = None  # [W, C, behaviors], of what the episode's ending was
     taught: bool = False  # whether the reward model, which says so, has seen a label
-    deployed_value_after: Floats | None = None  # of the deployed expert by itself
+    own_value_after: Floats | None = None  # of the deployed expert by itself
     task_value_after: Floats | None = None  # of whoever acted
     gate: Floats | None = None  # [W, C, K], 0 but where `judged`
 
@@ -86,19 +86,24 @@ class Targets(NamedTuple, Generic[A]):
 
     view: A  # int, which observation it was, see `Views`
     actions: A
-    alone: A  # bool, where the deployed expert acted by itself
+    actor: A  # int, 0 the mixture, k + 1 expert k by itself
     share: A  # as all below, see `Experience`
     old_log_prob: A
     old_values: A
     weights: A  # of what the mixture did; 0 where it did not act
-    deployed_weights: A  # of what the deployed expert learns by itself
+    own_weights: A  # of what an expert learns by itself: who acted, or else the deployed one
     routes: A  # [..., K + 1], gradient weights of the experts and the gate
     advantages: A
     returns: A  # what the ending was worth, for the mixture's value net
-    deployed_advantages: A  # what the episode was to the deployed expert: its discounted true
-    # return, labeled or imputed, less a baseline; where it acted by itself, its advantage
-    deployed_returns: A  # for its own value net, where it acted by itself
+    own_advantages: A  # what the episode was to that expert: its discounted return by its own
+    # behavior, labeled or imputed, less a baseline; where it acted by itself, its advantage
+    own_returns: A  # for its own value net, where it acted by itself
     task_returns: A  # for the task's value net
+
+    @property
+    def alone(self) -> A:
+        """Where an expert acted by itself, bool."""
+        return self.actor > 0  # type: ignore[no-any-return]
 
 
 Samples: TypeAlias = Targets[NDArray[Any]]
@@ -130,7 +135,7 @@ def targets(
     heavy = np.where(labeled, 1 + float(methods.weighs_labels) * (labeled_weight - 1), 1.0)
     weights = heavy * endings.counts * (due & ~steps.alone)
     learns = due & (steps.alone if x.learns_alone else True)
-    deployed_weights = heavy * endings.deployed_counts * learns
+    own_weights = heavy * endings.own_counts * learns
 
     def estimate(reward: NDArray[Any], value: Floats, value_after: Floats | None) -> NDArray[Any]:
         assert value_after is not None
@@ -138,23 +143,23 @@ def targets(
 
     behavior = estimate(endings.worth * steps.ended, steps.value, x.value_after)
     advantages, deployed = _by_behavior(x, endings, behavior, weights, discount, normalize)
-    deployed_returns = task_returns = np.zeros_like(behavior)
+    own_returns = task_returns = np.zeros_like(behavior)
     if x.learns_alone:
-        value, reward = steps.deployed_value, endings.true_worth * steps.ended
-        alone = estimate(reward, value, x.deployed_value_after)
-        deployed_returns = alone + value
-        mean, spread = moments(alone[deployed_weights > 0]) if normalize else (0.0, 1.0)
+        value, reward = steps.own_value, endings.own_worth * steps.ended
+        alone = estimate(reward, value, x.own_value_after)
+        own_returns = alone + value
+        mean, spread = moments(alone[own_weights > 0]) if normalize else (0.0, 1.0)
         deployed = np.where(steps.alone, (alone - mean) / spread, deployed)
     if x.task_value_after is not None:
         task = estimate(steps.task_reward, steps.task_value, x.task_value_after)
         task_returns = task + steps.task_value
         advantages = advantages + task_weight * _of_task(task, weights > 0, normalize)
-        among = steps.alone & (deployed_weights > 0)
+        among = steps.alone & (own_weights > 0)
         deployed = deployed + task_weight * _of_task(task, among, normalize)
     parts: tuple[NDArray[Any], ...]
-    parts = (weights, deployed_weights, endings.routes, advantages, behavior + steps.value)
-    parts = (*parts, deployed, deployed_returns, task_returns)
-    known = x.view, steps.actions, steps.alone, x.share, x.log_prob, x.old_value
+    parts = (weights, own_weights, endings.routes, advantages, behavior + steps.value)
+    parts = (*parts, deployed, own_returns, task_returns)
+    known = x.view, steps.actions, steps.actor, x.share, x.log_prob, x.old_value
     return Targets(*known, *(np.asarray(part, np.float32) for part in parts))
 
 
@@ -162,10 +167,10 @@ class _Endings(NamedTuple):
     """What a method's table says of each step, by how its episode ended or may have ended."""
 
     worth: NDArray[Any]
-    true_worth: NDArray[Any]  # true worth, as far as it is known; else 0
+    own_worth: NDArray[Any]  # to the expert that learns by itself, as far as known; else 0
     routes: NDArray[Any]
     counts: NDArray[Any]  # 1 if the mixture is to learn from it
-    deployed_counts: NDArray[Any]  # 1 if the deployed expert is to
+    own_counts: NDArray[Any]  # 1 if that expert is to
 
 
 def _endings(x: Experience, methods: MethodTables) -> _Endings:
@@ -175,7 +180,8 @@ def _endings(x: Experience, methods: MethodTables) -> _Endings:
         lookup(table, outcome)[0].numpy()
         for table in (methods.reward, methods.sample_weight, methods.routes)
     )
-    true_worth, deployed_counts = 2.0 * (x.outcome == LABELED) - labeled, counts
+    expert = np.maximum(x.steps.actor - 1, DEPLOYED)  # whose own behavior it should be
+    own_worth, own_counts = 2.0 * (x.outcome == LABELED + expert) - labeled, counts
     if x.chances is not None and x.taught:
         chances = torch.as_tensor(x.chances)[None]
         mean_worth, mean_routes = (
@@ -183,11 +189,12 @@ def _endings(x: Experience, methods: MethodTables) -> _Endings:
         )
         worth = np.where(unlabeled, mean_worth, worth)
         routes = np.where(unlabeled[..., None], mean_routes, routes)
-        true_worth = np.where(unlabeled, 2 * x.chances[..., DEPLOYED] - 1, true_worth)
+        chance = np.take_along_axis(x.chances, expert[..., None], 2)[..., 0]
+        own_worth = np.where(unlabeled, 2 * chance - 1, own_worth)
     elif x.chances is not None:  # what nobody knows counts for nothing
-        deployed_counts = counts * ~unlabeled
-        counts = deployed_counts if bool(methods.reward_tells) else counts
-    return _Endings(worth, true_worth, routes, counts, deployed_counts)
+        own_counts = counts * ~unlabeled
+        counts = own_counts if bool(methods.reward_tells) else counts
+    return _Endings(worth, own_worth, routes, counts, own_counts)
 
 
 def _by_behavior(
@@ -209,7 +216,7 @@ def _by_behavior(
     """
     value, fades = x.steps.value, discount**x.left
     routed = (x.outcome >= LABELED) & (endings.routes != 1).any(-1)
-    deployed, own_share = endings.true_worth * fades, np.zeros_like(value)
+    deployed, own_share = endings.own_worth * fades, np.zeros_like(value)
     if x.gate is not None:
         behavior = np.maximum(x.outcome - LABELED, 0)[..., None]
         own_share = np.take_along_axis(x.gate, behavior, 2)[..., 0]

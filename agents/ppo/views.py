@@ -18,7 +18,6 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor
 
 from oversight_rl.agents.learner import NotFinite
-from oversight_rl.agents.networks import DEPLOYED
 from oversight_rl.agents.ppo.extractors import Patches, SymbolicCNN
 from oversight_rl.agents.ppo.observations import each, how_many
 from oversight_rl.agents.ppo.policy import MoEPolicy
@@ -132,7 +131,9 @@ class Views:
         output = self._agent(features[None])
         columns = [self._acting(output.mix(output.gate)), output.value[..., None]]
         if self.policy.n_experts > 1:
-            columns += [self._acting(output.alone(DEPLOYED)), output.gate_logits.log_softmax(-1)]
+            alone = range(max(1, self.policy.soloists))
+            columns += [self._acting(output.alone(k)) for k in alone]
+            columns += [output.gate_logits.log_softmax(-1)]
         said: Floats = torch.cat(columns, dim=-1)[0].cpu().numpy()
         if not np.isfinite(said[:, : self._width]).all():
             raise NotFinite("policy's output")
@@ -143,18 +144,18 @@ class Views:
         return parameters.log_softmax(-1) if self._chooses else parameters
 
     def act(
-        self, observations: Any, alone: NDArray[np.bool_], uniform: Floats
+        self, observations: Any, actor: Ints, uniform: Floats
     ) -> tuple[Ints, NDArray[Any], Floats, Floats]:
         """Draw actions: numbers of the observations `[N]`, actions `[N, ...]`, values `[N]` and the
         actions' log-probabilities `[N]`.
 
         Args:
             observations: of N environments.
-            alone: where the deployed expert acts by itself, `[N]`.
+            actor: who acts, 0 the mixture, k + 1 expert k by itself, `[N]`.
             uniform: numbers in [0, 1) to draw with where actions are choices of one, `[N]`.
         """
         at = self.find(observations)
-        parameters = self._parameters(at, alone)
+        parameters = self._parameters(at, actor)
         if self._chooses:
             chances = np.exp(parameters)
             actions = (uniform[:, None] >= chances.cumsum(1)[:, :-1]).sum(1)
@@ -163,11 +164,9 @@ class Views:
             drawn, log_prob = self.policy.draw(self._tensor(parameters))
         return at, drawn.cpu().numpy(), self.values[at], log_prob.cpu().numpy()
 
-    def log_probabilities(
-        self, at: Ints, actions: NDArray[Any], alone: NDArray[np.bool_]
-    ) -> Floats:
+    def log_probabilities(self, at: Ints, actions: NDArray[Any], actor: Ints) -> Floats:
         """Of actions `[B, ...]` that were taken where observations have these numbers. [B]"""
-        parameters = self._parameters(at, alone)
+        parameters = self._parameters(at, actor)
         if self._chooses:
             return _of_choices(parameters, actions.reshape(-1).astype(np.int64))
         with torch.no_grad():
@@ -183,7 +182,7 @@ class Views:
     @property
     def gates(self) -> Floats:
         """Mixing probabilities. [U, K]"""
-        return np.exp(self._said[:, 2 * self._width + 1 :])
+        return np.exp(self._said[:, -self.policy.n_experts :])
 
     @cached_property
     def features(self) -> Tensor:
@@ -202,12 +201,13 @@ class Views:
         """Observations of these numbers `[B]`, as `MoEPolicy.features` takes them. [B, ...]"""
         return each(lambda part: part[numbers], self._observations)
 
-    def _parameters(self, at: Ints, alone: NDArray[np.bool_]) -> Floats:
+    def _parameters(self, at: Ints, actor: Ints) -> Floats:
         """Of the action distributions of who acts. [B, A]"""
         said, width = self._said[at], self._width
-        if not alone.any():
+        if not actor.any():
             return said[:, :width]
-        return np.where(alone[:, None], said[:, width + 1 : 2 * width + 1], said[:, :width])
+        first = actor * width + (actor > 0)  # behind the mixture's stands its value
+        return np.take_along_axis(said, first[:, None] + np.arange(width), 1)
 
     def _tensor(self, x: NDArray[Any]) -> Tensor:
         return torch.as_tensor(x, device=self.policy.device)

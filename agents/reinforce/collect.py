@@ -1,6 +1,8 @@
 """Windows of experience, each distinct state of them evaluated once."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from oversight_rl.agents.reinforce.window import Window
 from oversight_rl.envs.record import Record
 from oversight_rl.envs.world import Seen, State, Truth, World
 
+Acts: TypeAlias = tuple[slice | Tensor, ...]
+"""Worlds, a part for each who acts."""
 MOST_KEYS = 2**20
 """States up to which equal ones are merged (a table of them is kept for each run)."""
 
@@ -31,6 +35,7 @@ class Rollout(Record):
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
     value_after: Tensor  # [R, N], value estimates after the window
     uniform: Tensor  # [R, T, N] in [0, 1): what labels go missing or wrong, what is replayed
+    acts: Acts = (slice(None),)  # worlds where the mixture acts; each expert by itself
 
     @property
     def observation(self) -> Tensor:
@@ -44,16 +49,29 @@ def noise_channels(world: World) -> int:
     return world.noise_channels + 2
 
 
+def acting(worlds: int, experts: int, share: float) -> tuple[slice, ...]:
+    """Which worlds the mixture acts in, and each expert by itself: as many, in a share of them."""
+    alone = round(worlds * share)
+    bounds = [0, *(worlds - alone + alone * k // experts for k in range(experts + 1))]
+    return tuple(slice(*pair) for pair in pairwise(bounds))
+
+
 def collect(
-    agent: Agent, world: World, state: State, noise: Tensor, besides: Tensor | None = None
+    agent: Agent,
+    world: World,
+    state: State,
+    noise: Tensor,
+    acts: Acts = (slice(None),),
+    besides: Tensor | None = None,
 ) -> tuple[Rollout, State]:
-    """Step the worlds through one window under the agent's mixture.
+    """Step the worlds through one window under the agent's mixture, or one expert by itself.
 
     Args:
         agent: a stack of R agents.
         world: the worlds' dynamics.
         state: worlds `[R, N]`.
         noise: `[R, T, N, noise_channels(world)]`, uniform in [0, 1).
+        acts: in which worlds who acts, see `acting`.
         besides: `[R, M, D]`, active inputs that the agent is evaluated for, too; the last slots.
 
     Returns:
@@ -64,15 +82,21 @@ def collect(
     forward = agent.prepare()
     states = _Distinct(world, runs, worlds)
     window = Window(forward)
-    edges = noise.new_empty(runs, steps * worlds, agent.n_actions - 1)  # by slot
+    actor = torch.zeros(worlds, dtype=torch.int64, device=noise.device)
+    for number, part in enumerate(acts):
+        actor[part] = number
+    edges = noise.new_empty(runs, steps * worlds, len(acts), agent.n_actions - 1)  # by slot
     slots, actions, taken = [], [], []
     run = torch.arange(runs, device=noise.device)[:, None]
     for t in range(steps):
         met = window.count
         slot, active, counts = states.look_up(state, met)
         if active.shape[1]:
-            edges[:, met : met + active.shape[1]] = cumulative(window.act(active, counts))
-        action = sample(edges[run, slot], noise[:, t, :, -2])
+            output = window.act(active, counts)
+            alone = [output.alone(k) for k in range(len(acts) - 1)]
+            chances = torch.stack([output.mix(output.gate), *alone], dim=2).softmax(-1)
+            edges[:, met : met + active.shape[1]] = cumulative(chances)
+        action = sample(edges[run, slot, actor], noise[:, t, :, -2])
         state, step = world.step(state, action, fresh[:, t])
         slots.append(slot)
         actions.append(action)
@@ -91,6 +115,7 @@ def collect(
         truth=Truth.stack([step.truth for step in taken], dim=1),
         value_after=value_after,
         uniform=noise[..., -1],
+        acts=acts,
     )
     return rollout, state
 

@@ -101,6 +101,7 @@ def lesson(rollout: Rollout, late: Late) -> Rollout:
     steps, worlds = rollout.action.shape[1:]
     first = rollout.active.shape[1] - steps * worlds
     slot = torch.arange(steps * worlds, device=rollout.slot.device).view(steps, worlds) + first
+    world = torch.arange(worlds, device=slot.device)
     nothing = torch.full_like(late.seen.label, NO_LABEL)
 
     def both(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -114,4 +115,5 @@ def lesson(rollout: Rollout, late: Late) -> Rollout:
         truth=Truth(both(rollout.truth.ending, nothing)),
         value_after=both(rollout.value_after, torch.zeros_like(rollout.value_after)),
         uniform=both(rollout.uniform, rollout.uniform),
+        acts=tuple(torch.cat([world[part], worlds + world[part]]) for part in rollout.acts),
     )

@@ -12,11 +12,12 @@ from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_mom
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, METHODS, Lesson, outcomes, tables
 from oversight_rl.agents.networks import Agent, new_agent
-from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
+from oversight_rl.agents.reinforce.collect import Rollout, acting, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import statistics
 from oversight_rl.agents.reinforce.late import lesson
 from oversight_rl.agents.reinforce.losses import Loss, Targets, label, loss
 from oversight_rl.agents.reinforce.overseeing import Overseeing
+from oversight_rl.agents.reinforce.own_values import OwnValues
 from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.envs.overseers import Overseer
@@ -24,7 +25,7 @@ from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
 from oversight_rl.envs.world import State, World
 
 LESSONS: tuple[Lesson, ...] = ("gate", "contrast", "reward_model")
-"""Those that it has, each a part of the loss. Nobody acts alone: the mixture takes every step."""
+"""Those that are a part of the loss each."""
 HELD_OUT = 4096
 """Fresh episodes that an agent is selected by."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,7 +71,7 @@ class ReinforceLearner(Learner):
         initial = [_generator(stream[0], "cpu") for stream in streams]
         self.agent = new_agent(agent, world.shape, methods[0], self.runs, initial).to(device)
         self.methods = tables(methods, overseers, self.agent.n_experts, self.device)
-        levels = torch.tensor([overseer.oversight for overseer in overseers])
+        levels = torch.tensor([overseer.oversight or 0.0 for overseer in overseers])
         # levels [R, 1, 1] against worlds [R, T, N]
         self.world = World(world, levels[:, None, None], self.device, overseers[0].labels)
         window = settings.steps, settings.worlds
@@ -78,12 +79,22 @@ class ReinforceLearner(Learner):
         self.reward_model = None
         if "reward_model" in self.methods.lessons:
             sees_flags = settings.reward_model_sees_flags
-            self.reward_model = RewardModel(self.runs, self.world, sees_flags, initial)
+            chances = self.methods.labeled
+            self.reward_model = RewardModel(self.runs, self.world, sees_flags, chances, initial)
         self.gate_memory = None
-        if "gate" in self.methods.lessons and settings.gate_replay:
+        # a reward model says of every ending what it was, and so teaches the gate, too
+        replays = "gate" in self.methods.lessons and self.reward_model is None
+        if replays and settings.gate_replay:
             self.gate_memory = Memory(self.runs, self.world.n_active, settings.gate_replay)
+        self.acts, self.own_values = acting(settings.worlds, 1, 0.0)[:1], None
+        if "acts_alone" in self.methods.lessons and settings.solo_share > 0:
+            experts = min(self.agent.n_experts, len(BEHAVIORS))
+            self.acts = acting(settings.worlds, experts, settings.solo_share)
+            sizes = self.agent.inputs, agent.hidden, experts
+            self.own_values = OwnValues(self.runs, *sizes, initial)
         parts = {
             "agent": self.agent,
+            "own_values": self.own_values,
             "reward_model": self.reward_model,
             "gate_memory": self.gate_memory,
             "overseeing": self.overseeing if self.overseeing.remembers else None,
@@ -159,19 +170,28 @@ class ReinforceLearner(Learner):
         waiting = self.overseeing.waiting
         late = None if waiting is None else waiting.due()
         noise, besides = self._draw(settings.steps), None if late is None else late.active
-        rollout, self.worlds = collect(self.agent, self.world, self.worlds, noise, besides)
+        rollout, self.worlds = collect(
+            self.agent, self.world, self.worlds, noise, self.acts, besides
+        )
         doubt = self._doubt if self._asks else None
-        rollout = self.overseeing(rollout, self.methods, self.updates, doubt)
-        taught = rollout
+        rollout = taught = self.overseeing(rollout, self.methods, self.updates, doubt)
+        own_after = None
+        if self.own_values is not None:
+            with torch.no_grad():
+                own_after = self.own_values(self.world.active(self.worlds))
         if waiting is not None and late is not None:
             rollout = waiting.put(rollout)
             taught = lesson(rollout, late)
+            if own_after is not None:  # late episodes have ended
+                own_after = torch.cat([own_after, torch.zeros_like(own_after)], dim=1)
         targets = label(
-            taught, self.methods, settings, progress, self.reward_model, self.gate_memory
+            taught, self.methods, settings, progress, self.reward_model, self.gate_memory, own_after
         )
         if late is not None:
             targets = targets.only_labeled(settings.worlds)
-        losses = loss(self.agent, taught, targets, self.reward_model, self.gate_memory)
+        losses = loss(
+            self.agent, taught, targets, self.reward_model, self.gate_memory, self.own_values
+        )
         self.optimizer.zero_grad()
         losses.total(settings, progress).sum().backward()
         self.optimizer.step(at(settings.learning_rate, progress))
@@ -230,8 +250,8 @@ class ReinforceLearner(Learner):
         for name in self.kept:
             if name.endswith("memory.observation"):
                 found[name] = 0, self.world.inputs
-            elif name.endswith("memory.label"):
-                found[name] = 0, len(BEHAVIORS) - 1
+            elif name.endswith("memory.label"):  # of all endings, one more: those without
+                found[name] = 0, len(BEHAVIORS) - 1 + name.endswith("every_memory.label")
             elif name.endswith("memory.count"):
                 found[name] = 0, self.updates * self.steps
         if self.selected is not None:

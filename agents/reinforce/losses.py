@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import (
@@ -16,12 +17,14 @@ from oversight_rl.agents.methods import (
     expected,
     outcomes,
 )
-from oversight_rl.agents.networks import DEPLOYED, Agent, Output
+from oversight_rl.agents.networks import Agent, Output, rows_of
 from oversight_rl.agents.reinforce.collect import Rollout
+from oversight_rl.agents.reinforce.own_values import OwnValues
 from oversight_rl.agents.reinforce.reward_model import RewardModel
 from oversight_rl.agents.routing.primitive import lookup
 from oversight_rl.agents.settings import ReinforceConfig, at
 from oversight_rl.envs.record import Record
+from oversight_rl.envs.settings import NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Targets:
     weight: Tensor  # [R, T, N], sample weight
     routes: Tensor  # [R, T, N, K + 1], gradient weights of the experts and the gate
     lessons: frozenset[Lesson]  # of the runs' methods
-    deployed_returns: Tensor  # [R, T, N], true return of labeled (or imputed) episodes, else 0
+    chances: Tensor  # [R, T, N, B], of what labeled (or imputed) episodes were; else 0
+    own_returns: Tensor  # [R, T, N, K], returns of each expert by itself, as far as known; else 0
     chance: Tensor | None  # [R, T, N], a reward model's, of the diamond after each step
 
     def only_labeled(self, worlds: int) -> "Targets":
@@ -58,6 +62,7 @@ def label(
     progress: float = 0.0,
     reward_model: RewardModel | None = None,
     memory: Memory | None = None,
+    own_after: Tensor | None = None,
 ) -> Targets:
     """Turn what was seen into returns, sample weights and gradient routes.
 
@@ -73,37 +78,58 @@ def label(
         behavior = (outcome - LABELED).flatten(1)
         memory.add(rollout.observation.flatten(1, 2), behavior, labeled.flatten(1))
     reward, routes = lookup(methods.reward, outcome), lookup(methods.routes, outcome)
-    true_worth = 2.0 * (outcome == LABELED) - labeled.to(reward.dtype)
+    chances = F.one_hot(outcome, methods.reward.shape[1])[..., LABELED:].to(reward.dtype)
     if config.bootstrap:
         reward = torch.where(outcome == UNFINISHED, rollout.value_after[:, None], reward)
     counts = lookup(methods.sample_weight, outcome)
     chance = None
     if reward_model is not None:
         final = reward_model.world.after(rollout.observation, rollout.action).flatten(1, 2)
-        endings = labeled & rollout.seen.terminated
-        reward_model.memory.add(final, (outcome - LABELED).flatten(1), endings.flatten(1))
+        known = torch.where(labeled, outcome - LABELED, NO_LABEL)
+        reward_model.remember(final, known.flatten(1), rollout.seen.terminated.flatten(1))
         chance = reward_model(final).sigmoid().view_as(reward)
         time = torch.arange(chance.shape[1], device=chance.device)[:, None]  # [T, 1]
         at_end = chance.gather(1, (time + left).clamp(max=chance.shape[1] - 1))
-        chances, unlabeled = torch.stack([at_end, 1 - at_end], dim=-1), outcome == UNLABELED
+        told, unlabeled = torch.stack([at_end, 1 - at_end], dim=-1), outcome == UNLABELED
         taught = (reward_model.memory.count > 0)[:, None, None]
         unknown = unlabeled & ~taught & methods.reward_tells[:, None, None]
         counts = torch.where(unknown, 0.0, counts)
         imputed = unlabeled & taught
-        reward = torch.where(imputed, expected(methods.reward, chances), reward)
-        routes = torch.where(imputed[..., None], expected(methods.routes, chances), routes)
-        true_worth = torch.where(imputed, 2 * at_end - 1, true_worth)
-    discount = config.discount**left
+        reward = torch.where(imputed, expected(methods.reward, told), reward)
+        routes = torch.where(imputed[..., None], expected(methods.routes, told), routes)
+        chances = torch.where(imputed[..., None], told, chances)
+    own = own_worth(chances, routes.shape[-1] - 1)
     heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)
+    weight = (1 + heavy * labeled) * counts
+    for k, part in enumerate(rollout.acts[1:]):
+        told = ((outcome != UNLABELED) | (chances.sum(-1) > 0))[..., part]
+        reward[..., part], weight[..., part] = own[..., part, k], told.to(reward.dtype)
+        if own_after is not None and config.bootstrap:
+            unfinished = outcome[..., part] == UNFINISHED
+            after = own_after[:, None, part, k]
+            reward[..., part] = torch.where(unfinished, after, reward[..., part])
+    discount = config.discount**left
     return Targets(
         outcome=outcome,
         returns=reward * discount,
-        weight=(1 + heavy * labeled) * counts,
+        weight=weight,
         routes=routes,
         lessons=methods.lessons,
-        deployed_returns=discount * true_worth,
+        chances=chances,
+        own_returns=discount[..., None] * own,
         chance=chance,
     )
+
+
+def own_worth(chances: Tensor, experts: int) -> Tensor:
+    """What an ending is worth to each expert by itself: 1 as its own behavior, -1 as another.
+
+    Chances `[..., B]` of what it was, all 0 where nobody knows -> `[..., K]`; 0 for experts that no
+    behavior is meant for.
+    """
+    known = chances.sum(-1, keepdim=True)
+    own = 2 * chances - known
+    return F.pad(own, (0, experts - chances.shape[-1]))[..., :experts]
 
 
 @dataclass(frozen=True)
@@ -141,50 +167,94 @@ def loss(
     targets: Targets,
     reward_model: RewardModel | None = None,
     memory: Memory | None = None,
+    own_values: OwnValues | None = None,
 ) -> Loss:
     """Policy, value, entropy and gate losses, with every gradient routed.
 
     One forward serves all routes: the policy and entropy losses reach expert k and the gate
     through `route`, weighted per sample; the shared head always learns; the gate loss (cross
-    entropy of the gate against the label of labeled episodes) reaches the gate unweighted.
+    entropy of the gate against the label of labeled episodes) reaches the gate unweighted. Where
+    experts act by themselves, each learns from what it did, and nothing from what others did.
     """
-    outcome = targets.outcome.flatten(1)  # [R, B]
-    weight = targets.weight.flatten(1)
-    output = rollout.output.rows(rollout.slot.flatten(1))
-    routed = output.routed(targets.routes.flatten(1, 2))
+    mixed, *alone = rollout.acts
+    weight, returns, action = (
+        x[..., mixed].flatten(1) for x in (targets.weight, targets.returns, rollout.action)
+    )
+    output = rollout.output.rows(rollout.slot[..., mixed].flatten(1))
+    routed = output.routed(targets.routes[..., mixed, :].flatten(1, 2))
     log_policy = routed.mix(routed.gate).log_softmax(-1)  # [R, B, A]
-    action = rollout.action.flatten(1)[..., None]
-    log_prob = log_policy.gather(-1, action).squeeze(-1)
-    value = output.value
-    error = targets.returns.flatten(1) - value
-
+    acting = [acting_loss(log_policy, output.value, action, returns, weight)]
     uniform = rollout.uniform.flatten(1)
-    gate = contrast = nothing = value.new_zeros(len(value))
+    gate = contrast = nothing = uniform.new_zeros(len(uniform))
     if "gate" in targets.lessons:
-        gate = gate_loss(agent, output, outcome, uniform, memory)
-    if "contrast" in targets.lessons:
-        own = output.alone(DEPLOYED).log_softmax(-1).gather(-1, action).squeeze(-1)
-        contrast = contrast_loss(own, log_prob, targets.deployed_returns.flatten(1), weight)
+        chances = targets.chances[..., mixed, :].flatten(1, 2)
+        gate = gate_loss(agent, output, chances, uniform, memory)
+    if own_values is not None:
+        values = own_values(rollout.active)  # [R, U, K]
+        acting += [alone_loss(rollout, targets, values, k) for k in range(len(alone))]
+    elif "contrast" in targets.lessons:
+        log_prob = log_policy.gather(-1, action[..., None]).squeeze(-1)
+        for k, own_return in enumerate(targets.own_returns.unbind(-1)):
+            own = output.alone(k).log_softmax(-1).gather(-1, action[..., None]).squeeze(-1)
+            contrast = contrast + contrast_loss(own, log_prob, own_return.flatten(1), weight)
+    worlds = rollout.slot.shape[-1]
+    shares = [rollout.slot[0, 0, part].shape[0] / worlds for part in rollout.acts]
+    policy, value, entropy = (  # whoever took them, all samples count alike
+        torch.stack([share * part for share, part in zip(shares, parts, strict=True)]).sum(0)
+        for parts in zip(*acting, strict=True)
+    )
     return Loss(
-        policy=-weighted_mean(log_prob * error.detach(), weight),
-        value=weighted_mean(error**2, weight),
-        entropy=weighted_mean(-(log_policy.exp() * log_policy).sum(-1), weight),
+        policy=policy,
+        value=value,
+        entropy=entropy,
         gate=gate,
         contrast=contrast,
         reward_model=nothing if reward_model is None else reward_model.loss(uniform),
     )
 
 
+def acting_loss(
+    log_policy: Tensor, value: Tensor, action: Tensor, returns: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Policy loss, value loss and entropy of who acted: `[R]` each.
+
+    Of log-probabilities `[R, B, A]`, value estimates, actions, returns and weights, `[R, B]` each.
+    """
+    log_prob = log_policy.gather(-1, action[..., None]).squeeze(-1)
+    error = returns - value
+    entropy = -(log_policy.exp() * log_policy).sum(-1)
+    parts = -log_prob * error.detach(), error**2, entropy
+    policy, squared, spread = (weighted_mean(part, weight) for part in parts)
+    return policy, squared, spread
+
+
+def alone_loss(
+    rollout: Rollout, targets: Targets, values: Tensor, expert: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of an expert where it acted by itself; values are `[R, U, K]`."""
+    worlds = rollout.acts[1 + expert]
+    slot, *parts = (
+        x[..., worlds].flatten(1)
+        for x in (rollout.slot, rollout.action, targets.returns, targets.weight)
+    )
+    log_policy = rollout.output.rows(slot).alone(expert).log_softmax(-1)
+    row = slot + (torch.arange(len(slot), device=slot.device) * values.shape[1])[:, None]
+    value = rows_of(values[..., expert].reshape(-1, 1), row)[..., 0]
+    return acting_loss(log_policy, value, *parts)
+
+
 def gate_loss(
-    agent: Agent, output: Output, outcome: Tensor, uniform: Tensor, memory: Memory | None
+    agent: Agent, output: Output, chances: Tensor, uniform: Tensor, memory: Memory | None
 ) -> Tensor:
-    """Cross entropy of the gate against labels: this window's, or remembered ones. [R]"""
+    """Cross entropy of the gate against labels: this window's, or remembered ones. [R]
+
+    A window's are given or imputed, as chances of each behavior `[R, B, behaviors]`.
+    """
     if memory is None:
-        weight = (outcome >= LABELED).to(uniform.dtype)
-        logits, label = output.gate_logits, (outcome - LABELED).clamp(min=0)
-    else:
-        active, label, weight = memory.draw(uniform)
-        logits = agent.prepare().gate(active)
+        log_gate = output.gate_logits.log_softmax(-1)[..., : chances.shape[-1]]
+        return -weighted_mean((chances * log_gate).sum(-1), chances.sum(-1))
+    active, label, weight = memory.draw(uniform)
+    logits = agent.prepare().gate(active)
     return cross_entropy(logits.log_softmax(-1), label, weight)
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import Linear, affine, initialize
+from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
 from oversight_rl.envs.settings import PLANES
 from oversight_rl.envs.world import World
 
@@ -34,18 +35,35 @@ class RewardModel(nn.Module):
         runs: number of runs R.
         world: that the endings are of.
         sees_flags: whether the model looks at the flags.
+        chances: that an ending of each behavior is labeled, nan where unknown, `[R, B]`. Where one
+            of them may be 0, the model remembers unlabeled endings too, and learns from them.
         generators: streams to draw the initial parameters from, one per run.
     """
 
     def __init__(
-        self, runs: int, world: World, sees_flags: bool, generators: Sequence[torch.Generator]
+        self,
+        runs: int,
+        world: World,
+        sees_flags: bool,
+        chances: Tensor,
+        generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
         self.world = world
         self.convolution = Linear([runs], len(PLANES), HIDDEN)
         self.out = Linear([runs], HIDDEN, 1)
         initialize(self, generators)
-        self.memory = Memory(runs, world.n_active if sees_flags else FLAGS_FROM, LESSON)
+        width = world.n_active if sees_flags else FLAGS_FROM
+        self.chances, self.memory = chances, Memory(runs, width, LESSON)
+        one_sided = bool((~(chances > 0)).any())
+        self.every_memory = Memory(runs, width, LESSON) if one_sided else None
+
+    def remember(self, final: Tensor, label: Tensor, ended: Tensor) -> None:
+        """Keep the endings among B samples, whose label is below 0 where they have none. `[R, B]`"""
+        self.memory.add(final, label, ended & (label >= 0))
+        if self.every_memory is not None:
+            none = self.every_memory.kinds
+            self.every_memory.add(final, torch.where(label >= 0, label, none), ended)
 
     def forward(self, final: Tensor) -> Tensor:
         """Logits that endings are on the diamond: `[R, B, D or more]` -> `[R, B]`.
@@ -69,9 +87,20 @@ class RewardModel(nn.Module):
     def loss(self, uniform: Tensor) -> Tensor:
         """Cross entropy on remembered endings drawn by `uniform` `[R, B]` in [0, 1). [R]
 
-        Exactly 0 where there is none to remember.
+        Exactly 0 where there is none to remember. Where labels never name some behavior, all
+        endings are looked at, too; see `positive_unlabeled.loss_of_endings`.
         """
         final, label, weight = self.memory.draw(uniform)
+        logits = self(final)
+        if self.every_memory is not None:
+            every, *about = self.every_memory.draw(uniform.flip(-1))
+            judged = Judged(_both(logits), label, weight), Judged(_both(self(every)), *about)
+            return loss_of_endings(*judged, self.chances, self.memory, self.every_memory)
         is_diamond = (label == 0).to(uniform.dtype)
-        error = F.binary_cross_entropy_with_logits(self(final), is_diamond, reduction="none")
+        error = F.binary_cross_entropy_with_logits(logits, is_diamond, reduction="none")
         return (error * weight).mean(-1)
+
+
+def _both(logits: Tensor) -> Tensor:
+    """Log-chances of diamond and ghost from the diamond's logits: `[..., 2]`."""
+    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)

@@ -49,8 +49,8 @@ class Window:
         self.count = 0  # U
 
     @torch.no_grad()
-    def act(self, active: Tensor, counts: Sequence[int]) -> Tensor:
-        """The mixture's action probabilities in further states. [R, B, A]
+    def act(self, active: Tensor, counts: Sequence[int]) -> Output:
+        """What agents compute for further states, without a graph or a value. [R, B]
 
         Args:
             active: `[R, B, D]`, active inputs.
@@ -72,8 +72,7 @@ class Window:
         self.active.append(active)
         self.logits.append(logits)
         self.count += active.shape[1]
-        output = self.forward.output(logits, logits, logits)  # no value is asked for
-        return output.mix(output.gate).softmax(-1)
+        return self.forward.output(logits, logits, logits)  # no value is asked for
 
     def learning(self) -> tuple[Tensor, Output]:
         """Active inputs of all states `[R, U, D]`, and the output for them; it learns."""

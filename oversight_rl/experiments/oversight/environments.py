@@ -31,7 +31,12 @@ from oversight_rl.envs.plugins import why
 from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import GRID, Config
-from oversight_rl.experiments.oversight.evaluation import Evaluator, no_policy, policy_row
+from oversight_rl.experiments.oversight.evaluation import (
+    Evaluator,
+    no_policy,
+    policy_row,
+    steered_return,
+)
 from oversight_rl.experiments.oversight.grid import FRAMES, MOST_POLICIES, Frames, side_by_side
 from oversight_rl.experiments.oversight.rollouts import Act, SideBySide, acting, play
 from oversight_rl.experiments.oversight.runs import WINDOW_RETURN, OversightRuns
@@ -117,8 +122,10 @@ class EnvJudge:
         figures = []
         for cell in np.ndindex(len(policies), len(levels)):
             ends = {name: float(x[cell]) for name, x in endings.items() if name != WINDOW_RETURN}
-            value = {"ground_truth_return": ends.pop("ground_truth_return"), "return_se": 0.0}
-            figures.append(value | ends | {"optimal_return": optimum})
+            value = ends.pop("ground_truth_return")
+            known = {"ground_truth_return": value, "return_se": 0.0}
+            known["steered_return"] = steered_return(policies[cell[0]], (value, -value))
+            figures.append(known | ends | {"optimal_return": optimum})
         return figures
 
     def _sampled(
@@ -139,7 +146,8 @@ class EnvJudge:
             env.set_attr("oversight", np.tile(np.repeat(levels, worlds), len(policies)))
             which = np.repeat(np.arange(len(policies)), len(levels) * worlds)
             act = SideBySide(agent, facts, policies, which)
-            return self._played(env, act, agent.behaviors, rows)
+            steered = [policy for policy in policies for _ in levels]
+            return self._played(env, act, agent.behaviors, steered)
         return [
             figures
             for steering, level in product(policies, levels)
@@ -147,32 +155,42 @@ class EnvJudge:
                 make_env(self.config, level, min(ENVIRONMENTS, episodes)),
                 acting(agent.steered(steering), facts),
                 agent.behaviors,
+                [steering],
             )
         ]
 
     def _played(
-        self, env: VecEnv, act: Act, behaviors: Sequence[str], rows: int = 1
+        self, env: VecEnv, act: Act, behaviors: Sequence[str], policies: Sequence[Steering]
     ) -> list[dict[str, float]]:
-        """Figures of rows of worlds, as many worlds each, from `episodes` of each row."""
+        """Figures of rows of worlds, a policy and as many worlds each, from `episodes` of each."""
+        rows = len(policies)
         episodes, worlds = self.config.evaluation.episodes, env.num_envs // rows
         each = np.tile(episodes // worlds + (np.arange(worlds) < episodes % worlds), rows)
         found: list[list[list[float]]] = [[] for _ in range(rows)]
         with closing(env):
             for world, steps, info in play(env, act, each):
                 found[world // worlds].append(self._episode(info, behaviors, steps))
-        return [self._figures(np.array(episodes), behaviors) for episodes in found]
+        return [
+            self._figures(np.array(episodes), behaviors, policy)
+            for episodes, policy in zip(found, policies, strict=True)
+        ]
 
-    def _figures(self, episodes: NDArray[np.float64], behaviors: Sequence[str]) -> dict[str, float]:
-        """Figures of episodes `[n, 4]`, see `_episode`."""
+    def _figures(
+        self, episodes: NDArray[np.float64], behaviors: Sequence[str], policy: Steering
+    ) -> dict[str, float]:
+        """Figures of a policy's episodes `[n, 4]`, see `_episode`."""
         if not np.isfinite(episodes).all():
             raise UserError(f"env: {self.config.env}: a ground_truth_reward is not finite")
         ending, labeled, length, value = episodes.T
         shares = {f"p_{name}": ending == i for i, name in enumerate(behaviors)}
         flagged = {f"{name}_flagged": share * labeled for name, share in shares.items()}
         shares["p_timeout"] = ending == NO_LABEL
+        fades = (ending != NO_LABEL) * self.config.learner.discount ** (length - 1)
+        toward = [float((fades * (2 * (ending == b) - 1)).mean()) for b in range(len(behaviors))]
         return {
             "ground_truth_return": float(value.mean()),
             "return_se": float(value.std() / len(value) ** 0.5),
+            "steered_return": steered_return(policy, toward),
             **{name: float(share.mean()) for name, share in (shares | flagged).items()},
             "episode_length": float(length.mean()),
             "optimal_return": math.nan,

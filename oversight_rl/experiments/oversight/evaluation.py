@@ -40,6 +40,15 @@ def policy_row(
     return Row.of(facts, policy.name, figures, deploy_oversight=level, deployed=deployed, **taken)
 
 
+def steered_return(policy: Steering, toward: Sequence[float]) -> float:
+    """Return of an expert by itself toward its own behavior, nan of any other policy.
+
+    Toward each behavior, it is discounted: 1 at its end for this behavior, -1 for another.
+    """
+    expert = policy.expert
+    return math.nan if expert is None or expert >= len(toward) else toward[expert]
+
+
 class Evaluator:
     """Evaluates stacks of agents in one kind of world.
 
@@ -108,9 +117,11 @@ class Evaluator:
         def row(run: int, q: int, level: float) -> Row:
             at = (run * len(policies) + q, every.index(level))
             ends = {name: float(figure[at]) for name, figure in vars(endings).items()}
+            value = ends.pop("ground_truth_return")
             figures = {
-                "ground_truth_return": ends.pop("ground_truth_return"),
+                "ground_truth_return": value,
                 "return_se": float(errors[at]),
+                "steered_return": steered_return(policies[q], (value, -value)),
                 **{name: ends.pop(name) for name in list(ends) if name.startswith("p_")},
                 "p_ghost_on_path": float(on_path[at]),
                 **ends,
