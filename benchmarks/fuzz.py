@@ -35,7 +35,7 @@ from oversight_rl.sweeps.plan import load_sweep, plan
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--device", "cpu", "--no-pictures", "--evaluation.every", "1", "--oversight", "0.9"]
 COMMON += ["--evaluation.oversight", "0.1", "--evaluation.episodes", "16", "--agent.hidden", "4"]
-COMMON += ["--label-recall", "0.9", "--label-error", "0.1", "--agent.experts", "3"]
+COMMON += ["--labels.recall", "0.9", "--labels.error", "0.1", "--agent.experts", "3"]
 GRID = ["--world.rows", "2", "--world.cols", "3", "--world.spurious-oversight", "0.2"]
 GRID += ["--world.diamond-oversight", "0.8", "--world.ghost-oversight", "0.9"]
 GRID += ["--reinforce.worlds", "16", "--reinforce.steps", "4", "--reinforce.updates", "2"]

@@ -196,8 +196,13 @@ class Checkout:
         assert code == 130, f"{self.path}: {' '.join(command)} ended with {code}, not stopped"
 
 
+LABELS = {"--label-recall": "--labels.recall", "--label-error": "--labels.error"}
+
+
 def spelled(word: str, sections: Container[str]) -> str:
     """A flag as a version with these sections of settings has it; other words stay."""
+    if word in LABELS and "labels" in sections:
+        return LABELS[word]
     match = re.fullmatch(r"--(\w+)(\..*)", word)
     if match and match[1] not in sections:
         return f"--{SECTIONS.get(match[1], match[1])}{match[2]}"

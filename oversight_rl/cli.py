@@ -314,7 +314,8 @@ def run_sweep(
 def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     """Write tables, statistics and figures of all finished runs below a folder into it.
 
-    Makes report.html (one file, for any browser), summary.csv, and figures/ as PNG and SVG.
+    Makes report.html (one file, for any browser; one for each overseer, if there are several),
+    summary.csv, and figures/ as PNG and SVG.
 
     Args:
         directory: Folder of run folders: a sweep's, or any other. Links are followed.
@@ -323,12 +324,15 @@ def run_report(directory: Annotated[Path, tyro.conf.Positional]) -> None:
     from oversight_rl.reports import page  # with pandas, matplotlib, scipy: two seconds
 
     console = Console()
-    found, verdict = page.write(directory)
-    for line in found.missing:
+    pages = page.write(directory)
+    for line in pages[0].found.missing:
         say(console, f"note: {line}")
-    for line in verdict.lines:
-        say(console, line)
-    print_grid(verdict.grid, console)
+    for each in pages:
+        if len(pages) > 1:
+            say(console, f"{each.found.kind.panel} {each.panel} ({each.file}):")
+        for line in each.verdict.lines:
+            say(console, line)
+        print_grid(each.verdict.grid, console)
     say(console, f"written: {directory / 'report.html'}, summary.csv and figures/ beside it")
 
 

@@ -298,7 +298,7 @@ def test_the_command_line_knows_each_learners_default(tmp_path):
 def test_set_env_changes_what_the_method_knows_of_labels():
     model = RoutedPPO("MoEPolicy", says(oversight=0.1), method="oracle_filtering", n_steps=8)
     model.set_env(says(oversight=0.9))
-    assert float(model.tables.label_share) == pytest.approx(0.9)
+    assert model.tables.label_share.tolist() == [pytest.approx([0.9, 0.9])]
 
 
 def test_an_environment_that_is_refused_changes_nothing():

@@ -1,6 +1,7 @@
 """Reports: figures against hand-made runs, what is missing is said, nothing is executed."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -297,7 +298,7 @@ def test_settings_that_runs_vary_tell_them_apart(tmp_path):
         "routing (reinforce.gate_coef=[2.0])",
     ]
     assert list(tables.summary(found)["iqm"]) == pytest.approx([0.125, 0.5])
-    _, outcome = page.write(tmp_path)
+    (outcome,) = (each.verdict for each in page.write(tmp_path))
     assert outcome.lines[0].startswith("With labels alone, by IQM of the return: too few seeds to")
     assert outcome.lines[2].endswith("nothing is told apart, for want of seeds.")
     assert gather(tmp_path).reference is None  # there is no one routing to show beside others
@@ -378,7 +379,7 @@ def test_behaviors_have_the_names_that_their_environment_gives(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"r{seed}", "routing", 0.1, seed, 0.5, behaviors=names)
         make_run(tmp_path / f"n{seed}", "naive", 0.1, seed, 0.4, behaviors=names)
-    found, _ = page.write(tmp_path)
+    (found,) = (each.found for each in page.write(tmp_path))
     assert figures.behaviors(found) == list(names)
     halves = {f"{name}, {half}" for name in names for half in ("flagged", "not flagged")}
     assert drawn_labels(figures.endings_by_flag(found)) == halves | {"timeout"}
@@ -426,3 +427,24 @@ def test_the_papers_figure_is_carried_along():
     assert paper["filtering"][0.4] == 0.75
     source = Path(tables.__file__).parents[1] / "data" / "paper_figure_6a.csv"
     assert "arXiv 2410.04332" in source.read_text()
+
+
+def test_each_overseer_has_a_page_and_all_pages_lead_to_all(tmp_path, capsys):
+    for overseer, offset in (("noisy", 0.2), ("uniform", 0.0)):
+        for method, level, seed in itertools.product(("routing", "naive"), LEVELS, SEEDS):
+            value = RETURNS[method][LEVELS.index(level)] - offset + 0.001 * seed
+            path = tmp_path / overseer / f"{method}-{level}" / str(seed)
+            make_run(path, method, level, seed, value, {"overseer": overseer})
+    main(["report", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.index("overseer uniform (report.html)") < said.index("noisy (report-noisy.html)")
+    pages = {name: (tmp_path / name).read_text() for name in ("report.html", "report-noisy.html")}
+    assert 'href="./report-noisy.html"' in pages["report.html"]
+    assert 'href="./report.html"' in pages["report-noisy.html"]
+    for text in pages.values():
+        assert "0.70" in text  # naive at 10%, in the table of all overseers
+        assert "routing (labels" not in text  # what the overseer sets is no other method
+    table = pd.read_csv(tmp_path / "summary.csv").set_index(["overseer", "method"])
+    iqm = table[table["train_oversight"] == 0.1]["iqm"]
+    assert iqm["noisy", "naive"] == pytest.approx(iqm["uniform", "naive"] - 0.2)
+    assert (tmp_path / "figures" / "noisy").is_dir()

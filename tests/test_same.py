@@ -84,3 +84,5 @@ def test_flags_are_spelled_as_a_version_knows_them():
     assert (spelled(flag, old), spelled(flag, new)) == (flag, "--reinforce.updates")
     assert spelled("--ppo.updates", new) == "--ppo.updates"
     assert spelled("--method", new) == "--method"
+    assert spelled("--label-error", new) == "--label-error"
+    assert spelled("--label-error", new | {"labels"}) == "--labels.error"

@@ -117,7 +117,7 @@ def test_runs_of_another_kind_are_left_out_of_a_report_and_named(tmp_path):
     flags = ["--reinforce.updates", "1", "--reinforce.worlds", "2", "--reinforce.steps", "2"]
     for name in ("b", "c"):
         train([*flags, "--agent.hidden", "4", "--no-pictures", "--run-dir", str(tmp_path / name)])
-    found, _ = page.write(tmp_path)
+    (found,) = (each.found for each in page.write(tmp_path))
     assert found.names == ["careful"]
     (line,) = found.missing
     assert line.startswith("Left out: b and 1 more, of another kind of experiment than a;")

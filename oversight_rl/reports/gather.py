@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
@@ -71,7 +71,7 @@ class Found:
     """The kind of experiment that the runs are."""
     results: pd.DataFrame
     """Rows of every result.json: facts and figures, and columns `name`, `level` (training
-    oversight) and `run`."""
+    oversight), `run` and `panel`."""
     curves: pd.DataFrame
     """The deployed policy's rows of every metrics.csv, with the same columns."""
     training: pd.DataFrame
@@ -88,6 +88,25 @@ class Found:
     @property
     def score(self) -> str:
         return self.report.score or self.kind.score.replace("_", " ")
+
+    @property
+    def panels(self) -> list[str]:
+        """Values of the setting that pages of the report differ in, in order."""
+        there = set(self.results["panel"])
+        return [panel for panel in self.kind.panels if panel in there] or [""]
+
+    def split(self) -> dict[str, Found]:
+        """What each page is about, by that value; what is missing is told on all."""
+
+        def own(table: pd.DataFrame, panel: str) -> pd.DataFrame:
+            return table[table["panel"] == panel] if len(table) else table
+
+        tables = {"results": self.results, "curves": self.curves, "training": self.training}
+        parts: dict[str, dict[str, Any]] = {
+            panel: {name: own(table, panel) for name, table in tables.items()}
+            for panel in self.panels
+        }
+        return {panel: replace(self, **part) for panel, part in parts.items()}
 
     @cached_property
     def deployed(self) -> pd.DataFrame:
@@ -173,7 +192,8 @@ def gather(directory: Path) -> Found:
     runs = _named(_alike(runs, missing), missing)
     versions = sorted({run.made_by for run in runs})
     found = Found(kind, **_together(runs), missing=missing, versions=versions)
-    _look_for_gaps(found)
+    for panel, part in found.split().items():
+        _look_for_gaps(part, f"{panel}: " if len(found.panels) > 1 else "")
     if len(versions) > 1:
         missing.append(f"The runs were made by {len(versions)} different versions, see below.")
     return found
@@ -188,6 +208,11 @@ class _Run:
     made_by: str
     tables: dict[str, pd.DataFrame]
     name: str = ""
+
+    @property
+    def panel(self) -> str:
+        """Of the report's pages, which the run is on."""
+        return str(self.settings[self.kind.panel]) if self.kind.panel else ""
 
 
 def _read(path: Path, where: str) -> _Run | None:
@@ -235,7 +260,7 @@ def _together(runs: Sequence[_Run]) -> dict[str, pd.DataFrame]:
     tables = {}
     for part in ("results", "curves", "training"):
         frames = [
-            run.tables[part].assign(name=run.name, level=run.key[1], run=run.where)
+            run.tables[part].assign(name=run.name, level=run.key[1], run=run.where, panel=run.panel)
             for run in runs
             if len(run.tables[part])
         ]
@@ -298,8 +323,8 @@ def _not_begun(directory: Path) -> list[str]:
 
 def _named(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
     """Name runs by method and whatever else differs among runs of the method; drop repeats."""
-    for method in {run.key[0] for run in runs}:
-        own = [run for run in runs if run.key[0] == method]
+    for panel, method in {(run.panel, run.key[0]) for run in runs}:
+        own = [run for run in runs if (run.panel, run.key[0]) == (panel, method)]
         settings = pd.DataFrame([run.settings for run in own]).astype(str)
         varied = [str(column) for column in settings if settings[column].nunique() > 1]
         for run in own:
@@ -307,25 +332,25 @@ def _named(runs: Sequence[_Run], missing: list[str]) -> list[_Run]:
             run.name = f"{method} ({extra})" if extra else method
     kept: dict[tuple[Any, ...], _Run] = {}
     for run in runs:
-        first = kept.setdefault((run.name, *run.key), run)
+        first = kept.setdefault((run.panel, run.name, *run.key), run)
         if first is not run:
             missing.append(f"{run.where} repeats {first.where}; it is left out.")
     return list(kept.values())
 
 
-def _look_for_gaps(found: Found) -> None:
+def _look_for_gaps(found: Found, where: str) -> None:
     cells = found.deployed.groupby(["name", "level"])["seed"].agg(set).to_dict()
     every = set.union(*cells.values())
     for name in found.names:
         absent = [f"{level:.3g}" for level in found.levels if (name, level) not in cells]
         if absent:
-            found.missing.append(f"{name} has no run at oversight {', '.join(absent)}.")
+            found.missing.append(f"{where}{name} has no run at oversight {', '.join(absent)}.")
         for level in found.levels:
             seeds = cells.get((name, level), every)
             if len(seeds) < len(every):
                 lacks = ", ".join(str(seed) for seed in sorted(every - seeds))
                 alone = "; one seed has no interval" if len(seeds) == 1 else ""
-                found.missing.append(f"{name} at {level:.3g} lacks seeds {lacks}{alone}.")
+                found.missing.append(f"{where}{name} at {level:.3g} lacks seeds {lacks}{alone}.")
 
 
 def listed(words: Sequence[str]) -> str:

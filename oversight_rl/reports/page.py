@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from oversight_rl.files import as_text, write_atomically, writing
 from oversight_rl.reports.colors import FAMILIES, INK
 from oversight_rl.reports.figures import HEADLINE, STYLE, look
 from oversight_rl.reports.gather import Found, Part, gather, number, percent
+from oversight_rl.reports.statistics import iqm
 from oversight_rl.reports.svg import Drawing, drawing
 from oversight_rl.reports.tables import ranked, summary
 from oversight_rl.reports.verdict import Verdict, verdict
@@ -27,22 +29,57 @@ SHOWN = ("play.html", "pictures/rollouts.gif", "pictures/policies.png")
 """What a run folder may hold to look at, in the order of links."""
 
 
-def write(directory: Path) -> tuple[Found, Verdict]:
+@dataclass(frozen=True)
+class Page:
+    """A page of a report."""
+
+    file: str
+    panel: str
+    """The value of the setting that pages differ in."""
+    found: Found
+    verdict: Verdict
+
+
+def write(directory: Path) -> list[Page]:
     """Write report.html, summary.csv and figures/ from the runs below a directory, into it.
 
-    Returns what was found, with what is missing; and the verdict.
+    Where runs differ in the setting that an experiment has a page for each value of, the others
+    are report-VALUE.html, with figures of their own.
+
+    Returns what was found, with what is missing, and the verdict of each page.
     """
-    found = gather(directory)
-    table = summary(found)
-    outcome = verdict(found)
-    parts = (HEADLINE, *found.report.parts)
+    every = gather(directory)
+    pages: list[Page] = []
+    for panel, found in every.split().items():
+        file = f"report-{panel}.html" if pages else "report.html"
+        pages.append(Page(file, panel, found, verdict(found)))
+    tables = {page.panel: summary(page.found) for page in pages}
     with writing(directory):
-        (directory / "figures").mkdir(exist_ok=True)
-        drawn = [(part, _draw(part, found, directory / "figures")) for part in parts]
-        write_atomically(directory / "summary.csv", table.to_csv(index=False).encode())
-        page = _page(found, table, outcome, drawn, directory)
-        write_atomically(directory / "report.html", page.encode())
-    return found, outcome
+        for page in pages:
+            figures = directory / "figures" / ("" if page is pages[0] else page.panel)
+            figures.mkdir(exist_ok=True, parents=True)
+            parts = (HEADLINE, *page.found.report.parts)
+            drawn = [(part, _draw(part, page.found, figures)) for part in parts]
+            text = _page(page, pages, tables[page.panel], drawn, directory)
+            write_atomically(directory / page.file, text.encode())
+        if len(pages) > 1:
+            named = [table.assign(**{str(every.kind.panel): p}) for p, table in tables.items()]
+            whole = pd.concat(named, ignore_index=True)
+        else:
+            (whole,) = tables.values()
+        write_atomically(directory / "summary.csv", whole.to_csv(index=False).encode())
+    return pages
+
+
+def best_of(pages: Sequence[Page]) -> dict[str, dict[str, str]]:
+    """The best method of each class of assumptions on each page, and its score by level."""
+    found: dict[str, dict[str, str]] = {}
+    for page in pages:
+        for assumed, names in ranked(page.found).items():
+            scores = [page.found.samples(names[0], level) for level in page.found.levels]
+            said = " / ".join(number(float(iqm(x))) if len(x) else "none" for x in scores)
+            found.setdefault(assumed, {})[page.panel] = f"{names[0]}: {said}"
+    return found
 
 
 def _draw(part: Part, found: Found, folder: Path) -> Drawing | pd.DataFrame | None:
@@ -85,8 +122,13 @@ def _links(directory: Path, where: str) -> dict[str, str]:
 
 
 def _page(
-    found: Found, table: pd.DataFrame, outcome: Verdict, drawn: Sequence[Any], directory: Path
+    page: Page,
+    pages: Sequence[Page],
+    table: pd.DataFrame,
+    drawn: Sequence[Any],
+    directory: Path,
 ) -> str:
+    found, outcome = page.found, page.verdict
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "percent": percent,
@@ -110,6 +152,9 @@ def _page(
         ranked=ranked(found),
         outcomes=outcome.grid.set_index("method").to_dict("index"),
         verdict=outcome,
+        page=page,
+        pages=pages,
+        best_of=best_of(pages),
         headline=drawn[0],
         drawn=[(part, content) for part, content in drawn[1:] if content is not None],
         runs={key: [_links(directory, where) for where in own] for key, own in runs.items()},

@@ -49,12 +49,14 @@ def ranked(found: Found) -> dict[str, list[str]]:
         samples = (found.samples(name, level) for level in found.levels)
         return float(np.mean([iqm(values) for values in samples if len(values)]))
 
-    return {assumed: sorted(names, key=mean, reverse=True) for assumed, names in found.classes.items()}
+    return {
+        assumed: sorted(names, key=mean, reverse=True) for assumed, names in found.classes.items()
+    }
 
 
 def means(found: Found, rows: pd.DataFrame) -> dict[str, float]:
     """The mean of each figure but the score, which the summary has already."""
-    known = {*FACTS, found.kind.score, "name", "level", "run"}
+    known = {*FACTS, found.kind.score, "name", "level", "run", "panel"}
     return {str(column): rows[column].mean() for column in rows if column not in known}
 
 

@@ -96,7 +96,9 @@ def verdict(found: Found) -> Verdict:
     if alone:
         first = f"With labels alone, by IQM of the {found.score}: {_winners(alone)}."
     second = "; ".join(f"{assumed}, {_winners(at, alone)}" for assumed, at in more.items())
-    flips = [_flips(assumed, at) for assumed, at in standings.items() if len(found.classes[assumed]) > 1]
+    flips = [
+        _flips(assumed, at) for assumed, at in standings.items() if len(found.classes[assumed]) > 1
+    ]
     return Verdict(
         [
             first,

@@ -35,6 +35,10 @@ class Experiment(ABC):
     """What can be trained with, by name: what has a `summary`, and `assumes` (labels, if not)."""
     report: ClassVar[str] = "oversight_rl.reports.figures:STANDARD"
     """What its reports hold, a `reports.gather.Report` as `module:NAME`, loaded when it is used."""
+    panel: ClassVar[str | None] = None
+    """The setting by whose values a report has a page each, if there is one."""
+    panels: ClassVar[Sequence[str]] = ()
+    """These values, in order."""
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """Charts of several curves on TensorBoard's page, by group and title: a pattern of tags."""
 

@@ -65,7 +65,7 @@ BEFORE = ("method", "seed", "train_oversight", "deploy_oversight", "policy", "de
           "temperature")  # fmt: skip
 AFTER = ("evaluator", "env_steps", "wall_seconds")
 FACTS = BEFORE + AFTER
-TAKEN = {*FACTS, "update", "name", "level", "run"}  # columns of tables beside the figures
+TAKEN = {*FACTS, "update", "name", "level", "run", "panel"}  # columns of tables beside the figures
 _ROW = TypeAdapter(Row)  # checks the types of what is read
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.steering import Steering, standard, steering_curve
+from oversight_rl.envs.overseers import OVERSEERS
 from oversight_rl.envs.settings import BEHAVIORS
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.runs.experiment import Experiment
@@ -48,6 +49,8 @@ class OversightRuns(Experiment):
     error: ClassVar[str | None] = "return_se"
     methods: ClassVar[Mapping[str, Any]] = METHODS
     report: ClassVar[str] = "oversight_rl.experiments.oversight.figures:REPORT"
+    panel: ClassVar[str | None] = "overseer"
+    panels: ClassVar[Sequence[str]] = tuple(OVERSEERS)
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Ground truth": {
             "return of each policy and the optimum": "evaluation/return/.*",
