@@ -313,6 +313,8 @@ def test_methods_that_learn_from_the_truth_say_so():
         looks = name in ("naive_oracle_stop", "oracle", "oracle_filtering")
         assert looks == (method.assumes == "true labels"), name
         assert name.endswith("_hidden_flag") == (method.assumes == "hidden flags"), name
+        told = name in ("reward_model", "imputed_routing")
+        assert told == (method.assumes == "labels and known flags"), name
 
 
 def test_oracle_filtering_labels_its_share_whatever_the_flags_say():

@@ -87,8 +87,8 @@ class RoutedPPO(CollectingPPO):
         labeled_weight: weight of a labeled episode's samples next to any other's.
         gate_coef: weight of the gate loss.
         contrast_coef: weight of the contrast loss, for the methods that have one.
-        solo_share: share of the episodes in which experts act by themselves, each in turn, and learn
-            from that, for the method that knows, or imputes, how every episode ended.
+        solo_share: share of the episodes in which experts act by themselves, each in turn, and
+            learn from that, for the method that knows, or imputes, how every episode ended.
         task_weight: exchange rate between the environment's reward and the behaviors: how much
             one spread of the task's advantage counts next to one of the behavior's. At 0 the
             reward is not looked at; neither is it where the environment has an attribute
@@ -437,5 +437,9 @@ class RoutedPPO(CollectingPPO):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()
-        kept = [name for name in ("memory", "endings", "every_ending") if getattr(self, name) is not None]
+        kept = [
+            name
+            for name in ("memory", "endings", "every_ending")
+            if getattr(self, name) is not None
+        ]
         return modules + kept, variables

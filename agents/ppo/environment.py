@@ -62,10 +62,16 @@ def policy_arguments(
     elif experts < len(behaviors):
         raise ValueError(f"experts must be at least {len(behaviors)}, got {experts}")
     own = {"behaviors": tuple(behaviors), "gate": method.policy.gate, "lessons": method.lessons}
-    own |= {"flags": flags} if "reward_model" in method.lessons else {}
+    own |= {"flags": flags} if looks_for_flags(method_name) else {}
     alone = len(behaviors) if soloists is None else soloists
     own |= {"soloists": alone if "acts_alone" in method.lessons else 0}
     return own | {"experts": experts, "task": task}
+
+
+def looks_for_flags(method_name: str) -> bool:
+    """Whether a method has a reward model that does not look at flags, and so must know them."""
+    method = METHODS[method_name]
+    return "reward_model" in method.lessons and method.reward_model == "told"
 
 
 def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Declared:
@@ -96,7 +102,7 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             f"{', '.join(known)}, in this order"
         )
     flags = None
-    if "reward_model" in method.lessons:
+    if looks_for_flags(method_name):
         flags = _checked_flags(env, declared["flags"], made)
     for name in LEVELS:
         level = declared[name]

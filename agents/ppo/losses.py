@@ -12,12 +12,12 @@ from torch import Tensor
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import DEPLOYED, Output, Prepared
+from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
 from oversight_rl.agents.ppo.extractors import prepared
 from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.agents.ppo.views import AT_ONCE, Views
-from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
 from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
 
 LESSONS = 12

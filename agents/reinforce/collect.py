@@ -31,6 +31,7 @@ class Rollout(Record):
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
     value_after: Tensor  # [R, N], value estimates after the window
     uniform: Tensor  # [R, T, N] in [0, 1): what labels go missing or wrong, what is replayed
+    last: tuple[State, ...] = ()  # [R, N] each, what each of T steps led to, before any reset
     acts: tuple[slice, ...] = (slice(None),)  # worlds where the mixture acts; each expert by itself
 
     @property
@@ -38,6 +39,10 @@ class Rollout(Record):
         """What each step started from, as active inputs. [R, T, N, 5 or 3 + S]"""
         run = torch.arange(len(self.active), device=self.active.device)[:, None, None]
         return self.active[run, self.slot]
+
+    def final(self, world: World) -> Tensor:
+        """What each step led to, the last observations of episodes too. [R, T, N, 5 or 3 + S]"""
+        return world.active(State.stack(self.last, dim=1))
 
 
 def noise_channels(world: World) -> int:
@@ -106,6 +111,7 @@ def collect(
         truth=Truth.stack([step.truth for step in taken], dim=1),
         value_after=value_after,
         uniform=noise[..., -1],
+        last=tuple(step.last for step in taken),
         acts=acts,
     )
     return rollout, state

@@ -16,7 +16,7 @@ from oversight_rl.agents.reinforce.collect import Rollout, acting, collect, nois
 from oversight_rl.agents.reinforce.figures import statistics
 from oversight_rl.agents.reinforce.losses import Loss, Targets, label, loss
 from oversight_rl.agents.reinforce.own_values import OwnValues
-from oversight_rl.agents.reinforce.reward_model import RewardModel
+from oversight_rl.agents.reinforce.reward_model import PlainRewardModel, RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
 from oversight_rl.envs.world import State, World
@@ -71,11 +71,14 @@ class ReinforceLearner(Learner):
         levels = torch.tensor([overseer.oversight or 0.0 for overseer in overseers])
         # levels [R, 1, 1] against worlds [R, T, N]
         self.world = World(world, levels[:, None, None], self.device)
-        self.reward_model = None
+        self.reward_model: RewardModel | None = None
         if "reward_model" in self.methods.lessons:
-            sees_flags = settings.reward_model_sees_flags
-            chances = self.methods.labeled
-            self.reward_model = RewardModel(self.runs, self.world, sees_flags, chances, initial)
+            about = self.methods.labeled, initial
+            if method.reward_model == "plain":
+                self.reward_model = PlainRewardModel(agent.hidden, self.runs, self.world, *about)
+            else:
+                sees_flags = settings.reward_model_sees_flags
+                self.reward_model = RewardModel(self.runs, self.world, sees_flags, *about)
         self.gate_memory = None
         # a reward model says of every ending what it was, and so teaches the gate, too
         replays = "gate" in self.methods.lessons and self.reward_model is None
@@ -167,12 +170,9 @@ class ReinforceLearner(Learner):
         if self.own_values is not None:
             with torch.no_grad():
                 own_after = self.own_values(self.world.active(self.worlds))
-        targets = label(
-            rollout, self.methods, settings, progress, self.reward_model, self.gate_memory, own_after
-        )
-        losses = loss(
-            self.agent, rollout, targets, self.reward_model, self.gate_memory, self.own_values
-        )
+        taught = self.reward_model, self.gate_memory
+        targets = label(rollout, self.methods, settings, progress, *taught, own_after)
+        losses = loss(self.agent, rollout, targets, *taught, self.own_values)
         self.optimizer.zero_grad()
         losses.total(settings, progress).sum().backward()
         self.optimizer.step(at(settings.learning_rate, progress))

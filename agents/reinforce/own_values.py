@@ -35,8 +35,13 @@ class OwnValues(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Values `[R, B, K]` of observations, see `networks.Agent`."""
-        first, *later = self.layers
-        x = FirstLayer(first.weight[:, None], first.bias[:, None])(observation)[:, 0].relu()
-        for layer in [*later]:
-            x = affine(x, layer.weight, layer.bias).relu()
-        return affine(x, self.out.weight, self.out.bias)
+        return stacked(self.layers, self.out, observation)
+
+
+def stacked(hidden: nn.ModuleList, out: Linear, observation: Tensor) -> Tensor:
+    """R nets of layers with ReLU between them: observations `[R or 1, B, ...]` -> `[R, B, O]`."""
+    first, *later = hidden
+    x = FirstLayer(first.weight[:, None], first.bias[:, None])(observation)[:, 0].relu()
+    for layer in later:
+        x = affine(x, layer.weight, layer.bias).relu()
+    return affine(x, out.weight, out.bias)
