@@ -167,7 +167,7 @@ class ReinforceLearner(Learner):
             self.agent, self.world, self.worlds, self._draw(settings.steps), self.acts
         )
         own_after = None
-        if self.own_values is not None:
+        if self.own_values is not None and settings.bootstrap:
             with torch.no_grad():
                 own_after = self.own_values(self.world.active(self.worlds))
         taught = self.reward_model, self.gate_memory

@@ -54,11 +54,9 @@ def label(
 
     A method pays only at an episode's end, so the return of a sample is its outcome's reward
     discounted over the steps left (REINFORCE, arXiv 2410.04332, RL appendix). A reward model
-    remembers the labeled endings and tells the chance that each other one was a diamond; such
-    episodes count as the mean of both, as far as it is to be trusted. As long as nobody taught it,
-    it says nothing: an episode whose worth it should tell does not count. A memory keeps all
-    labeled samples for the gate. Where an expert acted by itself, its own behavior is worth 1 and
-    others -1; an unfinished episode goes on with `own_after`, its values after the window.
+    tells the chance that an unlabeled ending was a diamond; such episodes count as the mean of
+    both, as far as it is trusted; until it is at all, those whose worth it should tell do not
+    count. A memory keeps labeled samples for the gate. `own_after` are experts' own values then.
     """
     outcome, left = outcomes(rollout.seen, rollout.truth, rollout.uniform, methods)
     labeled, known = outcome >= LABELED, torch.where(outcome < LABELED, NO_LABEL, outcome - LABELED)
@@ -87,10 +85,10 @@ def label(
     heavy = methods.weighs_labels[:, None, None] * more * (1 - trust)  # a model's word counts alike
     weight = (1 + heavy * labeled) * counts
     for k, worlds in enumerate(rollout.acts[1:]):
-        after = own_after[:, worlds, k] if own_after is not None and config.bootstrap else None
-        ended, told = outcome[..., worlds], chances[..., worlds, :].sum(-1) > 0
-        reward[..., worlds] = alone_reward(ended, own[..., worlds, k], after)
-        weight[..., worlds] = ((ended != UNLABELED) | told).to(reward.dtype)
+        after = None if own_after is None else own_after[:, worlds, k]
+        parts = (x[..., worlds, :] for x in (chances, own))
+        found = alone_worth(outcome[..., worlds], *parts, k, after)
+        reward[..., worlds], weight[..., worlds] = found
     discount = config.discount**left
     return Targets(
         outcome=outcome,
@@ -114,17 +112,22 @@ def told_at_end(chance: Tensor, left: Tensor) -> Tensor:
     return torch.stack([at_end, 1 - at_end], dim=-1)
 
 
-def alone_reward(outcome: Tensor, own: Tensor, after: Tensor | None) -> Tensor:
-    """What an ending is worth to an expert that acted by itself, `[R, T, N]`.
+def alone_worth(
+    outcome: Tensor, chances: Tensor, own: Tensor, expert: int, after: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What endings are worth to an expert that acted by itself, and which count: `[R, T, N]` each.
 
     Args:
-        outcome: of the episodes.
-        own: what they are worth by its own behavior.
+        outcome: of the episodes, `[R, T, N]`.
+        chances: of what they were, all 0 where nobody knows, `[R, T, N, B]`.
+        own: what they are worth to each expert, `[R, T, N, K]`.
+        expert: which one it was.
         after: its values after the window `[R, N]`, which unfinished ones go on with, if at all.
     """
-    if after is None:
-        return own
-    return torch.where(outcome == UNFINISHED, after[:, None], own)
+    reward, counts = own[..., expert], (outcome != UNLABELED) | (chances.sum(-1) > 0)
+    if after is not None:
+        reward = torch.where(outcome == UNFINISHED, after[:, None], reward)
+    return reward, counts.to(reward.dtype)
 
 
 def own_worth(chances: Tensor, experts: int) -> Tensor:
