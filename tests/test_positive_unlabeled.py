@@ -1,4 +1,4 @@
-"""What an ending was, where an overseer never labels some behavior: known answers, and it learns."""
+"""What endings were, where an overseer never labels some behavior: known answers, and it learns."""
 
 import math
 

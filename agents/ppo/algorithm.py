@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import repeat
 from typing import Any, ClassVar, Self
 from zipfile import ZipFile
@@ -265,9 +266,12 @@ class RoutedPPO(CollectingPPO):
         self.behaviors = self.behaviors or self.declared_behaviors
         self.left_out = declared.left_out
         self._level = declared.oversight
-        said = declared.oversight, declared.ghost_oversight
-        levels = self.overseer.recall, self.overseer.error, declared.diamond_oversight
-        self.overseer = Overseer(*said, *levels)
+        self.overseer = replace(
+            self.overseer,
+            oversight=declared.oversight,
+            diamond_oversight=declared.diamond_oversight,
+            ghost_oversight=declared.ghost_oversight,
+        )
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         if self.env is None:

@@ -61,7 +61,11 @@ def policy_arguments(
         experts = 1
     elif experts < len(behaviors):
         raise ValueError(f"experts must be at least {len(behaviors)}, got {experts}")
-    own = {"behaviors": tuple(behaviors), "gate": method.policy.gate, "lessons": method.lessons}
+    own: dict[str, Any] = {
+        "behaviors": tuple(behaviors),
+        "gate": method.policy.gate,
+        "lessons": method.lessons,
+    }
     own |= {"flags": flags} if looks_for_flags(method_name) else {}
     alone = len(behaviors) if soloists is None else soloists
     own |= {"soloists": alone if "acts_alone" in method.lessons else 0}
@@ -128,8 +132,9 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             was = "a model of version 0.1 had no task part"
             was += ": load it without env to act, or train one anew"
         raise ValueError(was)
-    levels = [declared[name] for name in LEVELS]
-    return Declared(behaviors, *levels, flags, bool(task), tuple(declared["left_out"] or ()))
+    levels = {name: declared[name] for name in LEVELS}
+    about = {"behaviors": behaviors, "flags": flags, "has_task": bool(task)}
+    return Declared(**about, **levels, left_out=tuple(declared["left_out"] or ()))
 
 
 def made(

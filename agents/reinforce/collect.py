@@ -42,7 +42,7 @@ class Rollout(Record):
 
     def final(self, world: World) -> Tensor:
         """What each step led to, the last observations of episodes too. [R, T, N, 5 or 3 + S]"""
-        return world.active(State.stack(self.last, dim=1))
+        return world.active(State.stack(list(self.last), dim=1))
 
 
 def noise_channels(world: World) -> int:

@@ -8,7 +8,6 @@ endings unlike all that it was taught.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import Linear, affine, initialize
 from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
-from oversight_rl.agents.reinforce.own_values import stacked
+from oversight_rl.agents.reinforce.own_values import hidden_layers, stacked
 from oversight_rl.envs.settings import PLANES
 from oversight_rl.envs.world import World
 
@@ -137,7 +136,7 @@ class PlainRewardModel(RewardModel):
         super().__init__(runs, world, True, chances, generators)
 
     def build(self, runs: int) -> None:
-        self.layers = nn.ModuleList(Linear([runs], *pair) for pair in pairwise(self.sizes))
+        self.layers = hidden_layers(runs, self.sizes)
         self.out = Linear([runs], self.sizes[-1], 1)
 
     @property
