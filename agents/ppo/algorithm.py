@@ -200,10 +200,10 @@ class RoutedPPO(CollectingPPO):
                 )
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
-        soloists = None
-        if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
+        soloists, old = self.policy_kwargs.get("soloists"), False
+        if "behaviors" in self.policy_kwargs and soloists is None:  # loaded from a zip of 0.1
             self.policy_kwargs.pop("imputes", None)
-            soloists = self.policy_kwargs.get("soloists", 1)  # the deployed expert alone
+            soloists, old = 1, True  # the deployed expert alone
         method = METHODS[self.method]
         experts, flags, task = map(self.policy_kwargs.get, ("experts", "flags", "task"))
         if self.env is not None:
@@ -224,7 +224,7 @@ class RoutedPPO(CollectingPPO):
             parts = space, self.action_space  # an observation, followed by its action
             row = sum(map(row_width, parts)), ENDINGS, row_type(*parts), len(self.behaviors)
             self.endings = Memory(1, *row)
-            if not (self.tables.labeled > 0).all():
+            if not old and not (self.tables.labeled > 0).all():
                 self.every_ending = Memory(1, *row)
         if self.label_generator is None:
             self.label_generator = np.random.default_rng(self.seed)
