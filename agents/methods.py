@@ -86,12 +86,12 @@ Lesson: TypeAlias = Literal["gate", "contrast", "reward_model", "acts_alone"]
 """What is taught besides the policy and its values. A learner says which of these it has.
 
 * gate: the gate learns from labels which behavior an episode will end in.
-* contrast: labeled episodes teach the deployed expert by itself what to do and avoid, whoever
-  acted: `reinforce.losses.contrast_loss`.
+* contrast: labeled episodes teach each expert (with PPO, the deployed one) by itself what to do
+  and avoid, whoever acted: `reinforce.losses.contrast_loss`.
 * reward_model: learned from labeled endings, it tells what the unlabeled ones were: these then
   count as the mean of what their label may have been.
-* acts_alone: in a share of the episodes the deployed expert acts by itself, and it learns from
-  those in place of the others.
+* acts_alone: in a share of the episodes the experts of all behaviors act by themselves, in turn,
+  and each learns from its own in place of the others.
 """
 
 
@@ -107,6 +107,10 @@ class Method:
     table: OutcomeTable = OutcomeTable()
     policy: PolicyShape = PolicyShape()
     lessons: tuple[Lesson, ...] = ()
+    reward_model: Literal["told", "plain"] = "told"
+    """What a reward model knows besides labels. told: which inputs are flags, so that it does not
+    look at them, and on the grid what squares coincide; plain: nothing, it sees what the policy
+    sees through layers like the policy's."""
     deploys: Literal["last", "best_labeled", "best_true"] = "last"
     """Which agent of the run is deployed: the last; the one with the best labeled episodes of a
     held-out stream, whose steps count as training's do; the one with the best true return, which
@@ -124,13 +128,17 @@ class Method:
             )
 
     @property
-    def assumes(self) -> Literal["labels", "hidden flags", "true labels"]:
-        """What it needs: labels on flagged endings; that flags can be hidden from the policy, too;
-        or the truth.
+    def assumes(self) -> Literal["labels", "labels and known flags", "hidden flags", "true labels"]:
+        """What it needs: labels of some endings, and no more; which inputs are flags, too, for a
+        reward model that does not look at them (and that on the grid is built to see what squares
+        coincide); that flags can be hidden from the policy; or the truth.
         """
         if self.table.sees_truth or self.deploys == "best_true":
             return "true labels"
-        return "hidden flags" if self.policy.hides_flags else "labels"
+        if self.policy.hides_flags:
+            return "hidden flags"
+        told = "reward_model" in self.lessons and self.reward_model == "told"
+        return "labels and known flags" if told else "labels"
 
     def rewards(self, overseer: Overseer, behaviors: int) -> Rewards:
         """The rewards under an overseer who tells so many behaviors apart.
@@ -149,7 +157,7 @@ class Method:
     @property
     def shape(self) -> tuple[object, ...]:
         """What methods must share to train in one stack."""
-        return self.policy, frozenset(self.lessons), self.deploys
+        return self.policy, frozenset(self.lessons), self.reward_model, self.deploys
 
 
 SIGNED = (0, 1, -1)
@@ -207,13 +215,13 @@ METHODS: dict[str, Method] = {
         lessons=("gate",),
     ),
     "contrastive_routing": Method(
-        "routing; labeled episodes also teach the deployed expert what to do and avoid",
+        "routing; labeled episodes also teach each expert what to do and avoid",
         ROUTED,
         EXPERTS,
         lessons=("gate", "contrast"),
     ),
     "imputed_routing": Method(
-        "contrastive routing; a reward model stands in for missing labels",
+        "routing; a reward model stands in for missing labels, experts practice alone",
         replace(ROUTED, weighs_labels=False),
         EXPERTS,
         lessons=("gate", "contrast", "reward_model", "acts_alone"),
@@ -246,6 +254,19 @@ METHODS: dict[str, Method] = {
         # imputed rewards are worth as much as given ones
         OutcomeTable(reward=SIGNED, weighs_labels=False),
         lessons=("reward_model",),
+    ),
+    "reward_model_plain": Method(
+        "naive, until a reward model that is told nothing but labels is believed",
+        PENALIZED,
+        lessons=("reward_model",),
+        reward_model="plain",
+    ),
+    "imputed_routing_plain": Method(
+        "imputed routing by a reward model that is told nothing but labels",
+        ROUTED,
+        EXPERTS,
+        lessons=("gate", "contrast", "reward_model", "acts_alone"),
+        reward_model="plain",
     ),
     "filtering_hidden_flag": Method(
         "data filtering by a policy that does not see the flags", FILTERED, BLIND
@@ -291,6 +312,14 @@ class MethodTables:
         """Whether what an ending is worth depends on its behavior. [R] bool"""
         labeled = self.reward[:, LABELED:]
         return (labeled != labeled[:, :1]).any(-1)
+
+    @property
+    def needs_word(self) -> Tensor:
+        """Whether an unlabeled ending is worth nothing by itself, but something as a behavior.
+
+        Then it does not count as long as nobody can tell what it was. [R] bool
+        """
+        return self.reward_tells & (self.reward[:, UNLABELED] == 0)
 
     @property
     def asks_labels(self) -> bool:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from oversight_rl.agents.memory import Memory
 
-LEAST_TAIL = 0.1
+LEAST_TAIL = 0.5
 """Share of the labeled samples that an estimate of a share is based on at least."""
 
 

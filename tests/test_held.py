@@ -132,9 +132,9 @@ def test_labels_reach_every_step_of_episodes_longer_than_a_rollout(method, obser
 def test_what_the_deployed_expert_does_alone_waits_for_nothing():
     model, found = taught(worlds(4), 11, method="imputed_routing")
     for update in found.updates:
-        assert (update["outcome"][~update["alone"]] != UNFINISHED).all()
+        assert (update["outcome"][update["actor"] == 0] != UNFINISHED).all()
     assert (found.updates[0]["outcome"] == UNFINISHED).all()
-    assert len(found.updates[0]["alone"]) == 3 * 32
+    assert len(found.updates[0]["actor"]) == 3 * 32
     assert int(model.memory.count) == 4 * 8 * 40  # labels reach all of it nevertheless
 
 
@@ -242,10 +242,10 @@ def test_what_the_policy_would_never_do_again_teaches_nothing_and_breaks_nothing
             if model.policy.output(rows).gate_logits.log_softmax(-1)[0, :, 0].max() < -100:
                 break
         output = model.policy.output(rows)
-        parameters = output.alone(0), output.mix(output.gate)
-        who = torch.where(batch.alone[:, None], *(x[0] for x in parameters))
+        who = torch.cat([output.mix(output.gate), output.alone(0), output.alone(1)])
+        who = who[batch.actor, torch.arange(len(actions))]
         now = model.policy.distribution(who).log_prob(actions)
-    assert (now[batch.alone == (expert == 0)] < -100).any()
+    assert (now[batch.actor == expert + 1] < -100).any()
     loss, _ = model.loss(batch._replace(old_log_prob=now), 0.2)
     loss.backward()
     assert loss.isfinite()

@@ -22,7 +22,7 @@ from oversight_rl.agents.methods import (
 )
 from oversight_rl.agents.networks import Agent, cumulative, sample
 from oversight_rl.agents.reinforce import collect as collecting
-from oversight_rl.agents.reinforce.collect import Rollout, collect, noise_channels
+from oversight_rl.agents.reinforce.collect import Rollout, acting, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import calibration_error, statistics
 from oversight_rl.agents.reinforce.learner import HELD_OUT, Adam, ReinforceLearner
 from oversight_rl.agents.reinforce.losses import Loss, label, loss
@@ -320,6 +320,8 @@ def test_methods_that_learn_from_the_truth_say_so():
         looks = name in ("naive_oracle_stop", "oracle", "oracle_filtering")
         assert looks == (method.assumes == "true labels"), name
         assert name.endswith("_hidden_flag") == (method.assumes == "hidden flags"), name
+        told = name in ("reward_model", "imputed_routing")
+        assert told == (method.assumes == "labels and known flags"), name
 
 
 def test_oracle_filtering_labels_its_share_whatever_the_flags_say():
@@ -660,6 +662,87 @@ def test_contrast_is_off_policy_reinforce_of_labeled_episodes():
     torch.testing.assert_close(found[0], -total / weights)
     plain_routing = label(rollout, tables(["routing"], [Overseer(0.5)], 2), config)
     assert loss(agent, rollout, plain_routing).contrast.item() == 0.0
+
+
+# ---- experts that act by themselves
+
+
+def test_worlds_are_shared_out():
+    def sizes(*arguments):
+        return [len(range(256)[part]) for part in acting(*arguments)]
+
+    assert sizes(256, 2, 0.9) == [26, 115, 115]
+    assert sizes(256, 3, 0.5) == [128, 42, 43, 43]
+    assert sizes(256, 2, 0.0) == [256, 0, 0]
+
+
+def practiced(**settings):
+    """A learner of imputed routing after an update, and the next window."""
+    learner = tiny("imputed_routing", solo_share=0.75, worlds=16, **settings)
+    learner.update()
+    rollout, _ = collect(
+        learner.agent, learner.world, learner.worlds, learner._draw(8), learner.acts
+    )
+    model = learner.reward_model
+    return learner, rollout, label(rollout, learner.methods, learner.settings, 0.0, model)
+
+
+def test_each_expert_acts_in_its_worlds():
+    learner, rollout, _ = practiced(learning_rate=0.0)
+    assert [(part.start, part.stop) for part in rollout.acts] == [(0, 4), (4, 10), (10, 16)]
+    agent = learner.agent
+    with torch.no_grad():  # the diamond's expert goes up always, the ghost's down, the mixture left
+        for k, action in ((0, 0), (1, 2)):
+            agent.trunks[-1].bias[0, k, k] += 1e4
+            agent.head.weight[0, action, k] = 1e4
+        agent.gate_out.bias.zero_()
+        agent.gate_out.weight.zero_()
+        agent.head.bias[0, 3] = 0.9e8
+    learner.update()
+    action = learner.latest[0].action[0]
+    assert (action[:, 4:10] == 0).all()
+    assert (action[:, 10:] == 2).all()
+    assert (action[:, :4] == 3).all()
+
+
+@pytest.mark.parametrize("expert", [0, 1])
+@pytest.mark.parametrize("part", ["policy", "entropy"])
+def test_what_an_expert_does_alone_teaches_itself_and_the_head_only(expert, part):
+    learner, rollout, targets = practiced()
+    mask = torch.zeros(16)
+    mask[rollout.acts[1 + expert]] = 1.0
+    targets = replace(targets, weight=targets.weight * mask)
+    assert targets.weight.any()
+    found = loss(learner.agent, rollout, targets, own_values=learner.own_values)
+    found = grads_of(learner.agent, getattr(found, part))
+    for name, grads in by_module(learner.agent, found).items():
+        for grad in grads:
+            assert bool((grad != 0).any()) == (name in (f"expert {expert}", "head")), name
+
+
+def test_an_expert_alone_is_paid_for_its_own_behavior():
+    learner, rollout, targets = practiced(bootstrap=False, discount=0.5)
+    outcome, left = plain.outcomes(rollout.seen, 8, 16)
+    for expert in (0, 1):
+        worlds = range(16)[rollout.acts[1 + expert]]
+        for t, n in itertools.product(range(8), worlds):
+            kind, found = outcome[t, n], float(targets.returns[0, t, n]) / 0.5 ** left[t, n]
+            chance = float(targets.chances[0, t, n, expert])
+            worth = {TIMEOUT: 0, UNFINISHED: 0, UNLABELED: 2 * chance - 1}.get(kind)
+            worth = worth if worth is not None else 1 if kind == LABELED + expert else -1
+            assert found == pytest.approx(worth, abs=1e-5)
+            assert float(targets.weight[0, t, n]) == 1.0
+    assert int(learner.reward_model.memory.count) > 0
+
+
+def test_one_training_serves_both_behaviors():
+    learner = tiny("imputed_routing", level=0.5, max_steps=16, agent=AgentConfig(hidden=(32, 32)),
+                   updates=120, worlds=128, learning_rate=5e-3)  # fmt: skip
+    for _ in range(120):
+        learner.update()
+    returns = exact_returns(learner, 0.5)
+    assert returns["diamond"] > 0.75
+    assert returns["ghost"] < -0.75
 
 
 # ---- which agent is deployed

@@ -735,7 +735,7 @@ def test_endings_of_every_kind_of_action_are_learned(space):
         assert loss < 0.2 if taught else loss > 0.5
 
 
-def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
+def test_experts_act_by_themselves_in_their_share_of_episodes():
     model = tiny(method="imputed_routing", solo_share=0.25)
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
@@ -748,8 +748,8 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
     with torch.no_grad():
         output = policy.output(rows)
         mixture = policy.distribution(output.mix(output.gate)[0]).log_prob(actions)
-        alone = policy.distribution(output.alone(0)[0]).log_prob(actions)
-    taken = np.where(buffer.alone, alone.view(16, 8), mixture.view(16, 8))
+        alone = [policy.distribution(output.alone(k)[0]).log_prob(actions) for k in (0, 1)]
+    taken = np.choose(buffer.actor, [x.view(16, 8) for x in (mixture, *alone)])
     assert np.abs(taken - buffer.log_probs).max() < 1e-5
     found = model.targets
     waits = model.experience.outcome == UNFINISHED
@@ -757,21 +757,22 @@ def test_the_deployed_expert_acts_by_itself_in_its_share_of_episodes():
     assert (found.own_weights > 0).tolist() == buffer.alone.tolist()
     assert int(model.memory.count) == (model.experience.outcome >= LABELED).sum()
     assert int(model.endings.count) == (buffer.ended & (model.experience.outcome >= LABELED)).sum()
-    assert not tiny(method="contrastive_routing").rollout_buffer.acts_alone.any()
+    assert not tiny(method="contrastive_routing").rollout_buffer.acts.any()
 
 
-def test_what_the_deployed_expert_does_alone_teaches_no_other_module():
+@pytest.mark.parametrize("expert", [0, 1])
+def test_what_an_expert_does_alone_teaches_no_other_module(expert):
     model = tiny(method="imputed_routing", solo_share=0.9, gate_replay=0, vf_coef=0.0)
     _, callback = model._setup_learn(10**6, None)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 16)
     model._current_progress_remaining = 0.5
     batch = next(iter(model.rollout_buffer.get(None)))
-    batch = batch._replace(**{n: x[batch.alone] for n, x in batch._asdict().items()})
-    assert len(batch.alone) > 64
+    own = batch.actor == expert + 1
+    batch = batch._replace(**{n: x[own] for n, x in batch._asdict().items()})
+    assert len(batch.actor) > 32
     model.loss(batch, 0.2)[0].backward()
     weight = model.policy.agent.trunks[0].weight.grad[0].flatten(1).norm(dim=1)
-    assert weight[0] > 0
-    assert not weight[1:3].any()  # the ghost's expert and the gate
+    assert (weight[:3] > 0).tolist() == [expert == 0, expert == 1, False]  # the last is the gate
 
 
 @pytest.mark.parametrize("n_envs", [1, 2, 8])
@@ -779,9 +780,10 @@ def test_a_single_environment_is_shared_fairly(n_envs):
     buffer = tiny(method="imputed_routing", n_envs=n_envs).rollout_buffer
     turns = []
     for _ in range(8):
-        turns.append(buffer.acts_alone)
+        turns.append(buffer.acts)
         buffer.pass_on(np.ones(n_envs, bool))
-    assert np.mean(turns, axis=0).tolist() == [0.75] * n_envs
+    shares = [np.mean(np.array(turns) == actor, axis=0).tolist() for actor in range(3)]
+    assert shares == [[0.25] * n_envs, [0.375] * n_envs, [0.375] * n_envs]
 
 
 def test_the_policy_waits_for_labels_a_while_and_its_values_do_not():

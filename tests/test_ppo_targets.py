@@ -192,7 +192,12 @@ def experience(rng, steps=12, envs=6, **more):
     gate = rng.dirichlet([1, 1], (steps, envs)).astype(np.float32)
     nothing, never = np.zeros_like(value), np.zeros_like(done)
     known = dict.fromkeys(Steps._fields, nothing)
-    known |= {"alone": never, "value": value, "ended": ended, "done": done}
+    known |= {
+        "actor": np.zeros((steps, envs), np.int64),
+        "value": value,
+        "ended": ended,
+        "done": done,
+    }
     known |= {name: more.pop(name) for name in Steps._fields if name in more}
     window = Window(
         Steps(**known), np.arange(steps, 0, -1)[:, None], ~never, never, never, [], 0, envs
@@ -229,17 +234,19 @@ def test_advantages_agree_with_plain_loops():
             assert found.weights[t, n] == (5.0 if kind >= LABELED else 1.0)
 
 
-def test_what_the_deployed_expert_does_alone_is_judged_by_its_own_values():
+@pytest.mark.parametrize("expert", [0, 1])
+def test_what_an_expert_does_alone_is_judged_by_its_own_behavior_and_values(expert):
     rng = np.random.default_rng(1)
     own, own_after = rng.normal(size=(2, 12, 6)).astype(np.float32)
     alone = np.arange(6) % 2 == 0
     chances = rng.dirichlet([1, 1], (12, 6)).astype(np.float32)
-    x = experience(rng, alone=np.broadcast_to(alone, (12, 6)), own_value=own,
+    x = experience(rng, actor=np.broadcast_to(alone * (expert + 1), (12, 6)), own_value=own,
                    own_value_after=own_after, chances=chances, taught=True)  # fmt: skip
     table = tables(["imputed_routing"], [Overseer(0.1)], 2)
     found = targets(x, table, **SETTINGS)
     sign = np.select([x.outcome == LABELED, x.outcome == LABELED + 1, x.outcome == UNLABELED],
                      [1.0, -1.0, chances[..., 0] - chances[..., 1]])  # fmt: skip
+    sign = sign if expert == 0 else -sign
     plain = plain_gae(sign * x.steps.ended, own, own_after, x.steps.done, 0.9, 0.8)
     assert found.own_advantages[:, alone] == pytest.approx(plain[:, alone], abs=1e-5)
     assert found.own_returns[:, alone] == pytest.approx((plain + own)[:, alone], abs=1e-5)

@@ -1,6 +1,7 @@
 """Steered policies against the mixture written out on hidden activations."""
 
 import copy
+import math
 
 import numpy as np
 import plain
@@ -24,6 +25,7 @@ from oversight_rl.envs.settings import UserError, WorldConfig
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight import policies
 from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.evaluation import steered_return
 
 
 @pytest.fixture
@@ -190,3 +192,20 @@ def test_an_exported_policy_reads_back_the_same(tmp_path, text, observation):
     assert (saved.env_steps, saved.wall_seconds) == (100, 1.5)
     again = SteeredPolicy(saved.agent, saved.steering)
     assert torch.equal(again(observation), policy(observation))
+
+
+@pytest.mark.parametrize(
+    ("steering", "expert"),
+    [("diamond", 0), ("ghost", 1), ("mixture", None), ("diamond=0.5,ghost=0.5", None),
+     ("without:ghost", None), ("diamond=2", None), ("ghost=1", 1)],
+)  # fmt: skip
+def test_who_acts_by_itself(steering, expert):
+    assert parse(steering, 2).expert == expert
+    assert parse("deployed", 1).expert == 0
+
+
+def test_a_return_toward_what_is_steered_to():
+    assert steered_return(parse("diamond", 2), (0.6, -0.6)) == 0.6
+    assert steered_return(parse("ghost", 2), (0.6, -0.8)) == -0.8
+    assert math.isnan(steered_return(parse("mixture", 2), (0.6, -0.6)))
+    assert math.isnan(steered_return(parse("expert_2", 3), (0.6, -0.6)))

@@ -88,8 +88,8 @@ class RoutedPPO(CollectingPPO):
         labeled_weight: weight of a labeled episode's samples next to any other's.
         gate_coef: weight of the gate loss.
         contrast_coef: weight of the contrast loss, for the methods that have one.
-        solo_share: share of the episodes in which experts act by themselves, each in turn, and learn
-            from that, for the method that knows, or imputes, how every episode ended.
+        solo_share: share of the episodes in which experts act by themselves, each in turn, and
+            learn from that, for the method that knows, or imputes, how every episode ended.
         task_weight: exchange rate between the environment's reward and the behaviors: how much
             one spread of the task's advantage counts next to one of the behavior's. At 0 the
             reward is not looked at; neither is it where the environment has an attribute
@@ -112,6 +112,8 @@ class RoutedPPO(CollectingPPO):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MoEPolicy": MoEPolicy}
+    keeps_endings: bool | None = None
+    """Whether endings without labels are remembered: as the first environment's overseer asks."""
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "learning_rate": LinearSchedule(3e-3, 1e-4, 1.0),
         "n_epochs": 4,
@@ -202,12 +204,12 @@ class RoutedPPO(CollectingPPO):
         if self.use_sde:
             raise ValueError("RoutedPPO: use_sde must be False")
         if "noise" not in vars(self):  # in a zip of 0.1
-            old = vars(self.overseer)
-            self.noise = Labels(recall=old["recall"], error=old["error"])
-        soloists = None
-        if "behaviors" in self.policy_kwargs:  # loaded; in a zip of 0.1 there may be
+            was = vars(self.overseer)
+            self.noise = Labels(recall=was["recall"], error=was["error"])
+        soloists, old = self.policy_kwargs.get("soloists"), False
+        if "behaviors" in self.policy_kwargs and soloists is None:  # loaded from a zip of 0.1
             self.policy_kwargs.pop("imputes", None)
-            soloists = self.policy_kwargs.get("soloists", 1)  # the deployed expert alone
+            soloists, old = 1, True  # the deployed expert alone
         method = METHODS[self.method]
         experts, flags, task = map(self.policy_kwargs.get, ("experts", "flags", "task"))
         if self.env is not None:
@@ -228,7 +230,9 @@ class RoutedPPO(CollectingPPO):
             parts = space, self.action_space  # an observation, followed by its action
             row = sum(map(row_width, parts)), ENDINGS, row_type(*parts), len(self.behaviors)
             self.endings = Memory(1, *row)
-            if not (self.tables.labeled > 0).all():
+            if self.keeps_endings is None:
+                self.keeps_endings = not (old or (self.tables.labeled > 0).all())
+            if self.keeps_endings:
                 self.every_ending = Memory(1, *row)
         if self.label_generator is None:
             self.label_generator = np.random.default_rng(self.seed)

@@ -59,11 +59,21 @@ def policy_arguments(
         experts = 1
     elif experts < len(behaviors):
         raise ValueError(f"experts must be at least {len(behaviors)}, got {experts}")
-    own = {"behaviors": tuple(behaviors), "gate": method.policy.gate, "lessons": method.lessons}
-    own |= {"flags": flags} if "reward_model" in method.lessons else {}
+    own: dict[str, Any] = {
+        "behaviors": tuple(behaviors),
+        "gate": method.policy.gate,
+        "lessons": method.lessons,
+    }
+    own |= {"flags": flags} if looks_for_flags(method_name) else {}
     alone = len(behaviors) if soloists is None else soloists
     own |= {"soloists": alone if "acts_alone" in method.lessons else 0}
     return own | {"experts": experts, "task": task}
+
+
+def looks_for_flags(method_name: str) -> bool:
+    """Whether a method has a reward model that does not look at flags, and so must know them."""
+    method = METHODS[method_name]
+    return "reward_model" in method.lessons and method.reward_model == "told"
 
 
 def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str, Any]) -> Declared:
@@ -94,7 +104,7 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             f"{', '.join(known)}, in this order"
         )
     flags = None
-    if "reward_model" in method.lessons:
+    if looks_for_flags(method_name):
         flags = _checked_flags(env, declared["flags"], made)
     level, labels = declared["oversight"], declared["labels"]
     number = isinstance(level, int | float | np.number) and not isinstance(level, bool)
@@ -120,7 +130,9 @@ def ask(env: VecEnv, method_name: str, before: Sequence[str], made: Mapping[str,
             was = "a model of version 0.1 had no task part"
             was += ": load it without env to act, or train one anew"
         raise ValueError(was)
-    return Declared(behaviors, level, labels, flags, bool(task), tuple(declared["left_out"] or ()))
+    about = {"behaviors": behaviors, "flags": flags, "has_task": bool(task)}
+    left_out = tuple(declared["left_out"] or ())
+    return Declared(**about, oversight=level, labels=labels, left_out=left_out)
 
 
 def made(

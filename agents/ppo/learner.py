@@ -89,7 +89,7 @@ def _experts(agent: AgentConfig) -> int | None:
 def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
     """A policy for any number of environments, to be filled with parameters that a method learned.
 
-    No random stream is touched.
+    It acts and does not learn, and has none of the value nets beside the mixture's. No random stream is touched.
 
     Raises:
         UserError: the networks are too large.
@@ -99,7 +99,7 @@ def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
     env = RoutedPPO._wrap_env(env)
     declared = ask(env, method, (), {})
     behaviors, experts = declared.behaviors or BEHAVIORS, _experts(agent)
-    arguments = policy_arguments(method, behaviors, experts, declared.flags, declared.has_task)
+    arguments = policy_arguments(method, behaviors, experts, declared.flags, False, soloists=0)
     with torch.random.fork_rng(devices=[]):
         return MoEPolicy(
             env.observation_space, env.action_space, None, net_arch=list(agent.hidden), **arguments

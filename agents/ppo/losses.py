@@ -126,8 +126,8 @@ def _own_losses(
     """
     share, weight, alone = batch.share, batch.own_weights, batch.alone
     each = torch.stack([output.alone(k)[0] for k in range(max(1, policy.soloists))])  # [S, B, A]
-    whose, sample = (batch.actor - 1).clamp(min=DEPLOYED), torch.arange(len(alone))
-    own, entropy = policy.judged(each[whose, sample], actions)
+    sample = torch.arange(len(alone), device=alone.device)
+    own, entropy = policy.judged(each[(batch.actor - 1).clamp(min=DEPLOYED), sample], actions)
     advantages = share * batch.own_advantages
     parts = []
     if "contrast" in policy.lessons:  # off-policy from what the mixture did

@@ -103,7 +103,7 @@ class Targets(NamedTuple, Generic[A]):
     @property
     def alone(self) -> A:
         """Where an expert acted by itself, bool."""
-        return self.actor > 0  # type: ignore[no-any-return]
+        return self.actor > 0
 
 
 Samples: TypeAlias = Targets[NDArray[Any]]

@@ -35,13 +35,21 @@ class Rollout(Record):
     truth: Truth  # [R, T, N], what only evaluation and oracle methods may see
     value_after: Tensor  # [R, N], value estimates after the window
     uniform: Tensor  # [R, T, N] in [0, 1): what labels go missing or wrong, what is replayed
+    last: tuple[State, ...] = ()  # [R, N] each, what each of T steps led to, before any reset
     acts: Acts = (slice(None),)  # worlds where the mixture acts; each expert by itself
+    led_to: Tensor | None = None  # [R, T, N, 5 or 3 + S], active inputs of it, if they are known
 
     @property
     def observation(self) -> Tensor:
         """What each step started from, as active inputs. [R, T, N, 5 or 3 + S]"""
         run = torch.arange(len(self.active), device=self.active.device)[:, None, None]
         return self.active[run, self.slot]
+
+    def final(self, world: World) -> Tensor:
+        """What each step led to, the last observations of episodes too. [R, T, N, 5 or 3 + S]"""
+        if self.led_to is not None:
+            return self.led_to
+        return world.active(State.stack(list(self.last), dim=1))
 
 
 def noise_channels(world: World) -> int:
@@ -115,6 +123,7 @@ def collect(
         truth=Truth.stack([step.truth for step in taken], dim=1),
         value_after=value_after,
         uniform=noise[..., -1],
+        last=tuple(step.last for step in taken),
         acts=acts,
     )
     return rollout, state

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from oversight_rl.agents.reinforce.collect import Rollout
 from oversight_rl.envs.record import Record
 from oversight_rl.envs.settings import NO_LABEL, UserError
-from oversight_rl.envs.world import Seen, Truth
+from oversight_rl.envs.world import Seen, Truth, World
 
 MOST_BYTES = 2**28  # that a run's windows take while they wait
 
@@ -22,6 +22,11 @@ class Late(Record):
     active: Tensor  # [R, T * N, D], what each step started from
     action: Tensor  # [R, T, N]
     seen: Seen  # [R, T, N], terminated where an episode got a label that was late
+
+    def led_to(self, world: World) -> Tensor:
+        """What each step led to, as active inputs. [R, T, N, D]"""
+        before = self.active.unflatten(1, self.action.shape[1:])
+        return world.after(before, self.action)
 
 
 class Waiting(nn.Module):
@@ -93,7 +98,7 @@ class Waiting(nn.Module):
         return replace(rollout, seen=replace(rollout.seen, label=hidden))
 
 
-def lesson(rollout: Rollout, late: Late) -> Rollout:
+def lesson(rollout: Rollout, late: Late, world: World) -> Rollout:
     """A window, and beside it the late one, whose states are the window's last slots. `[R, T, 2N]`
 
     Of the late one, only steps of labeled episodes shall count.
@@ -101,7 +106,7 @@ def lesson(rollout: Rollout, late: Late) -> Rollout:
     steps, worlds = rollout.action.shape[1:]
     first = rollout.active.shape[1] - steps * worlds
     slot = torch.arange(steps * worlds, device=rollout.slot.device).view(steps, worlds) + first
-    world = torch.arange(worlds, device=slot.device)
+    own = torch.arange(worlds, device=slot.device)
     nothing = torch.full_like(late.seen.label, NO_LABEL)
 
     def both(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -115,5 +120,6 @@ def lesson(rollout: Rollout, late: Late) -> Rollout:
         truth=Truth(both(rollout.truth.ending, nothing)),
         value_after=both(rollout.value_after, torch.zeros_like(rollout.value_after)),
         uniform=both(rollout.uniform, rollout.uniform),
-        acts=tuple(torch.cat([world[part], worlds + world[part]]) for part in rollout.acts),
+        led_to=torch.cat([rollout.final(world), late.led_to(world)], dim=2),
+        acts=tuple(torch.cat([own[part], worlds + own[part]]) for part in rollout.acts),
     )

@@ -18,7 +18,7 @@ from oversight_rl.agents.reinforce.late import lesson
 from oversight_rl.agents.reinforce.losses import Loss, Targets, label, loss
 from oversight_rl.agents.reinforce.overseeing import Overseeing
 from oversight_rl.agents.reinforce.own_values import OwnValues
-from oversight_rl.agents.reinforce.reward_model import RewardModel
+from oversight_rl.agents.reinforce.reward_model import PlainRewardModel, RewardModel
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig, at
 from oversight_rl.envs.overseers import Overseer
 from oversight_rl.envs.settings import BEHAVIORS, UserError, WorldConfig
@@ -76,11 +76,14 @@ class ReinforceLearner(Learner):
         self.world = World(world, levels[:, None, None], self.device, overseers[0].labels)
         window = settings.steps, settings.worlds
         self.overseeing = Overseeing(overseers, self.world, self.total, window)
-        self.reward_model = None
+        self.reward_model: RewardModel | None = None
         if "reward_model" in self.methods.lessons:
-            sees_flags = settings.reward_model_sees_flags
-            chances = self.methods.labeled
-            self.reward_model = RewardModel(self.runs, self.world, sees_flags, chances, initial)
+            about = self.methods.labeled, initial
+            if method.reward_model == "plain":
+                self.reward_model = PlainRewardModel(agent.hidden, self.runs, self.world, *about)
+            else:
+                sees_flags = settings.reward_model_sees_flags
+                self.reward_model = RewardModel(self.runs, self.world, sees_flags, *about)
         self.gate_memory = None
         # a reward model says of every ending what it was, and so teaches the gate, too
         replays = "gate" in self.methods.lessons and self.reward_model is None
@@ -174,24 +177,22 @@ class ReinforceLearner(Learner):
             self.agent, self.world, self.worlds, noise, self.acts, besides
         )
         doubt = self._doubt if self._asks else None
-        rollout = taught = self.overseeing(rollout, self.methods, self.updates, doubt)
+        rollout = self.overseeing(rollout, self.methods, self.updates, doubt)
         own_after = None
-        if self.own_values is not None:
+        if self.own_values is not None and settings.bootstrap:
             with torch.no_grad():
                 own_after = self.own_values(self.world.active(self.worlds))
+        given = rollout
         if waiting is not None and late is not None:
             rollout = waiting.put(rollout)
-            taught = lesson(rollout, late)
+            given = lesson(rollout, late, self.world)
             if own_after is not None:  # late episodes have ended
                 own_after = torch.cat([own_after, torch.zeros_like(own_after)], dim=1)
-        targets = label(
-            taught, self.methods, settings, progress, self.reward_model, self.gate_memory, own_after
-        )
+        taught = self.reward_model, self.gate_memory
+        targets = label(given, self.methods, settings, progress, *taught, own_after)
         if late is not None:
             targets = targets.only_labeled(settings.worlds)
-        losses = loss(
-            self.agent, taught, targets, self.reward_model, self.gate_memory, self.own_values
-        )
+        losses = loss(self.agent, given, targets, *taught, self.own_values)
         self.optimizer.zero_grad()
         losses.total(settings, progress).sum().backward()
         self.optimizer.step(at(settings.learning_rate, progress))
@@ -201,7 +202,7 @@ class ReinforceLearner(Learner):
     def _doubt(self, rollout: Rollout) -> Tensor:
         """How little the reward model knows of each step's end, 0 to 1. `[R, T, N]`"""
         assert self.reward_model is not None
-        final = self.world.after(rollout.observation, rollout.action)
+        final = rollout.final(self.world)
         chance: Tensor = self.reward_model(final.flatten(1, 2)).sigmoid()
         return 1 - (2 * chance.view_as(rollout.uniform) - 1).abs()
 

@@ -68,46 +68,41 @@ def label(
 
     A method pays only at an episode's end, so the return of a sample is its outcome's reward
     discounted over the steps left (REINFORCE, arXiv 2410.04332, RL appendix). A reward model
-    remembers the labeled endings and tells the chance that each other one was a diamond; such
-    episodes count as the mean of both. As long as nobody taught it, it says nothing: an episode
-    whose worth it should tell does not count. A memory keeps all labeled samples for the gate.
+    tells the chance that an unlabeled ending was a diamond; such episodes count as the mean of
+    both, as far as it is trusted; until it is at all, those whose worth it should tell do not
+    count. A memory keeps labeled samples for the gate. `own_after` are experts' own values then.
     """
     outcome, left = outcomes(rollout.seen)
-    labeled = outcome >= LABELED
+    labeled, known = outcome >= LABELED, torch.where(outcome < LABELED, NO_LABEL, outcome - LABELED)
     if memory is not None:
-        behavior = (outcome - LABELED).flatten(1)
-        memory.add(rollout.observation.flatten(1, 2), behavior, labeled.flatten(1))
+        memory.add(rollout.observation.flatten(1, 2), known.flatten(1), labeled.flatten(1))
     reward, routes = lookup(methods.reward, outcome), lookup(methods.routes, outcome)
     chances = F.one_hot(outcome, methods.reward.shape[1])[..., LABELED:].to(reward.dtype)
     if config.bootstrap:
         reward = torch.where(outcome == UNFINISHED, rollout.value_after[:, None], reward)
     counts = lookup(methods.sample_weight, outcome)
-    chance = None
+    chance, trust = None, reward.new_zeros(1, 1, 1)
     if reward_model is not None:
-        final = reward_model.world.after(rollout.observation, rollout.action).flatten(1, 2)
-        known = torch.where(labeled, outcome - LABELED, NO_LABEL)
+        final = rollout.final(reward_model.world).flatten(1, 2)
         reward_model.remember(final, known.flatten(1), rollout.seen.terminated.flatten(1))
         chance = reward_model(final).sigmoid().view_as(reward)
-        time = torch.arange(chance.shape[1], device=chance.device)[:, None]  # [T, 1]
-        at_end = chance.gather(1, (time + left).clamp(max=chance.shape[1] - 1))
-        told, unlabeled = torch.stack([at_end, 1 - at_end], dim=-1), outcome == UNLABELED
-        taught = (reward_model.memory.count > 0)[:, None, None]
-        unknown = unlabeled & ~taught & methods.reward_tells[:, None, None]
+        trust, told = reward_model.trust[:, None, None], told_at_end(chance, left)
+        unlabeled = outcome == UNLABELED
+        unknown = unlabeled & (trust == 0) & methods.needs_word[:, None, None]
         counts = torch.where(unknown, 0.0, counts)
-        imputed = unlabeled & taught
-        reward = torch.where(imputed, expected(methods.reward, told), reward)
-        routes = torch.where(imputed[..., None], expected(methods.routes, told), routes)
-        chances = torch.where(imputed[..., None], told, chances)
+        part = trust * unlabeled  # of what such an ending counts as
+        reward = reward + part * (expected(methods.reward, told) - reward)
+        routes = routes + part[..., None] * (expected(methods.routes, told) - routes)
+        chances = chances + part[..., None] * told
     own = own_worth(chances, routes.shape[-1] - 1)
-    heavy = methods.weighs_labels[:, None, None] * (at(config.labeled_weight, progress) - 1)
+    more = at(config.labeled_weight, progress) - 1
+    heavy = methods.weighs_labels[:, None, None] * more * (1 - trust)  # a model's word counts alike
     weight = (1 + heavy * labeled) * counts
-    for k, part in enumerate(rollout.acts[1:]):
-        told = ((outcome != UNLABELED) | (chances.sum(-1) > 0))[..., part]
-        reward[..., part], weight[..., part] = own[..., part, k], told.to(reward.dtype)
-        if own_after is not None and config.bootstrap:
-            unfinished = outcome[..., part] == UNFINISHED
-            after = own_after[:, None, part, k]
-            reward[..., part] = torch.where(unfinished, after, reward[..., part])
+    for k, worlds in enumerate(rollout.acts[1:]):
+        after = None if own_after is None else own_after[:, worlds, k]
+        parts = (x[..., worlds, :] for x in (chances, own))
+        found = alone_worth(outcome[..., worlds], *parts, k, after)
+        reward[..., worlds], weight[..., worlds] = found
     discount = config.discount**left
     return Targets(
         outcome=outcome,
@@ -119,6 +114,34 @@ def label(
         own_returns=discount[..., None] * own,
         chance=chance,
     )
+
+
+def told_at_end(chance: Tensor, left: Tensor) -> Tensor:
+    """Chances of both behaviors at each episode's end, by the diamond's after each step.
+
+    `[R, T, N]` each, the latter the steps left of the episode -> `[R, T, N, 2]`.
+    """
+    time = torch.arange(chance.shape[1], device=chance.device)[:, None]  # [T, 1]
+    at_end = chance.gather(1, (time + left).clamp(max=chance.shape[1] - 1))
+    return torch.stack([at_end, 1 - at_end], dim=-1)
+
+
+def alone_worth(
+    outcome: Tensor, chances: Tensor, own: Tensor, expert: int, after: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What endings are worth to an expert that acted by itself, and which count: `[R, T, N]` each.
+
+    Args:
+        outcome: of the episodes, `[R, T, N]`.
+        chances: of what they were, all 0 where nobody knows, `[R, T, N, B]`.
+        own: what they are worth to each expert, `[R, T, N, K]`.
+        expert: which one it was.
+        after: its values after the window `[R, N]`, which unfinished ones go on with, if at all.
+    """
+    reward, counts = own[..., expert], (outcome != UNLABELED) | (chances.sum(-1) > 0)
+    if after is not None:
+        reward = torch.where(outcome == UNFINISHED, after[:, None], reward)
+    return reward, counts.to(reward.dtype)
 
 
 def own_worth(chances: Tensor, experts: int) -> Tensor:

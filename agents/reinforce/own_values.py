@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,25 @@ class OwnValues(nn.Module):
         generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear([runs], *pair) for pair in pairwise([inputs, *hidden]))
+        self.layers = hidden_layers(runs, [inputs, *hidden])
         self.out = Linear([runs], hidden[-1], experts)
         initialize(self, generators)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Values `[R, B, K]` of observations, see `networks.Agent`."""
-        first, *later = self.layers
-        x = FirstLayer(first.weight[:, None], first.bias[:, None])(observation)[:, 0].relu()
-        for layer in [*later]:
-            x = affine(x, layer.weight, layer.bias).relu()
-        return affine(x, self.out.weight, self.out.bias)
+        return stacked(self.layers, self.out, observation)
+
+
+def hidden_layers(runs: int, sizes: Sequence[int]) -> Sequence[Linear]:
+    """Layers of R nets, of the given sizes, as a registered sequence."""
+    layers = nn.ModuleList(Linear([runs], *pair) for pair in pairwise(sizes))
+    return cast(Sequence[Linear], layers)
+
+
+def stacked(hidden: Sequence[Linear], out: Linear, observation: Tensor) -> Tensor:
+    """R nets of layers with ReLU between them: observations `[R or 1, B, ...]` -> `[R, B, O]`."""
+    first, *later = hidden
+    x = FirstLayer(first.weight[:, None], first.bias[:, None])(observation)[:, 0].relu()
+    for layer in later:
+        x = affine(x, layer.weight, layer.bias).relu()
+    return affine(x, out.weight, out.bias)

@@ -16,12 +16,15 @@ from torch.nn import functional as F
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import Linear, affine, initialize
 from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
+from oversight_rl.agents.reinforce.own_values import hidden_layers, stacked
 from oversight_rl.envs.settings import PLANES
 from oversight_rl.envs.world import World
 
 LESSON = 1024
 """Remembered endings that an update learns from."""
 HIDDEN = 64
+BELIEVED = 500
+"""Labeled endings after which a model is believed altogether that is told nothing."""
 FLAGS_FROM = 3  # active inputs of an observation from here on are flags, see `World.active`
 
 
@@ -49,17 +52,26 @@ class RewardModel(nn.Module):
         generators: Sequence[torch.Generator],
     ) -> None:
         super().__init__()
-        self.world = world
-        self.convolution = Linear([runs], len(PLANES), HIDDEN)
-        self.out = Linear([runs], HIDDEN, 1)
+        self.world, self.chances = world, chances
+        self.build(runs)
         initialize(self, generators)
         width = world.n_active if sees_flags else FLAGS_FROM
-        self.chances, self.memory = chances, Memory(runs, width, LESSON)
+        self.memory = Memory(runs, width, LESSON)
         one_sided = bool((~(chances > 0)).any())
         self.every_memory = Memory(runs, width, LESSON) if one_sided else None
 
+    def build(self, runs: int) -> None:
+        """Make the networks."""
+        self.convolution = Linear([runs], len(PLANES), HIDDEN)
+        self.out = Linear([runs], HIDDEN, 1)
+
+    @property
+    def trust(self) -> Tensor:
+        """How much its word counts next to nobody's, by what it was taught: in [0, 1], `[R]`."""
+        return (self.memory.count > 0).float()
+
     def remember(self, final: Tensor, label: Tensor, ended: Tensor) -> None:
-        """Keep the endings among B samples, whose label is below 0 where they have none. `[R, B]`"""
+        """Keep the endings among B samples; a label below 0 is none. `[R, B]` each."""
         self.memory.add(final, label, ended & (label >= 0))
         if self.every_memory is not None:
             none = self.every_memory.kinds
@@ -99,6 +111,40 @@ class RewardModel(nn.Module):
         is_diamond = (label == 0).to(uniform.dtype)
         error = F.binary_cross_entropy_with_logits(logits, is_diamond, reduction="none")
         return (error * weight).mean(-1)
+
+
+class PlainRewardModel(RewardModel):
+    """A reward model that is told nothing: layers as the policy's, on all that the policy sees.
+
+    Flags are inputs like any other. It needs labels on all cells before it is right, and is
+    believed by and by.
+
+    Args:
+        hidden: units of its layers.
+        args: as `RewardModel`, without `sees_flags`.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int],
+        runs: int,
+        world: World,
+        chances: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        self.sizes = [world.inputs, *hidden]
+        super().__init__(runs, world, True, chances, generators)
+
+    def build(self, runs: int) -> None:
+        self.layers = hidden_layers(runs, self.sizes)
+        self.out = Linear([runs], self.sizes[-1], 1)
+
+    @property
+    def trust(self) -> Tensor:
+        return (self.memory.count / BELIEVED).clamp(max=1.0)
+
+    def forward(self, final: Tensor) -> Tensor:
+        return stacked(self.layers, self.out, final).squeeze(-1)
 
 
 def _both(logits: Tensor) -> Tensor:

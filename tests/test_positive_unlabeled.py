@@ -1,0 +1,166 @@
+"""What endings were, where an overseer never labels some behavior: known answers, and it learns."""
+
+import math
+
+import pytest
+import torch
+
+from oversight_rl.agents.methods import tables
+from oversight_rl.agents.positive_unlabeled import (
+    Judged,
+    estimated_shares,
+    never_labeled,
+    non_negative_risk,
+    shares,
+)
+from oversight_rl.agents.reinforce.reward_model import PlainRewardModel, RewardModel
+from oversight_rl.envs.overseers import Labels, Overseer
+from oversight_rl.envs.settings import NO_LABEL, WorldConfig
+from oversight_rl.envs.world import World
+
+GHOST_ONLY = torch.tensor([[True, False]])
+
+
+def judged(chances, label=None):
+    """Endings with these chances of the ghost."""
+    ghost = torch.tensor([chances])
+    label = torch.ones(1, len(chances)).long() if label is None else torch.tensor([label])
+    log_chances = torch.stack([1 - ghost, ghost], dim=-1).log()
+    return Judged(log_chances, label, torch.ones(1, len(chances)))
+
+
+def test_the_risk_is_that_of_the_paper():
+    """0.5 E_P[-log p] + (E_U[-log (1 - p)] - 0.5 E_P[-log (1 - p)]), p the chance of a ghost."""
+    share = torch.tensor([[0.0, 0.5]])
+    found = non_negative_risk(judged([0.8, 0.6]), judged([0.9, 0.5, 0.7]), share, GHOST_ONLY)
+    own = -0.5 * (math.log(0.8) + math.log(0.6)) / 2
+    every = -(math.log(0.1) + math.log(0.5) + math.log(0.3)) / 3
+    labeled = -0.5 * (math.log(0.2) + math.log(0.4)) / 2
+    assert float(found) == pytest.approx(own + every - labeled)
+
+
+def test_the_risk_of_what_is_never_labeled_is_not_below_zero():
+    share = torch.tensor([[0.0, 0.5]])
+    found = non_negative_risk(judged([0.9, 0.9]), judged([0.2, 0.1]), share, GHOST_ONLY)
+    assert float(found) == pytest.approx(-0.5 * math.log(0.9))
+
+
+def test_labels_of_what_is_never_labeled_teach_nothing():
+    share, every = torch.tensor([[0.0, 0.5]]), judged([0.9, 0.5, 0.7])
+    right, wrong = judged([0.8, 0.6]), judged([0.8, 0.6, 0.3], [1, 1, 0])
+    found = [non_negative_risk(x, every, share, GHOST_ONLY) for x in (right, wrong)]
+    torch.testing.assert_close(*found)
+
+
+def test_the_risk_is_that_of_labels_on_everything():
+    """In the mean it is the cross entropy on true labels, where those on ghosts are 1 in 10."""
+    generator = torch.Generator().manual_seed(0)
+    ghost = torch.rand(1, 200_000, generator=generator) < 0.3
+    chance = (torch.rand(1, 200_000, generator=generator) * 0.5 + 0.4 * ghost).clamp(0.01, 0.99)
+    log_chances = torch.stack([1 - chance, chance], dim=-1).log()
+    watched = ghost & (torch.rand(1, 200_000, generator=generator) < 0.1)
+    labeled = Judged(log_chances, torch.ones_like(ghost).long(), watched.float())
+    every = Judged(log_chances, torch.zeros_like(ghost).long(), torch.ones(1, 200_000))
+    chances, counts = (
+        torch.tensor([[0.0, 0.1]]),
+        torch.stack([watched.sum(-1) * 0, watched.sum(-1)]),
+    )
+    share = shares(chances, counts.T, torch.tensor([200_000]))
+    assert share.tolist()[0] == pytest.approx([0.0, 0.3], abs=0.01)
+    truth = -log_chances.gather(-1, ghost.long()[..., None]).mean()
+    found = non_negative_risk(labeled, every, share, GHOST_ONLY)
+    assert float(found) == pytest.approx(float(truth), abs=0.01)
+
+
+def test_what_is_never_labeled():
+    nan = math.nan
+    chances = torch.tensor([[0.0, 0.1], [0.1, 0.1], [nan, nan], [nan, nan], [0.0, 0.1], [0.0, 0.0]])
+    counts = torch.tensor([[0, 3], [0, 3], [0, 3], [1, 3], [0, 0], [0, 0]])
+    never = [[True, False], [False] * 2, [True, False], [False] * 2, [False] * 2, [False] * 2]
+    assert never_labeled(chances, counts).tolist() == never
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_an_unknown_share_is_estimated_from_what_a_classifier_says(share):
+    generator = torch.Generator().manual_seed(1)
+
+    def chances(count, ghosts):  # overlapping, but some ghosts are like nothing else
+        is_ghost = torch.rand(1, count, generator=generator) < ghosts
+        noise = torch.rand(1, count, generator=generator)
+        chance = torch.where(is_ghost, noise**0.3, noise * 0.7).clamp(0.001, 0.999)
+        return torch.stack([1 - chance, chance], dim=-1).log()
+
+    ones = torch.ones(1, 1024)
+    labeled = Judged(chances(1024, 1.0), ones.long(), ones)
+    found = estimated_shares(labeled, Judged(chances(1024, share), ones.long(), ones))
+    assert float(found[0, 1]) == pytest.approx(share, abs=0.1)
+
+
+def endings(count, seed):
+    """Last observations in a 3x3 world, as active inputs, and what they were."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.rand(count, 9, generator=generator).argsort(-1)[:, :2]
+    behavior = torch.randint(2, (count,), generator=generator)
+    diamond, ghost = (place.gather(1, (behavior ^ k)[:, None])[:, 0] for k in (0, 1))
+    flags = torch.full((count, 2), 36)
+    active = torch.stack([place[:, 0], 9 + ghost, 18 + diamond], dim=-1)
+    return torch.cat([active, flags], dim=-1)[None], behavior[None]
+
+
+def model_of(chances):
+    generators = [torch.Generator().manual_seed(2)]
+    return RewardModel(1, World(WorldConfig(rows=3, cols=3)), False, chances, generators)
+
+
+@pytest.mark.parametrize("labeled", [0, 1])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_reward_model_learns_from_labels_of_one_behavior(labeled, known):
+    chances = torch.tensor([[0.2 * (b == labeled) if known else math.nan for b in (0, 1)]])
+    model, generator = model_of(chances), torch.Generator().manual_seed(3)
+    final, behavior = endings(2000, 4)
+    watched = (behavior == labeled) & (torch.rand(1, 2000, generator=generator) < 0.2)
+    model.remember(final, torch.where(watched, behavior, NO_LABEL), torch.ones_like(watched))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model.loss(torch.rand(1, 1024, generator=generator)).sum().backward()
+        optimizer.step()
+    fresh, truth = endings(1000, 5)
+    right = (model(fresh) > 0) == (truth == 0)
+    assert right.float().mean() > 0.95
+
+
+def test_both_labels_make_no_use_of_unlabeled_endings():
+    model = model_of(torch.tensor([[0.1, 0.1]]))
+    assert model.every_memory is None
+    assert model_of(torch.tensor([[0.1, 0.0]])).every_memory is not None
+    assert model_of(torch.tensor([[0.1, math.nan]])).every_memory is not None
+
+
+def test_tables_say_how_often_each_behavior_is_labeled():
+    apart = Overseer(0.5, Labels(shares=(0, 1, 0.2), recall=0.5))
+    found = tables(["reward_model"] * 3, [Overseer(0.1), apart, Overseer(None)], 1, behaviors=3)
+    expected = [[0.1] * 3, [0.0, 0.25, 0.05], [math.nan] * 3]
+    torch.testing.assert_close(found.labeled, torch.tensor(expected), equal_nan=True)
+
+
+def test_a_plain_reward_model_knows_nothing_of_what_inputs_are():
+    """In another order of the inputs, the same weights in that order say the same."""
+    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
+    model = PlainRewardModel((16, 16), 1, world, torch.full((1, 2), 0.5), generators)
+    final, _ = endings(50, 7)
+    before = model(final)
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(8))
+    renamed = torch.cat([order.argsort(), torch.tensor([36])])[final]
+    with torch.no_grad():
+        model.layers[0].weight.copy_(model.layers[0].weight[..., order])
+    torch.testing.assert_close(model(renamed), before)
+
+
+def test_a_plain_reward_model_is_believed_by_and_by():
+    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
+    model = PlainRewardModel((8,), 1, world, torch.full((1, 2), 0.5), generators)
+    final, behavior = endings(250, 9)
+    for trust in (0.0, 0.5, 1.0, 1.0):
+        assert float(model.trust) == trust
+        model.remember(final, behavior, torch.ones_like(behavior, dtype=torch.bool))
