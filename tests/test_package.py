@@ -249,7 +249,7 @@ def test_presets_are_known_by_name_and_files_come_first(tmp_path, monkeypatch):
     )
     Path("smoke").write_text("oversight: 0.5")
     assert settings_file(Path("smoke")) == Path("smoke")
-    assert len(load_sweep(settings_file(Path("compare_quick"))).grid) == 3
+    assert len(load_sweep(settings_file(Path("compare_quick"))).grid[0]) == 3
 
 
 @pytest.mark.parametrize(

@@ -170,12 +170,12 @@ def test_finished_runs_are_left_alone_and_values_can_be_added(done):
     assert sweep(more, done, local_workers(2), quiet()) == {}
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert len(metrics(done)) == 12
-    reordered = {key: more.grid[key] for key in ("oversight", "method", "seeds")}
+    reordered = {key: more.grid[0][key] for key in ("oversight", "method", "seeds")}
     for other in (
         tiny(updates=9),
         tiny({"method": ["routing"]}),
         tiny(reordered),
-        tiny(dict(more.grid), methods={"naive": {"reinforce": {"labeled_weight": 3}}}),
+        tiny(dict(more.grid[0]), methods={"naive": {"reinforce": {"labeled_weight": 3}}}),
     ):
         with pytest.raises(UserError, match="holds another sweep"):
             sweep(other, done, local_workers(1), quiet())
@@ -452,3 +452,19 @@ def test_absent_workers_are_refused(tmp_path, capsys, flags, message):
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert "--workers" not in flags or not out.exists()
+
+
+def test_several_grids_are_one_sweep(tmp_path):
+    grids = [
+        {"method": ["routing", "naive"], "oversight": [0.1, 0.3], "seeds": [0, 1]},
+        {"overseer": ["ghosts_only", "noisy"], "method": ["routing"], "seeds": [0]},
+    ]
+    runs = plan(SweepConfig(settings=TINY, grid=grids), tmp_path)
+    names = [run.path.relative_to(tmp_path).as_posix() for run in runs]
+    assert len(names) == 2 * 2 * 2 + 2
+    assert "routing-0.3/seed_1" in names
+    assert names[-2:] == ["overseer=ghosts_only-routing/seed_0", "overseer=noisy-routing/seed_0"]
+    assert [run.config.overseer for run in runs[-2:]] == ["ghosts_only", "noisy"]
+    assert runs[-1].config.labels.error == (0.3,)
+    with pytest.raises(UserError, match="must be distinct"):
+        plan(SweepConfig(settings=TINY, grid=[grids[0], grids[0]]), tmp_path)

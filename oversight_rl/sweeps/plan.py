@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,15 +24,28 @@ MOST_RUNS = 100_000  # of a sweep
 Values = Annotated[tuple[Any, ...], BeforeValidator(as_sequence), Field(min_length=1)]
 
 
+Grid = dict[str, Values]
+
+
+def as_grids(value: Any) -> Any:
+    """Several grids where one may stand."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 class SweepConfig(Settings):
-    """A sweep: a run for every combination of the values in `grid`."""
+    """A sweep: a run for every combination of the values in `grid`, or in each of several."""
 
     section: ClassVar[str] = "sweep"
 
     settings: dict[str, Any] = {}
     """What all runs share, as in a configuration file of one run."""
-    grid: dict[str, Values] = Field(min_length=1)
-    """Values to combine, by setting: method, oversight, seeds, or any other by its dotted name."""
+    grid: Annotated[
+        tuple[Annotated[Grid, Field(min_length=1)], ...],
+        BeforeValidator(as_grids),
+        Field(min_length=1),
+    ]
+    """Values to combine, by setting: method, oversight, seeds, or any other by its dotted name; a
+    list of such mappings is as many sweeps in one."""
     methods: dict[str, dict[str, Any]] = {}
     """What some methods do otherwise, by method, as in a configuration file of one run."""
     stack: int | None = Field(None, ge=1)
@@ -64,22 +77,13 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
     for method, own in sweep.methods.items():
         if wrong := {"method", "oversight", "seeds"} & set(own):
             raise UserError(f"sweep.methods: {method} cannot set {', '.join(wrong)} of its own")
-    grid = {"seeds": as_sequence(sweep.settings.get("seeds", 0))} | sweep.grid
-    seeds = grid.pop("seeds")
-    planned = math.prod(map(len, grid.values())) * len(seeds)
+    own = as_sequence(sweep.settings.get("seeds", 0))
+    grids = [{"seeds": own} | grid for grid in sweep.grid]
+    planned = sum(math.prod(map(len, grid.values())) for grid in grids)
     if planned > MOST_RUNS:
         raise UserError(f"sweep.grid: combines to {planned:,} runs, more than {MOST_RUNS:,}")
     begun = (out / SWEEP).is_file() and load_sweep(out / SWEEP) == sweep
-    runs = []
-    for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        config = as_config(_settings(sweep, chosen) | {"seeds": list(seeds)}, written=begun)
-        config.refuse_words()
-        name = "-".join(
-            _text(value) if key in ("method", "oversight") else f"{key}={_text(value)}"
-            for key, value in chosen.items()
-        )
-        runs += [Run(out / name / f"seed_{seed}", config.single(seed)) for seed in config.seeds]
+    runs = [run for grid in grids for run in _combined(sweep, grid, out, begun)]
     if len({run.path for run in runs}) < len(runs):
         raise UserError("sweep.grid: values of a setting must be distinct")
     if sweep.methods:
@@ -87,6 +91,21 @@ def plan(sweep: SweepConfig, out: Path) -> list[Run]:
         for method in set(sweep.methods) - known:
             raise UserError(f"sweep.methods: unknown method {method!r}{nearest(method, known)}")
     return runs
+
+
+def _combined(sweep: SweepConfig, grid: Grid, out: Path, begun: bool) -> Iterator[Run]:
+    """A run for every combination of values."""
+    others = {name: values for name, values in grid.items() if name != "seeds"}
+    for values in itertools.product(*others.values()):
+        chosen = dict(zip(others, values, strict=True))
+        config = as_config(_settings(sweep, chosen) | {"seeds": list(grid["seeds"])}, written=begun)
+        config.refuse_words()
+        name = "-".join(
+            _text(value) if key in ("method", "oversight") else f"{key}={_text(value)}"
+            for key, value in chosen.items()
+        )
+        for seed in config.seeds:
+            yield Run(out / name / f"seed_{seed}", config.single(seed))
 
 
 def _settings(sweep: SweepConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
