@@ -312,10 +312,12 @@ class Prepared:
 
     def _hidden(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Activations of the trunks from `start` to `stop`. [R, J, B, H]"""
-        x = self.first(observation, start, stop).relu()
+        alone = not _learns()  # who looks at a sum: only what comes after it
+        x = F.relu(self.first(observation, start, stop), inplace=alone)
         _, *later = self.agent.trunks
         for layer in later:
-            x = affine(x, layer.weight[:, start:stop], layer.bias[:, start:stop]).relu()
+            x = affine(x, layer.weight[:, start:stop], layer.bias[:, start:stop])
+            x = F.relu(x, inplace=alone)
         return x
 
 

@@ -21,7 +21,7 @@ DIAMOND_FLAGGED, GHOST_FLAGGED = [2, 3], [1, 3]  # settings of the two flags, as
 MAX_STATES = 4_000_000
 """Largest number of observable states that exact evaluation takes on (8x8 has 999,936)."""
 
-CHUNK = 2048  # states per call of a policy, which bounds the memory taken
+CHUNK = 512  # states per call of a policy: what it works out stays in the cache
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ caller decides which stream each world draws from.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -243,6 +244,12 @@ class World:
             spurious=torch.zeros(*key.shape, 0, dtype=torch.bool, device=key.device),
             time=torch.zeros_like(key),
         )
+
+    @cached_property
+    def active_by_key(self) -> Tensor:
+        """`active` for each key. [n_keys, 5] int16"""
+        keys = torch.arange(self.n_keys, device=self.device)
+        return self.active(self.unkey(keys)).to(torch.int16)
 
 
 def _moves(rows: int, cols: int) -> Tensor:

@@ -140,7 +140,7 @@ class _Distinct:
         self.world, self.runs, self.worlds = world, runs, worlds
         self.merging = world.device.type == "cpu" and 0 < world.n_keys <= MOST_KEYS
         if self.merging:
-            self.slots = torch.full((runs, world.n_keys), -1)
+            self.slots = torch.full((runs * world.n_keys,), -1)
 
     def look_up(self, state: State, met: int) -> tuple[Tensor, Tensor, list[int]]:
         """Slots `[R, N]` of states, when so many slots are in use.
@@ -151,20 +151,18 @@ class _Distinct:
             slot = torch.arange(self.worlds, device=self.world.device) + met
             return slot.expand(self.runs, -1), self.world.active(state), [self.worlds] * self.runs
         key = self.world.key(state)
-        known = self.slots.gather(1, key)
         if self.runs > 1:
             key = key + torch.arange(self.runs)[:, None] * self.world.n_keys
+        known = self.slots.take(key)
         new = key[known < 0].unique()  # sorted, so by run
-        run = new // self.world.n_keys
-        per_run = run.bincount(minlength=self.runs)
-        rank = torch.arange(len(new)) - (per_run.cumsum(0) - per_run)[run]
-        self.slots.view(-1)[new] = rank + met
-        counts: list[int] = per_run.tolist()
-        active = self.world.active(self.world.unkey(new % self.world.n_keys))
+        rank, counts = torch.arange(len(new)), [len(new)]
+        active = self.world.active_by_key[new % self.world.n_keys].long()
         if self.runs > 1:
+            run = new // self.world.n_keys
+            per_run = run.bincount(minlength=self.runs)
+            rank, counts = rank - (per_run.cumsum(0) - per_run)[run], per_run.tolist()
             padded = torch.full((self.runs, max(counts), active.shape[-1]), self.world.inputs)
             padded[run, rank] = active
             active = padded
-        else:
-            active = active[None]
-        return self.slots.view(-1).take(key), active, counts
+        self.slots[new] = rank + met
+        return self.slots.take(key), active.view(self.runs, -1, active.shape[-1]), counts

@@ -19,18 +19,18 @@ from oversight_rl.agents.networks import Output, Prepared, row_gradients, row_su
 
 @dataclass(frozen=True)
 class Piece:
-    """States that a group of G runs met in a step."""
+    """States that some runs met in a step, and what their trunks made of them."""
 
-    runs: slice
-    states: slice  # among the window's U
-    layers: list[Tensor]  # [G * J, B, H], activations of each hidden layer
+    trunks: slice  # of all R * J
+    states: slice  # of the window's U
+    layers: list[Tensor]  # [trunks, B, H], activations of each hidden layer
 
 
 class Window:
     """The states of a window and what R agents compute for them.
 
     Args:
-        forward: of the agents. If gradients are on, then they will be, when all is learned from.
+        forward: of the agents. If gradients are on, what is computed is kept to learn from it.
     """
 
     def __init__(self, forward: Prepared) -> None:
@@ -39,6 +39,8 @@ class Window:
         self.table = forward.first.table  # [R, J, F + 2, H]
         self.weights = [*(layer.weight for layer in layers), forward.out_weight]  # [R, J, out, in]
         self.biases = [*(layer.bias for layer in layers), forward.out_bias]  # [R, J, out]
+        self.factors = [weight.detach().flatten(0, 1).mT for weight in self.weights]
+        self.shifts = [bias.detach().flatten(0, 1)[:, None] for bias in self.biases]
         runs = len(self.table)
         # what one run has met in a step fits into a processor's cache; a GPU wants much at once
         alone = [slice(run, run + 1) for run in range(runs)]
@@ -56,22 +58,22 @@ class Window:
             active: `[R, B, D]`, active inputs.
             counts: states of each run, the first ones; what follows is padding.
         """
-        last = self.biases[-1]
-        logits = last.new_zeros(*last.shape[:2], active.shape[1], last.shape[2])
+        batch, (each, outputs) = active.shape[1], self.biases[-1].shape[1:]
+        logits = self.table.new_zeros(len(active), each, batch, outputs)
         for runs in self.groups:
-            count = max(counts[runs])
+            trunks = slice(runs.start * each, runs.stop * each)
+            count, layers = max(counts[runs]), []
             x = row_sums(active[runs, :count], self.table[runs]).flatten(0, 1)
-            layers = []
-            states = slice(self.count, self.count + count)
-            for weight, bias in zip(self.weights, self.biases, strict=True):
+            for factor, shift in zip(self.factors, self.shifts, strict=True):
                 layers.append(x.relu_())
-                shift = bias[runs].flatten(0, 1)[:, None]
-                x = torch.baddbmm(shift, x, weight[runs].flatten(0, 1).mT)
-            logits[runs, :, :count] = x.unflatten(0, (-1, last.shape[1]))
-            self.pieces.append(Piece(runs, states, layers if self.learns else []))
+                x = torch.baddbmm(shift[trunks], x, factor[trunks])
+            logits.flatten(0, 1)[trunks, :count] = x
+            if self.learns:
+                states = slice(self.count, self.count + count)
+                self.pieces.append(Piece(trunks, states, layers))
         self.active.append(active)
         self.logits.append(logits)
-        self.count += active.shape[1]
+        self.count += batch
         return self.forward.output(logits, logits, logits)  # no value is asked for
 
     def learning(self) -> tuple[Tensor, Output]:
@@ -96,32 +98,38 @@ class _ByHand(torch.autograd.Function):
         ctx: Any, pieces: list[Piece], active: Tensor, logits: Tensor, table: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor]:
         weights = rest[: len(rest) // 2]
-        ctx.pieces, ctx.rows, ctx.depth = pieces, table.shape[2], len(weights)
+        # activations are freed with the graph, pieces later
+        ctx.pieces = [(piece.trunks, piece.states) for piece in pieces]
+        ctx.rows, ctx.depth = table.shape[2], len(weights)
         ctx.save_for_backward(active, *weights, *(x for piece in pieces for x in piece.layers))
         return logits, logits.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> tuple[Tensor | None, ...]:
         active, *saved = ctx.saved_tensors
-        weights, layers = saved[: ctx.depth], saved[ctx.depth :]
+        weights, layers = [x.flatten(0, 1) for x in saved[: ctx.depth]], saved[ctx.depth :]
+        into_activations, into_parameters = (g.flatten(0, 1) for g in grad)  # [R * J, U, O]
         to_weights = [torch.zeros_like(weight) for weight in weights]
-        to_biases = [weight.new_zeros(weight.shape[:-1]) for weight in weights]
-        shift = weights[0].new_zeros(*weights[0].shape[:2], weights[0].shape[-1])  # the first bias
-        first = shift.new_empty(*grad[0].shape[:3], shift.shape[-1])  # before the first activation
-        for n, piece in enumerate(ctx.pieces):
-            runs = piece.runs
-            # into the activations, into the parameters: alike from the last hidden layer on
-            down, up = (g[runs, :, piece.states].flatten(0, 1) for g in grad)
+        to_biases = [weight.new_zeros(weight.shape[:2]) for weight in weights]
+        width = weights[0].shape[-1]
+        first = weights[0].new_empty(*into_activations.shape[:2], width)  # before its activation
+        first_bias = first.new_zeros(len(first), width)
+        for n, (trunks, states) in enumerate(ctx.pieces):
+            down, up = into_activations[trunks, states], into_parameters[trunks, states]
             for i in reversed(range(ctx.depth)):
-                x = layers[n * ctx.depth + i]  # what weight i was multiplied with
-                to_weights[i][runs].flatten(0, 1).baddbmm_(up.mT, x)
-                to_biases[i][runs].flatten(0, 1).add_(up.sum(1))
-                room = first[runs, :, piece.states].flatten(0, 1) if i == 0 else torch.empty_like(x)
-                down = torch.bmm(down, weights[i][runs].flatten(0, 1), out=room)
-                up = _threshold_backward(down, x, 0.0, grad_input=down)
-            shift[runs].flatten(0, 1).add_(up.sum(1))
-        table = row_gradients(active, first, shift, ctx.rows)
-        return None, None, None, table, *to_weights, *to_biases
+                x = layers[n * ctx.depth + i]  # what weight i was multiplied by
+                to_weights[i][trunks].baddbmm_(up.mT, x)
+                to_biases[i][trunks] += up.sum(1)
+                room = torch.empty_like(x) if i else first[trunks, states]
+                torch.bmm(down, weights[i][trunks], out=room)
+                # from here on the same gradient goes both ways
+                down = up = _threshold_backward(room, x, 0.0, grad_input=room)
+            first_bias[trunks] += up.sum(1)
+        shape = grad[0].shape[:2]  # [R, J]
+        parts = (x.unflatten(0, shape) for x in (first, first_bias))
+        table = row_gradients(active, *parts, ctx.rows)
+        rest = (x.unflatten(0, shape) for x in (*to_weights, *to_biases))
+        return None, None, None, table, *rest
 
 
 # typed, as autograd functions and out variants are not
