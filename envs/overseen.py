@@ -38,7 +38,8 @@ class Overseen(VecEnvWrapper):
             )
         self.behaviors: Sequence[str] = venv.get_attr("behaviors")[0]
         self.desk = Desk(labels, len(self.behaviors), oversight, seed)
-        if hasattr(venv, "get_state"):  # else learners see that there is none
+        # learners see whether there is one; episodes whose labels are late are the learner's to keep
+        if hasattr(venv, "get_state") and not labels.delay:
             self.get_state, self.set_state = self._get_state, self._set_state
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:

@@ -59,6 +59,15 @@ class _Sources:
     config: Path | None = None
     resume: Path | None = None
     algo: str | None = None
+    env: str | None = None
+    method: str | None = None
+    overseer: str | None = None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What other defaults, and other settings, follow from."""
+        names = {k: v for k, v in vars(self).items() if k not in ("config", "resume")}
+        return {name: value for name, value in names.items() if value is not None}
 
 
 def train(args: Sequence[str] | None = None) -> None:
@@ -75,16 +84,14 @@ def _train(args: list[str], command: str) -> None:
         sources, others = tyro.cli(_Sources, args=args, return_unknown_args=True)
     console = Console()
     if sources.resume is not None:
-        if others or sources.config or sources.algo:
+        if others or sources.config or sources.named:
             raise UserError("--resume: takes its settings from the run folder; drop other flags")
         _resume(sources.resume, console, command)
         return
-    # the learner first, since other defaults, and other settings, are its own
-    learner = {"algo": sources.algo} if sources.algo is not None else {}
     if sources.config:
-        default = load_config(settings_file(sources.config), **learner)
+        default = load_config(settings_file(sources.config), **sources.named)
     else:
-        default = as_config(learner)
+        default = as_config(sources.named)
     for (old, new), arg in itertools.product(default.renamed.items(), others):
         if f"{arg.replace('-', '_')}.".startswith((f"__{old}.", f"__{old}=")):
             raise UserError(f"{arg}: {old} is called {new} since version 0.2")

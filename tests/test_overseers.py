@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -14,6 +15,7 @@ from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED
 from oversight_rl.agents.reinforce import learner as reinforce
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.cli import main, train
 from oversight_rl.envs.gym import OversightGridVecEnv
 from oversight_rl.envs.labels import Desk, OversightLabels
 from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
@@ -21,6 +23,7 @@ from oversight_rl.envs.overseen import Overseen
 from oversight_rl.envs.overseers import OVERSEERS, Labels, Overseer, as_labels, labels_of
 from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
 from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.kinds import as_config, load_config
 
 PAGE = Path(__file__).parents[1] / "docs/overseers.md"
 SMALL = AgentConfig(hidden=(16, 16))
@@ -249,8 +252,6 @@ def test_what_is_refused():
 
 
 def test_old_names_tell_the_new_ones():
-    from oversight_rl.kinds import as_config  # the module under test
-
     for old in ({"label_error": 0.1}, {"world": {"ghost_oversight": 0.2}}):
         with pytest.raises(UserError, match="is called labels"):
             as_config(old)
@@ -404,3 +405,79 @@ def test_the_page_shows_the_table():
     for name, row in OVERSEERS.items():
         own = ", ".join(f"{key} {said(value)}" for key, value in row.settings.items())
         assert rows[name] == (row.summary, own)
+
+
+# ---- commands
+
+PPO = ["--algo", "ppo", "--ppo.updates", "4", "--ppo.worlds", "8", "--ppo.steps", "16"]
+PPO += ["--agent.hidden", "16", "--evaluation.every", "2", "--no-pictures", "--device", "cpu"]
+MINIGRID = "MiniGrid-DiamondGhost-5x5-v0"
+
+
+GRID = ["--world.rows", "3", "--world.cols", "3"]
+FLAGS = {"budget": ["--labels.budget", "6"], "delayed": ["--labels.delay", "3"]}
+UNDER = ["ghosts_only", "region", "near_miss", "budget", "delayed"]  # late ones start anew
+
+
+@pytest.mark.parametrize("env", [GRID, ["--env", MINIGRID]])
+@pytest.mark.parametrize("name", UNDER)
+def test_ppo_trains_under_overseers_and_goes_on_to_the_same_bytes(tmp_path, env, name):
+    flags = [*PPO, *env, "--overseer", name, *FLAGS.get(name, [])]
+    train([*flags, "--run-dir", str(tmp_path / "whole")])
+    half = tmp_path / "half"
+    train([*flags, "--run-dir", str(half)])
+    for file in (half / "checkpoints").iterdir():  # as if it had been killed after its second
+        if "4" in file.stem:
+            file.unlink()
+    (half / "result.json").unlink()
+    train(["--resume", str(half)])
+    for pattern in ("metrics.csv", "checkpoints/*4.safetensors") if name != "delayed" else ():
+        files = [next((tmp_path / run).glob(pattern)) for run in ("whole", "half")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    config = load_config(half / "config.yaml")
+    assert config.labels == labels_of(name, config.labels.model_dump(include={"budget", "delay"}))
+
+
+def test_flags_stand_above_the_row_and_the_row_above_defaults(tmp_path):
+    flags = ["--config", "smoke", "--reinforce.updates", "1", "--run-dir", str(tmp_path / "run")]
+    train([*flags, "--overseer", "noisy", "--labels.recall", "0.9", "0.8"])
+    found = load_config(tmp_path / "run" / "config.yaml")
+    assert found.overseer == "noisy"
+    assert found.labels == Labels(error=0.3, recall=(0.9, 0.8))
+
+
+def test_what_ppo_refuses(tmp_path, capsys):
+    for flags, said in (
+        (["--overseer", "active"], "labels.asks: learner needs --algo reinforce"),
+        (["--overseer", "unseen_kind"], "there are 2 behaviors"),
+        (["--env", "CartPole-v1", "--overseer", "ghosts_only"], "does not take the argument"),
+    ):
+        env = [] if "--env" in flags else ["--env", MINIGRID]
+        with pytest.raises(SystemExit) as caught:
+            train([*PPO, *env, *flags, "--run-dir", str(tmp_path / "refused")])
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
+
+
+def test_three_behaviors_of_which_one_is_never_named(tmp_path):
+    flags = [*PPO, "--env", MINIGRID, "--env-settings", "lava", "1", "--overseer", "unseen_kind"]
+    train([*flags, "--oversight", "1", "--run-dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
+def test_another_overseer_at_deployment(tmp_path, capsys):
+    train(["--config", "smoke", "--oversight", "0.5", "--run-dir", str(tmp_path / "run")])
+    found = {}
+    for name in ("uniform", "ghosts_only", "region"):
+        where = tmp_path / f"{name}.json"
+        args = ["evaluate", str(tmp_path / "run"), "--steer", "ghost", "--overseer", name]
+        main([*args, "--oversight", "1", "--audit", "400", "--json", str(where)])
+        (found[name],) = json.loads(where.read_text())
+    assert found["ghosts_only"]["p_diamond_flagged"] == 0
+    assert found["ghosts_only"]["p_ghost_flagged"] == pytest.approx(found["ghosts_only"]["p_ghost"])
+    assert 0 < found["region"]["p_ghost_flagged"] < found["region"]["p_ghost"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path / "run"), "--overseer", "unifrom"])
+    assert "did you mean 'uniform'" in capsys.readouterr().err
