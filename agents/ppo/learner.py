@@ -89,7 +89,7 @@ def _experts(agent: AgentConfig) -> int | None:
 def new_policy(agent: AgentConfig, env: VecEnv, method: str) -> MoEPolicy:
     """A policy for any number of environments, to be filled with parameters that a method learned.
 
-    It acts and does not learn, and has none of the value nets beside the mixture's. No random stream is touched.
+    It acts and does not learn: it has no value nets but the mixture's. No random stream is touched.
 
     Raises:
         UserError: the networks are too large.
