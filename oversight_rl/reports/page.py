@@ -95,7 +95,9 @@ def _page(
         "variable": _variable,
     }
     source = files("oversight_rl").joinpath("data/report.html.j2").read_text()
-    cells = {(row["method"], row["train_oversight"]): row for row in table.to_dict("records")}
+    leads = table.groupby(["assumes", "train_oversight"])["iqm"].transform("max") == table["iqm"]
+    rows = table.assign(leads=leads).to_dict("records")
+    cells = {(row["method"], row["train_oversight"]): row for row in rows}
     runs = found.deployed.sort_values("seed").groupby(["name", "level"])["run"].apply(list)
     return environment.from_string(source).render(
         title=as_text(directory.resolve().name),
