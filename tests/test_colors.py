@@ -46,8 +46,10 @@ def distance(one, other):
 
 def test_red_and_green_look_alike_and_blue_does_not():
     """The simulation itself: a brown and a dark green that people confuse."""
-    assert distance("#8a6d00", "#7a7a1a") < 6 < np.linalg.norm(
-        lab(linear("#8a6d00")) - lab(linear("#7a7a1a"))
+    assert (
+        distance("#8a6d00", "#7a7a1a")
+        < 6
+        < np.linalg.norm(lab(linear("#8a6d00")) - lab(linear("#7a7a1a")))
     )
     assert distance("#0000ff", "#ffff00") > 100
 
