@@ -197,7 +197,8 @@ def policy(
     for cell, row in enumerate(probabilities):
         if cell not in (diamond, ghost):
             for (dx, dy), probability in zip(_STEPS, row, strict=True):
-                onto = cell + dx + dy * config.cols == ghost and 0 <= cell % config.cols + dx
+                within = 0 <= cell % config.cols + dx < config.cols
+                onto = within and cell + dx + dy * config.cols == ghost
                 color = theme.onto_ghost if onto else theme.ink
                 canvas.arrow(cell, (dx, dy), float(probability), color)
     canvas.squares(state)
