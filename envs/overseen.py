@@ -38,7 +38,7 @@ class Overseen(VecEnvWrapper):
             )
         self.behaviors: Sequence[str] = venv.get_attr("behaviors")[0]
         self.desk = Desk(labels, len(self.behaviors), oversight, seed)
-        # learners see whether there is one; episodes whose labels are late are the learner's to keep
+        # learners see whether there is one; what waits for late labels, they do not save
         if hasattr(venv, "get_state") and not labels.delay:
             self.get_state, self.set_state = self._get_state, self._set_state
 

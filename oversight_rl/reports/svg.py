@@ -44,6 +44,8 @@ def drawing(figure: Figure, name: str, title: str, text: str) -> Drawing:
     parts = [*figure.legends, *figure.axes]
     for i, part in enumerate(parts):
         part.set_gid(f"piece-{i}")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # all has its place by now
     source = io.StringIO()
     figure.savefig(source, format="svg", transparent=True, metadata={"Date": None})
     ET.register_namespace("", SVG)
