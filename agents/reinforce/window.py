@@ -63,6 +63,8 @@ class Window:
         for runs in self.groups:
             trunks = slice(runs.start * each, runs.stop * each)
             count, layers = max(counts[runs]), []
+            if not count:
+                continue
             x = row_sums(active[runs, :count], self.table[runs]).flatten(0, 1)
             for factor, shift in zip(self.factors, self.shifts, strict=True):
                 layers.append(x.relu_())
