@@ -129,8 +129,8 @@ class _ByHand(torch.autograd.Function):
                 down = up = _threshold_backward(room, x, 0.0, grad_input=room)
             first_bias[trunks] += up.sum(1)
         shape = grad[0].shape[:2]  # [R, J]
-        parts = (x.unflatten(0, shape) for x in (first, first_bias))
-        table = row_gradients(active, *parts, ctx.rows)
+        first, first_bias = first.unflatten(0, shape), first_bias.unflatten(0, shape)
+        table = row_gradients(active, first, first_bias, ctx.rows)
         rest = (x.unflatten(0, shape) for x in (*to_weights, *to_biases))
         return None, None, None, table, *rest
 
