@@ -312,7 +312,7 @@ class Prepared:
 
     def _hidden(self, observation: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Activations of the trunks from `start` to `stop`. [R, J, B, H]"""
-        alone = not _learns()  # who looks at a sum: only what comes after it
+        alone = not _learns()  # without gradients nothing else looks at the sums
         x = F.relu(self.first(observation, start, stop), inplace=alone)
         _, *later = self.agent.trunks
         for layer in later:
@@ -393,10 +393,8 @@ def row_gradients(index: Tensor, grad: Tensor, bias: Tensor, rows: int) -> Tenso
     runs, batch, active = index.shape
     row, order = index.flatten(1).sort(dim=1, stable=True)  # [R, B * D]
     begins = torch.searchsorted(row, torch.arange(rows - 1, device=index.device).repeat(runs, 1))
-    if not index.is_cuda:  # where asking how many would make the host wait
-        order = order[:, : max(1, int(begins[:, -1].max()))]  # those that took a row of zeros
     samples = (order // active)[:, None, :, None] + _firsts(grad, batch)
-    begins = begins.clamp(max=order.shape[1])[:, None, :, None] + _firsts(grad, order.shape[1])
+    begins = begins[:, None, :, None] + _firsts(grad, batch * active)
     sums = F.embedding_bag(samples.flatten(), grad.flatten(0, 2), begins.flatten(), mode="sum")
     sums = sums.view(*grad.shape[:2], rows - 1, -1)
     return torch.cat([sums, bias[:, :, None]], dim=2)

@@ -295,20 +295,22 @@ def test_the_whole_gradient_equals_the_plain_implementation(preset):
     assert rollout.active.shape[1] < 0.9 * steps * worlds  # states were merged
 
 
-@pytest.mark.parametrize("runs", [1, 3])
-def test_merging_equal_states_changes_nothing(monkeypatch, runs):
+@pytest.mark.parametrize(("runs", "worlds"), [(1, 20), (3, 20), (3, 1)])
+def test_merging_equal_states_changes_nothing(monkeypatch, runs, worlds):
+    """Not either where runs meet different numbers of states, or one meets none in a step."""
     agent = make_agent(runs)
     config = ReinforceConfig()
     methods = tables(["routing"] * runs, [Overseer(0.5)] * runs, 2)
     results = []
     for most in (collecting.MOST_KEYS, 0):
         monkeypatch.setattr(collecting, "MOST_KEYS", most)
-        rollout = make_rollout(agent)
+        rollout = make_rollout(agent, worlds=worlds)
         targets = label(rollout, methods, config)
         total = loss(agent, rollout, targets).total(config, 0.0)
         results.append((rollout, grads_of(agent, total)))
     (merged, grads), (apart, others) = results
-    assert merged.active.shape[1] < apart.active.shape[1] == 240
+    assert merged.active.shape[1] < apart.active.shape[1] == 12 * worlds
+    assert len({len(slots.unique()) for slots in merged.slot}) == runs  # they met different numbers
     assert torch.equal(merged.action, apart.action)
     run = torch.arange(runs)[:, None, None]
     assert torch.equal(merged.active[run, merged.slot], apart.active[run, apart.slot])

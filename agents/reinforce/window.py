@@ -63,6 +63,8 @@ class Window:
         for runs in self.groups:
             trunks = slice(runs.start * each, runs.stop * each)
             count, layers = max(counts[runs]), []
+            if not count:
+                continue
             x = row_sums(active[runs, :count], self.table[runs]).flatten(0, 1)
             for factor, shift in zip(self.factors, self.shifts, strict=True):
                 layers.append(x.relu_())
@@ -126,8 +128,8 @@ class _ByHand(torch.autograd.Function):
                 down = up = _threshold_backward(room, x, 0.0, grad_input=room)
             first_bias[trunks] += up.sum(1)
         shape = grad[0].shape[:2]  # [R, J]
-        parts = (x.unflatten(0, shape) for x in (first, first_bias))
-        table = row_gradients(active, *parts, ctx.rows)
+        first, first_bias = first.unflatten(0, shape), first_bias.unflatten(0, shape)
+        table = row_gradients(active, first, first_bias, ctx.rows)
         rest = (x.unflatten(0, shape) for x in (*to_weights, *to_biases))
         return None, None, None, table, *rest
 
