@@ -42,6 +42,11 @@ class Overseen(VecEnvWrapper):
         if hasattr(venv, "get_state") and not labels.delay:
             self.get_state, self.set_state = self._get_state, self._set_state
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("get_state", "set_state"):  # those of the environments are not all there is
+            raise AttributeError(f"environments whose labels are late have no {name}")
+        return super().__getattr__(name)  # type: ignore[no-untyped-call]
+
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         if attr_name == "labels":
             return [self.desk.labels for _ in self.venv._get_indices(indices)]

@@ -10,17 +10,9 @@ import pytest
 import torch
 
 from oversight_rl.agents.memory import CAPACITY, Memory
-from oversight_rl.agents.methods import (
-    LABELED,
-    METHODS,
-    TIMEOUT,
-    UNFINISHED,
-    UNLABELED,
-    labels,
-    outcomes,
-    tables,
-)
+from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
 from oversight_rl.agents.networks import Agent, cumulative, sample
+from oversight_rl.agents.outcomes import labels, outcomes, tables
 from oversight_rl.agents.reinforce import collect as collecting
 from oversight_rl.agents.reinforce.collect import Rollout, acting, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import calibration_error, statistics

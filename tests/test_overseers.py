@@ -322,7 +322,7 @@ def test_late_labels_name_their_episodes():
 
 
 def test_an_overseer_goes_on_where_it_was():
-    labels = Labels(budget=90, recall=0.7, error=0.2, delay=4)
+    labels = Labels(budget=90, recall=0.7, error=0.2)
     env, other = (Overseen(next(batches())(), labels, LEVEL, seed) for seed in (0, 1))
     ends(env, 30)
     other.set_state(env.get_state())
@@ -333,7 +333,9 @@ def test_an_overseer_goes_on_where_it_was():
         assert str(ours[3]) == str(theirs[3])
     state = env.get_state()
     with pytest.raises(ValueError, match="no overseer can be in such a state"):
-        other.set_state(state | {"overseer_waiting": state["overseer_waiting"] + 9})
+        other.set_state(state | {"overseer_count": state["overseer_count"] - 999})
+    late = Overseen(next(batches())(), Labels(delay=4), LEVEL, 0)
+    assert not hasattr(late, "get_state")  # learners would go on without those that wait
 
 
 def test_environments_of_ones_own_have_overseers():

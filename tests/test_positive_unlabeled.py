@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from oversight_rl.agents.methods import tables
+from oversight_rl.agents.outcomes import tables
 from oversight_rl.agents.positive_unlabeled import (
     Judged,
     estimated_shares,

@@ -11,7 +11,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import RoutedPPO
-from oversight_rl.agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED, tables
+from oversight_rl.agents.methods import LABELED, TIMEOUT, UNFINISHED, UNLABELED
+from oversight_rl.agents.outcomes import tables
 from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.ppo.targets import Experience, gae, moments, targets
 from oversight_rl.envs.overseers import Overseer

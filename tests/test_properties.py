@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from test_mdp import lookup_from, random_table
 from test_world import check_observation, worlds
 
-from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED, tables
+from oversight_rl.agents.methods import LABELED, METHODS, UNLABELED
 from oversight_rl.agents.networks import cumulative, sample
+from oversight_rl.agents.outcomes import tables
 from oversight_rl.agents.reinforce.losses import label as make_targets
 from oversight_rl.agents.settings import ReinforceConfig
 from oversight_rl.envs.mdp import WorldMDP

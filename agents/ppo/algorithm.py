@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import METHODS, tables
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.outcomes import tables
 from oversight_rl.agents.ppo.buffer import RoutedDictRolloutBuffer, RoutedRolloutBuffer
 from oversight_rl.agents.ppo.collect import CollectingPPO
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD, RoutedPPOArguments, rollout_sizes
@@ -112,8 +113,7 @@ class RoutedPPO(CollectingPPO):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MoEPolicy": MoEPolicy}
-    keeps_endings: bool | None = None
-    """Whether endings without labels are remembered: as the first environment's overseer asks."""
+    keeps_endings: bool | None = None  # without labels too: as the first overseer asks
     DEFAULTS: ClassVar[dict[str, Any]] = {
         "learning_rate": LinearSchedule(3e-3, 1e-4, 1.0),
         "n_epochs": 4,
@@ -182,10 +182,8 @@ class RoutedPPO(CollectingPPO):
         self.declared_behaviors: tuple[str, ...] = ()  # what the environment calls its own
         self.steering = MIXTURE  # of a policy that was saved steered
         self.left_out: tuple[str, ...] = ()  # names of what is not read of observations
-        # decides which labels go missing or wrong
-        self.label_generator: Any = None
-        own = FOLLOWING & set(policy_kwargs or {})
-        if own:
+        self.label_generator: Any = None  # decides which labels go missing or wrong
+        if own := FOLLOWING & set(policy_kwargs or {}):
             raise ValueError(f"policy_kwargs: {own.pop()} follows from the method and behaviors")
         env = made(env, n_envs, method, oversight, env_kwargs)
         kwargs["policy_kwargs"] = policy_kwargs

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.utils import obs_as_tensor
 
 from oversight_rl.agents.learner import NotFinite
-from oversight_rl.agents.methods import MethodTables, labels, outcomes
 from oversight_rl.agents.networks import DEPLOYED
+from oversight_rl.agents.outcomes import MethodTables, labels, outcomes
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
 from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.ppo.observations import each
@@ -132,7 +132,7 @@ class Rollout:
 def outcomes_of(
     window: Window, methods: MethodTables, generator: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Outcome of each step's episode, and the steps left of it; see `methods.outcomes`. `[W, C]`"""
+    """Outcome of each step's episode, and the steps left of it; see `outcomes`. `[W, C]`"""
     steps = window.steps
     uniform = np.zeros(steps.done.shape, np.float32)
     rollout = window.of_rollout(uniform)  # a view; episodes end in the rollout

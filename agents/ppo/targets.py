@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED, MethodTables, expected
+from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED
 from oversight_rl.agents.networks import DEPLOYED
+from oversight_rl.agents.outcomes import MethodTables, expected
 from oversight_rl.agents.ppo.held import Steps, Window
 from oversight_rl.agents.routing.primitive import lookup
 
@@ -45,7 +46,7 @@ class Experience:
 
     window: Window
     view: NDArray[np.int64]  # which observation it was, in the rollout and where due, see `Views`
-    outcome: NDArray[np.int64]  # of the step's episode, see `methods.outcomes`
+    outcome: NDArray[np.int64]  # of the step's episode, see `outcomes.outcomes`
     left: NDArray[np.int64]  # steps until the episode's last one
     due: Bools  # to be learned from now, see `Window.due`
     share: Floats  # how much a step counts: 1 where the policy took it, less where an older one

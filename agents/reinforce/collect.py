@@ -64,14 +64,13 @@ def acting(worlds: int, experts: int, share: float) -> tuple[slice, ...]:
     return tuple(slice(*pair) for pair in pairwise(bounds))
 
 
+EVERYWHERE: Acts = (slice(None),)
+
+
 def collect(
-    agent: Agent,
-    world: World,
-    state: State,
-    noise: Tensor,
-    acts: Acts = (slice(None),),
-    besides: Tensor | None = None,
-) -> tuple[Rollout, State]:
+    agent: Agent, world: World, state: State, noise: Tensor,
+    acts: Acts = EVERYWHERE, besides: Tensor | None = None,
+) -> tuple[Rollout, State]:  # fmt: skip
     """Step the worlds through one window under the agent's mixture, or one expert by itself.
 
     Args:
@@ -90,9 +89,7 @@ def collect(
     forward = agent.prepare()
     states = _Distinct(world, runs, worlds)
     window = Window(forward)
-    actor = torch.zeros(worlds, dtype=torch.int64, device=noise.device)
-    for number, part in enumerate(acts):
-        actor[part] = number
+    actor = _actors(acts, worlds, noise.device)
     edges = noise.new_empty(runs, steps * worlds, len(acts), agent.n_actions - 1)  # by slot
     slots, actions, taken = [], [], []
     run = torch.arange(runs, device=noise.device)[:, None]
@@ -127,6 +124,14 @@ def collect(
         acts=acts,
     )
     return rollout, state
+
+
+def _actors(acts: Acts, worlds: int, device: torch.device) -> Tensor:
+    """Who acts in each world: 0 the mixture, k the expert k - 1. [N]"""
+    actor = torch.zeros(worlds, dtype=torch.int64, device=device)
+    for number, part in enumerate(acts):
+        actor[part] = number
+    return actor
 
 
 class _Distinct:

@@ -10,8 +10,9 @@ from torch.optim.adam import adam
 
 from oversight_rl.agents.learner import Bounds, Learner, check_states, fresh_moments
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import LABELED, METHODS, Lesson, outcomes, tables
+from oversight_rl.agents.methods import LABELED, METHODS, Lesson, Method
 from oversight_rl.agents.networks import Agent, new_agent
+from oversight_rl.agents.outcomes import outcomes, tables
 from oversight_rl.agents.reinforce.collect import Rollout, acting, collect, noise_channels
 from oversight_rl.agents.reinforce.figures import statistics
 from oversight_rl.agents.reinforce.late import lesson
@@ -78,12 +79,7 @@ class ReinforceLearner(Learner):
         self.overseeing = Overseeing(overseers, self.world, self.total, window)
         self.reward_model: RewardModel | None = None
         if "reward_model" in self.methods.lessons:
-            about = self.methods.labeled, initial
-            if method.reward_model == "plain":
-                self.reward_model = PlainRewardModel(agent.hidden, self.runs, self.world, *about)
-            else:
-                sees_flags = settings.reward_model_sees_flags
-                self.reward_model = RewardModel(self.runs, self.world, sees_flags, *about)
+            self.reward_model = self._new_reward_model(method, agent, initial)
         self.gate_memory = None
         # a reward model says of every ending what it was, and so teaches the gate, too
         replays = "gate" in self.methods.lessons and self.reward_model is None
@@ -114,6 +110,15 @@ class ReinforceLearner(Learner):
         self.kept |= modules.named_buffers()
         self._asks = self.overseeing.labels.asks == "learner" and self.reward_model is not None
         self.latest: tuple[Rollout, Targets, Loss] | None = None
+
+    def _new_reward_model(
+        self, method: Method, agent: AgentConfig, initial: Sequence[torch.Generator]
+    ) -> RewardModel:
+        about = self.methods.labeled, initial
+        if method.reward_model == "plain":
+            return PlainRewardModel(agent.hidden, self.runs, self.world, *about)
+        sees_flags = self.settings.reward_model_sees_flags
+        return RewardModel(self.runs, self.world, sees_flags, *about)
 
     @property
     def changing(self) -> dict[str, Tensor]:

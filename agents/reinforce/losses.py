@@ -8,16 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from oversight_rl.agents.memory import Memory
-from oversight_rl.agents.methods import (
-    LABELED,
-    UNFINISHED,
-    UNLABELED,
-    Lesson,
-    MethodTables,
-    expected,
-    outcomes,
-)
+from oversight_rl.agents.methods import LABELED, UNFINISHED, UNLABELED, Lesson
 from oversight_rl.agents.networks import Agent, Output, rows_of
+from oversight_rl.agents.outcomes import MethodTables, expected, outcomes
 from oversight_rl.agents.reinforce.collect import Rollout
 from oversight_rl.agents.reinforce.own_values import OwnValues
 from oversight_rl.agents.reinforce.reward_model import RewardModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oversight_rl.agents.learner import Bounds
-from oversight_rl.agents.methods import MethodTables, labels
+from oversight_rl.agents.outcomes import MethodTables, labels
 from oversight_rl.agents.reinforce.collect import Rollout
 from oversight_rl.agents.reinforce.late import Waiting
 from oversight_rl.envs.overseers import Overseer
