@@ -45,7 +45,7 @@ class Overseen(VecEnvWrapper):
     def __getattr__(self, name: str) -> Any:
         if name in ("get_state", "set_state"):  # those of the environments are not all there is
             raise AttributeError(f"environments whose labels are late have no {name}")
-        return super().__getattr__(name)  # type: ignore[no-untyped-call]
+        return super().__getattr__(name)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         if attr_name == "labels":
