@@ -34,8 +34,8 @@ class Reinforce:
     exact = True  # whether a run goes on as if it had not stopped
     points = {"endings/timeout", "loss/value"}  # some of those of its curves
 
-    def __init__(self, *methods):
-        self.methods = methods
+    def __init__(self, *methods, shares=(1.0,)):
+        self.methods, self.labels = methods, Labels(recall=0.9, error=0.1, shares=shares)
 
     def __str__(self):
         return "reinforce-" + "-".join(self.methods)
@@ -47,10 +47,14 @@ class Reinforce:
             ReinforceConfig(updates=8, worlds=16, steps=8),
             AGENT,
             WorldConfig(
-                rows=3, cols=3, max_steps=6, spurious_oversight=0.1, flags_visible=not hides
+                rows=3,
+                cols=3,
+                max_steps=6,
+                spurious_oversight=0.1,
+                flags_visible=not hides,
             ),
             [self.methods[run] for run in runs],
-            [Overseer(LEVELS[run], Labels(recall=0.9, error=0.1)) for run in runs],
+            [Overseer(LEVELS[run], self.labels) for run in runs],
             [seed + run for run in runs],
             looks_every=2,
         )
@@ -143,6 +147,8 @@ LEARNERS = {
     "imputed_routing": Reinforce(*["imputed_routing"] * 3),
     "naive": Reinforce("naive", "filtering", "oracle_filtering"),
     "reward_model": Reinforce(*["reward_model"] * 3),
+    "ghosts_only": Reinforce(*["imputed_routing"] * 3, shares=(0, 1)),
+    "plain": Reinforce(*["imputed_routing_plain"] * 3),
     "early_stop": Reinforce(*["naive_early_stop"] * 3),
     "oracle_stop": Reinforce(*["naive_oracle_stop"] * 3),
     "ppo_grid": PPO(GRID, "imputed_routing"),

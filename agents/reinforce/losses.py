@@ -93,8 +93,8 @@ def label(
     weight = (1 + heavy * labeled) * counts
     for k, worlds in enumerate(rollout.acts[1:]):
         after = None if own_after is None else own_after[:, worlds, k]
-        parts = (x[..., worlds, :] for x in (chances, own))
-        found = alone_worth(outcome[..., worlds], *parts, k, after)
+        ended, told = outcome[..., worlds], chances[..., worlds, :]
+        found = alone_worth(ended, told, own[..., worlds, k], after)
         reward[..., worlds], weight[..., worlds] = found
     discount = config.discount**left
     return Targets(
@@ -120,21 +120,20 @@ def told_at_end(chance: Tensor, left: Tensor) -> Tensor:
 
 
 def alone_worth(
-    outcome: Tensor, chances: Tensor, own: Tensor, expert: int, after: Tensor | None
+    outcome: Tensor, chances: Tensor, own: Tensor, after: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What endings are worth to an expert that acted by itself, and which count: `[R, T, N]` each.
 
     Args:
         outcome: of the episodes, `[R, T, N]`.
         chances: of what they were, all 0 where nobody knows, `[R, T, N, B]`.
-        own: what they are worth to each expert, `[R, T, N, K]`.
-        expert: which one it was.
+        own: what they are worth to it, `[R, T, N]`.
         after: its values after the window `[R, N]`, which unfinished ones go on with, if at all.
     """
-    reward, counts = own[..., expert], (outcome != UNLABELED) | (chances.sum(-1) > 0)
+    counts = (outcome != UNLABELED) | (chances.sum(-1) > 0)
     if after is not None:
-        reward = torch.where(outcome == UNFINISHED, after[:, None], reward)
-    return reward, counts.to(reward.dtype)
+        own = torch.where(outcome == UNFINISHED, after[:, None], own)
+    return own, counts.to(own.dtype)
 
 
 def own_worth(chances: Tensor, experts: int) -> Tensor:
