@@ -13,6 +13,7 @@ from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.settings import RunConfig, as_asked, read_yaml
 
 OVERSIGHT = "oversight_rl.experiments.oversight"
+UNLEARNING = "oversight_rl.experiments.unlearning"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ KINDS: dict[str, Kind] = {
         f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.grid:GridRuns", "routing", True, True
     ),
     "ppo": Kind(f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.environments:PPORuns", DEFAULT_METHOD),
+    "stories": Kind(f"{UNLEARNING}.config:Config", f"{UNLEARNING}.runs:UnlearningRuns", "routing"),
 }
 """By the setting `algo`; the first is the default."""
 
