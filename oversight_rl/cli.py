@@ -29,6 +29,7 @@ from oversight_rl.settings import Probability, RunConfig, settings_file
 from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
 if TYPE_CHECKING:
+    from oversight_rl.runs.experiment import Experiment
     from oversight_rl.runs.rows import Row
 
 C = TypeVar("C", bound=RunConfig)
@@ -204,9 +205,12 @@ def evaluate(
     # with torch, which takes a second to load
     from oversight_rl.agents.threads import on_threads
     from oversight_rl.experiments.oversight.audits import audited
-    from oversight_rl.experiments.oversight.policies import read, write_policy
-    from oversight_rl.runs.rows import write_rows
+    from oversight_rl.experiments.oversight.policies import read, steers, write_policy
 
+    if not steers(run_dir):
+        steered = steer or oversight or greedy or temperature != 1 or export or audit
+        _judge_again(run_dir, json, pictures, bool(steered))
+        return
     rows: list[Row] = []
     loaded = read(run_dir)
     if pictures is not None and len(loaded) > 1:
@@ -224,9 +228,40 @@ def evaluate(
                 _write_pictures(pictures, saved.pictures(policies))
         if export is not None:
             write_policy(export, policies[0], saved)
-    print_rows(rows, loaded[0].kind, Console())
+    _show(rows, loaded[0].kind, json)
     if audit is not None:
         print_audits(rows, loaded[0].config, Console())
+
+
+def _judge_again(run_dir: Path, json: Path | None, pictures: Path | None, steered: bool) -> None:
+    """Evaluate runs that have nothing to steer, as at their end."""
+    # with torch, which takes a second to load
+    from oversight_rl.runs.experiment import experiment_of
+    from oversight_rl.runs.folder import open_runs
+    from oversight_rl.runs.loop import judged_again
+
+    rows: list[Row] = []
+    folders = open_runs(run_dir)
+    first = folders[0].config()
+    if steered:
+        known = "no experts to steer: evaluate takes --json and --pictures alone"
+        raise UserError(f"algo: runs of {first.algo} have {known}")
+    if pictures is not None and len(folders) > 1:
+        raise UserError("--pictures: takes one run")
+    for folder in folders:
+        with judged_again(folder) as (run, found):
+            rows += found
+            if pictures is not None:
+                _write_pictures(pictures, run.pictures(0))
+    _show(rows, experiment_of(first), json)
+
+
+def _show(rows: Sequence[Row], kind: type[Experiment], json: Path | None) -> None:
+    """Print rows, and write them to a file if one is asked for."""
+    # with what checks rows, which is slow to load
+    from oversight_rl.runs.rows import write_rows
+
+    print_rows(rows, kind, Console())
     if json is not None:
         with writing(json):
             write_rows(json, rows)

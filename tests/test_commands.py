@@ -220,11 +220,16 @@ def test_one_of_several_runs_is_to_be_named(run, tmp_path):
     assert load_policy(tmp_path / "seed_7").steering.name == "diamond"
 
 
-def test_runs_that_have_no_experts_are_not_steered(tmp_path, capsys, monkeypatch):
+def test_runs_that_have_no_experts_are_judged_as_at_their_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
     train(["--algo", "climb", "--run-dir", str(tmp_path / "run")])
-    error = refused(capsys, main, ["evaluate", tmp_path / "run"])
-    assert error == "error: algo: runs of climb have no experts to steer\n"
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row == json.loads((tmp_path / "run" / "result.json").read_text())[0]
+    assert f"{row['height']:.3f}" in capsys.readouterr().out
+    error = refused(capsys, main, ["evaluate", tmp_path / "run", "--steer", "diamond"])
+    assert error.startswith("error: algo: runs of climb have no experts to steer: evaluate takes")
 
 
 def test_evaluate_audits_what_is_steered(run, tmp_path, capsys):

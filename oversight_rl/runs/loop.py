@@ -70,6 +70,19 @@ def fit(runs: Mapping[Path, RunConfig], console: Console, resume: bool = False) 
     return tables
 
 
+@contextmanager
+def judged_again(folder: RunFolder) -> Iterator[tuple[Experiment, list[Row]]]:
+    """A run as its newest checkpoint has it, and its last table anew."""
+    config = folder.config()
+    with on_threads(config.threads), closing(_begin([config])) as run:
+        state, facts = folder.load(run.learner.state(0))
+        run.learner.load([state], facts["update"])
+        come = facts["env_steps"], facts["wall_seconds"]
+        own = Facts(config.method, config.seeds[0], config.oversight, *come)
+        (rows,) = run.final([own])
+        yield run, rows
+
+
 def _begin(configs: Sequence[RunConfig]) -> Experiment:
     try:
         return experiment_of(configs[0])(configs)
