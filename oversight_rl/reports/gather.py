@@ -59,6 +59,8 @@ class Report:
     """What is scored, in a sentence."""
     reference: str | None = None
     """The method that figures show beside others."""
+    question: str = "What does best, by how much is labeled?"
+    """What the report answers, in a sentence."""
 
 
 @dataclass
@@ -105,6 +107,14 @@ class Found:
     def names(self) -> list[str]:
         """Names of methods, in the same order."""
         return list(self.methods)
+
+    @cached_property
+    def classes(self) -> dict[str, list[str]]:
+        """Names of methods by what they assume."""
+        classes: dict[str, list[str]] = {}
+        for name in self.names:
+            classes.setdefault(self.assumes(name), []).append(name)
+        return classes
 
     @cached_property
     def levels(self) -> list[float]:
@@ -326,3 +336,8 @@ def listed(words: Sequence[str]) -> str:
 def percent(level: float) -> str:
     """An oversight level as text."""
     return f"{100 * level:.3g}%"
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A figure as text; what rounds to zero has no sign."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

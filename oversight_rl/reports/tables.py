@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from oversight_rl.reports.gather import Found
-from oversight_rl.reports.statistics import interquartile_mean, probability_of_improvement
+from oversight_rl.reports.statistics import interquartile_mean, iqm, probability_of_improvement
 from oversight_rl.runs.rows import FACTS
 
 
@@ -40,6 +40,16 @@ def summary(found: Found) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+def ranked(found: Found) -> dict[str, list[str]]:
+    """Names of methods by what they assume, those of the highest mean IQM over levels first."""
+
+    def mean(name: str) -> float:
+        samples = (found.samples(name, level) for level in found.levels)
+        return float(np.mean([iqm(values) for values in samples if len(values)]))
+
+    return {assumed: sorted(names, key=mean, reverse=True) for assumed, names in found.classes.items()}
 
 
 def means(found: Found, rows: pd.DataFrame) -> dict[str, float]:

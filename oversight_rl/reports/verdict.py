@@ -75,11 +75,8 @@ def compare(samples: Mapping[str, Samples]) -> Standing:
 
 def verdict(found: Found) -> Verdict:
     """Compare the methods of each class of assumptions at each level."""
-    classes: dict[str, list[str]] = {}
-    for name in found.names:
-        classes.setdefault(found.assumes(name), []).append(name)
     standings: dict[str, dict[float, Standing]] = {}
-    for assumed, names in classes.items():
+    for assumed, names in found.classes.items():
         for level in found.levels:
             samples = {name: found.samples(name, level) for name in names}
             known = {name: values for name, values in samples.items() if len(values)}
@@ -92,14 +89,14 @@ def verdict(found: Found) -> Verdict:
             for level in found.levels
         }
         for assumed, at in standings.items()
-        for name in classes[assumed]
+        for name in found.classes[assumed]
     ]
     alone, more = standings.get(ALONE), {k: v for k, v in standings.items() if k != ALONE}
     first = "No method here makes do with labels alone."
     if alone:
         first = f"With labels alone, by IQM of the {found.score}: {_winners(alone)}."
     second = "; ".join(f"{assumed}, {_winners(at, alone)}" for assumed, at in more.items())
-    flips = [_flips(assumed, at) for assumed, at in standings.items() if len(classes[assumed]) > 1]
+    flips = [_flips(assumed, at) for assumed, at in standings.items() if len(found.classes[assumed]) > 1]
     return Verdict(
         [
             first,

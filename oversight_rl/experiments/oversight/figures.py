@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from importlib.resources import files
@@ -19,16 +18,18 @@ from oversight_rl.agents.methods import METHODS
 from oversight_rl.reports.figures import (
     IMPROVEMENT,
     LEARNING,
-    color,
     draw_bands,
     draw_levels,
     draw_scores,
+    hover,
+    label_lines,
     learning,
-    legend,
+    legend_above,
     level_axis,
-    level_panels,
+    look,
     new_panels,
-    shared_legend,
+    one_scale,
+    short,
 )
 from oversight_rl.reports.gather import Found, Part, Report, percent
 from oversight_rl.reports.statistics import interquartile_mean
@@ -36,13 +37,6 @@ from oversight_rl.reports.statistics import interquartile_mean
 RETURN = "ground-truth return"
 PAPER = {"routing": "gradient_routing", "filtering": "data_filtering", "naive": "naive"}
 """Columns of the paper's figure 6a, by method."""
-GROUPS: dict[str, Callable[[str], bool]] = {
-    "routing, its ablations and controls": lambda m: METHODS[m].policy.experts == "many",
-    "one policy, labels only": lambda m: (
-        (METHODS[m].policy.experts, METHODS[m].assumes) == ("one", "labels")
-    ),
-    "methods that need more than labels": lambda m: METHODS[m].assumes != "labels",
-}
 WANTED, TIMEOUT = ("#0f766e", "#5eb8ad"), "#94a3b8"  # shades of endings: flagged, and not
 OTHERS = (("#6d28d9", "#a78bda"), ("#b45309", "#e3b071"), ("#be185d", "#e58ab5"))
 
@@ -64,6 +58,17 @@ def paper_figure() -> dict[str, dict[float, float]]:
     }
 
 
+def groups(found: Found) -> dict[str, list[str]]:
+    """Names of methods by what they assume, those with several experts apart from the others."""
+    grouped: dict[str, list[str]] = {}
+    for assumed, names in found.classes.items():
+        for name in names:
+            kind = f"{METHODS[found.methods[name]].policy.experts} expert"
+            title = f"assume {assumed}, {kind.replace('many expert', 'several experts')}"
+            grouped.setdefault(title, []).append(name)
+    return grouped
+
+
 def columns(found: Found, rows: pd.DataFrame) -> dict[str, Any]:
     """Columns of the summary: the paper's metric, how episodes end, their length."""
     shown: dict[str, Any] = {}
@@ -81,21 +86,15 @@ def columns(found: Found, rows: pd.DataFrame) -> dict[str, Any]:
 
 def returns(found: Found) -> Figure:
     """Return against oversight level by group of methods; the paper's points in its own units."""
-    groups = {
-        title: names
-        for title, within in GROUPS.items()
-        if (names := [name for name in found.names if within(found.methods[name])])
-    }
-    published = _published(found)
-    figure, panels = new_panels(len(groups) + bool(published), 2, 5.2, 4.2)
-    own = panels[: len(groups)]
-    for axes, (title, names) in zip(own, groups.items(), strict=True):
+    grouped, published = groups(found), _published(found)
+    figure, panels = new_panels(len(grouped) + bool(published), 2, 5.4, 3.6)
+    own = panels[: len(grouped)]
+    for axes, (title, names) in zip(own, grouped.items(), strict=True):
         draw_scores(found, axes, names)
         axes.set_title(title)
         axes.set_ylabel(f"{RETURN} per episode")
-    lows = [axes.get_ylim()[0] for axes in own]
-    for axes in own:
-        axes.set_ylim(min(lows), 1.0)
+        axes.set_ylim(top=1.0)
+    one_scale(own)
     if published:
         axes, paper = panels[-1], paper_figure()
         place = level_axis(axes, found.levels)
@@ -104,12 +103,19 @@ def returns(found: Found) -> Figure:
             points = paper[found.methods[name]]
             known = [level for level in found.levels if round(level, 6) in points]
             values = [points[round(level, 6)] for level in known]
-            places = [place(level) for level in known]
-            axes.plot(places, values, color=color(found, name), linestyle=":", marker="s",
-                      markerfacecolor="none", label=f"{name}, as published")  # fmt: skip
+            places, drawn = [place(level) for level in known], look(found, name)
+            (line,) = axes.plot(
+                places, values, color=drawn.color, linestyle=":", marker=drawn.marker,
+                markerfacecolor="none", label=f"{name}, as published",
+            )  # fmt: skip
+            hover(line, *(
+                f"{name}, as published, at {percent(level)}: {value:.2f}"
+                for level, value in zip(known, values, strict=True)
+            ))  # fmt: skip
         axes.set_title("next to the paper's figure 6a")
         axes.set_ylabel("window return (the paper's metric)")
-        legend(axes)
+    for axes in panels:
+        label_lines(axes)
     return figure
 
 
@@ -123,11 +129,12 @@ def _published(found: Found) -> list[str]:
 
 def learning_curves(found: Found) -> Figure | None:
     """Learning curves of methods that deploy the agent of the moment."""
-    latest = [name for name in found.names if METHODS[found.methods[name]].deploys == "last"]
-    figure = learning(found, latest)
-    if figure is not None:
-        figure.axes[0].set_ylabel(RETURN)
-    return figure
+    latest = {
+        title: own
+        for title, names in groups(found).items()
+        if (own := [name for name in names if METHODS[found.methods[name]].deploys == "last"])
+    }
+    return learning(found, latest) if latest else None
 
 
 def endings(found: Found, segments: dict[str, tuple[pd.Series[float], str]]) -> Figure:
@@ -136,19 +143,23 @@ def endings(found: Found, segments: dict[str, tuple[pd.Series[float], str]]) -> 
     Segments are, by label, the share of each row of `found.deployed`, and its shade.
     """
     names = found.names[::-1]
-    figure, panels = level_panels(found, 3.9, 0.9 + 0.22 * len(names))
-    for i, (axes, level) in enumerate(zip(panels, found.levels, strict=True)):
+    figure, panels = new_panels(len(found.levels), 3, 3.9, 0.9 + 0.22 * len(names))
+    for axes, level in zip(panels, found.levels, strict=True):
+        axes.set_title(f"{percent(level)} oversight")
         here = found.deployed["level"] == level
         left = np.zeros(len(names))
         for label, (share, shade) in segments.items():
             means = share[here].groupby(found.deployed["name"][here]).mean()
             width = np.nan_to_num([means.get(name, 0.0) for name in names])
-            axes.barh(range(len(names)), width, left=left, color=shade, label=label, height=0.75)
+            bars = axes.barh(range(len(names)), width, left=left, color=shade, label=label,
+                             height=0.75)  # fmt: skip
+            for name, bar, share_of in zip(names, bars, width, strict=True):
+                hover(bar, f"{name} at {percent(level)}: {label} {share_of:.1%}")
             left += width
-        axes.set_yticks(range(len(names)), [] if i % 3 else names, fontsize=8)
+        axes.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8)
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.5, 1], ["0", "50%", "100%"])
-    shared_legend(figure, panels)
+    legend_above(figure, panels)
     return figure
 
 
@@ -200,8 +211,8 @@ def gate(found: Found) -> Figure | None:
     if not names:
         return None
     panels_of = list(product(names, found.levels))
-    figure, panels = new_panels(len(panels_of), len(found.levels), 2.0, 1.9)
-    for i, (axes, (name, level)) in enumerate(zip(panels, panels_of, strict=True)):
+    figure, panels = new_panels(len(panels_of), len(found.levels), 2.3, 1.9)
+    for axes, (name, level) in zip(panels, panels_of, strict=True):
         own = gated[(gated["name"] == name) & (gated["level"] == level)]
         for column, shade in lines.items():
             mean = own.groupby("update")[column].mean()
@@ -209,13 +220,8 @@ def gate(found: Found) -> Figure | None:
             axes.plot(mean.index, mean, color=shade, linewidth=1, label=label)
         axes.set_ylim(0, 1)
         axes.tick_params(labelsize=7)
-        if i < len(found.levels):  # in the first row
-            axes.set_title(percent(level), fontsize=9)
-        if i % len(found.levels):
-            axes.set_yticklabels([])
-        else:  # in the first column
-            axes.set_ylabel(name.replace(" ", "\n", 1), fontsize=8)
-    shared_legend(figure, panels)
+        axes.set_title(f"{short(name)}, {percent(level)}", fontsize=8)
+    legend_above(figure, panels)
     return figure
 
 
@@ -231,12 +237,15 @@ def steering(found: Found) -> Figure | None:
     names = [name for name in found.names if (rows["name"] == name).any()]
     if not names:
         return None
-    figure, panels = level_panels(found, 3.6, 2.8)
+    figure, panels = new_panels(len(found.levels), 3, 4.2, 2.8)
     for axes, level in zip(panels, found.levels, strict=True):
         draw_bands(found, axes, names, rows[rows["level"] == level])
         axes.set_xticks([0, 0.5, 1], [second, "half", first])
-    panels[0].set_ylabel(RETURN)
-    shared_legend(figure, panels)
+        axes.set_title(f"{percent(level)} oversight")
+        axes.set_ylabel(RETURN)
+    one_scale(panels)
+    for axes in panels:
+        label_lines(axes)
     return figure
 
 
@@ -336,4 +345,6 @@ REPORT = Report(
     about="Ground truth: +1 diamond, -1 ghost, discounted by the steps taken; per episode from a "
     "fresh start.",
     reference="routing",
+    question="Which method makes an agent go to the diamond also where nobody watches, if an "
+    "overseer labels only a share of its episodes?",
 )

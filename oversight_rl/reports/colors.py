@@ -1,0 +1,56 @@
+"""How methods look, in all figures and pages: families by hue, members by dash and marker.
+
+The hues are told apart by people with deuteranopia and protanopia, too, on white and on dark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from zlib import crc32
+
+INK = "#010203"  # stands for the color of the page's text in figures
+ROUTING, ABLATION, NAIVE, FILTERING = "#1450f0", "#5a96ff", "#964b0f", "#b01aa3"
+REWARD_MODEL, WEIGHTING, ORACLE, OTHER = "#00aa66", "#bd9100", "#566565", "#d0728a"
+FAMILIES = (ROUTING, ABLATION, NAIVE, FILTERING, REWARD_MODEL, WEIGHTING, ORACLE, OTHER)
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DIVERGING = "PuOr"  # colormap of chances: its ends differ for everyone
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn."""
+
+    color: str
+    dash: str = DASHES[0]
+    marker: str = MARKERS[0]
+
+    def variant(self, number: int) -> Style:
+        """The same method under other settings."""
+        return replace(self, dash=DASHES[(DASHES.index(self.dash) + number) % len(DASHES)])
+
+
+def _family(color: str, *names: str) -> dict[str, Style]:
+    """Members of a family, at most four."""
+    looks = zip(names, DASHES, MARKERS, strict=False)
+    return {name: Style(color, dash, marker) for name, dash, marker in looks}
+
+
+STYLES = {
+    **_family(ROUTING, "routing", "contrastive_routing", "imputed_routing"),
+    **_family(ABLATION, "no_routing", "no_gate", "random_module"),
+    **_family(NAIVE, "naive", "naive_early_stop", "naive_oracle_stop"),
+    **_family(FILTERING, "filtering", "filtering_hidden_flag", "oracle_filtering"),
+    **_family(REWARD_MODEL, "reward_model"),
+    **_family(WEIGHTING, "ipw_hidden_flag"),
+    **_family(ORACLE, "oracle"),
+}
+
+
+def style_of(method: str) -> Style:
+    """How a method is drawn: as the table says, or else as its name alone decides."""
+    if method in STYLES:
+        return STYLES[method]
+    number = crc32(method.encode())
+    dash, marker = number % len(DASHES), number // len(DASHES) % len(MARKERS)
+    return Style(OTHER, DASHES[dash], MARKERS[marker])
