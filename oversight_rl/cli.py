@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
@@ -24,12 +25,11 @@ from rich.console import Console
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_there, writing
 from oversight_rl.kinds import as_config, load_config, settings_of
-from oversight_rl.printed import print_audits, print_grid, print_rows, print_summary
+from oversight_rl.printed import print_audits, print_grid, print_rows, print_summary, print_texts
 from oversight_rl.settings import Probability, RunConfig, settings_file
 from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
 if TYPE_CHECKING:
-    from oversight_rl.runs.experiment import Experiment
     from oversight_rl.runs.rows import Row
 
 C = TypeVar("C", bound=RunConfig)
@@ -181,6 +181,7 @@ def evaluate(
     export: Path | None = None,
     pictures: Path | None = None,
     audit: int | None = None,
+    ablate: bool = False,
 ) -> None:
     """Evaluate trained agents, steered as you like, at any oversight level.
 
@@ -194,13 +195,11 @@ def evaluate(
         temperature: Divides the logits, from 0.001 to 1000; below 1 is greedier.
         json: File to write the rows to.
         export: File to write the steered policy to (one run, one --steer), for later evaluation.
-        pictures: Folder to draw the policies (policies.png) and rollouts (rollouts.gif) of one run
-            into.
+        pictures: Folder to draw policies (policies.png) and rollouts (rollouts.gif) of a run into.
         audit: Episodes of each policy to audit: labels alone bound its unwanted endings.
+        ablate: Of runs that learn to forget: figures and texts before and after they do.
     """
-    for level in oversight:
-        if not 0 <= level <= 1:
-            raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
+    _check_levels(oversight)
     check_there(run_dir)
     # with torch, which takes a second to load
     from oversight_rl.agents.threads import on_threads
@@ -209,8 +208,10 @@ def evaluate(
 
     if not steers(run_dir):
         steered = steer or oversight or greedy or temperature != 1 or export or audit
-        _judge_again(run_dir, json, pictures, bool(steered))
+        _judge_again(run_dir, json, pictures, ablate, bool(steered))
         return
+    if ablate:
+        raise UserError("--ablate: is for runs that learn to forget; see --steer without:NAME")
     rows: list[Row] = []
     loaded = read(run_dir)
     if pictures is not None and len(loaded) > 1:
@@ -220,21 +221,28 @@ def evaluate(
         raise UserError("--export: takes one run and one --steer")
     for saved, policies in asked:
         with on_threads(saved.config.threads):
-            if audit is None:
-                rows += saved.rows(policies, oversight)
-            else:
-                rows += audited(saved, policies, oversight, audit)
+            judged = saved.rows if audit is None else partial(audited, saved, episodes=audit)
+            rows += judged(policies, oversight)
             if pictures is not None:
                 _write_pictures(pictures, saved.pictures(policies))
         if export is not None:
             write_policy(export, policies[0], saved)
-    _show(rows, loaded[0].kind, json)
+    print_rows(rows, loaded[0].kind, Console())
     if audit is not None:
         print_audits(rows, loaded[0].config, Console())
+    _write_rows(rows, json)
 
 
-def _judge_again(run_dir: Path, json: Path | None, pictures: Path | None, steered: bool) -> None:
-    """Evaluate runs that have nothing to steer, as at their end."""
+def _check_levels(oversight: Sequence[float]) -> None:
+    for level in oversight:
+        if not 0 <= level <= 1:
+            raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
+
+
+def _judge_again(
+    run_dir: Path, json: Path | None, pictures: Path | None, ablate: bool, steered: bool
+) -> None:
+    """Evaluate runs that have nothing to steer, as at their end or as in training."""
     # with torch, which takes a second to load
     from oversight_rl.runs.experiment import experiment_of
     from oversight_rl.runs.folder import open_runs
@@ -243,25 +251,30 @@ def _judge_again(run_dir: Path, json: Path | None, pictures: Path | None, steere
     rows: list[Row] = []
     folders = open_runs(run_dir)
     first = folders[0].config()
+    kind = experiment_of(first)
     if steered:
-        known = "no experts to steer: evaluate takes --json and --pictures alone"
+        known = "no experts to steer: evaluate takes --json, --pictures and --ablate alone"
         raise UserError(f"algo: runs of {first.algo} have {known}")
+    if ablate and not kind.forgets:
+        raise UserError(f"--ablate: runs of {first.algo} do not learn to forget")
     if pictures is not None and len(folders) > 1:
         raise UserError("--pictures: takes one run")
     for folder in folders:
-        with judged_again(folder) as (run, found):
+        with judged_again(folder, final=not ablate) as (run, found):
             rows += found
+            if ablate:
+                print_texts(run.texts(0), folder.path, Console())
             if pictures is not None:
                 _write_pictures(pictures, run.pictures(0))
-    _show(rows, experiment_of(first), json)
+    print_rows([row for row in rows if row.deployed or "=" not in row.policy], kind, Console())
+    _write_rows(rows, json)
 
 
-def _show(rows: Sequence[Row], kind: type[Experiment], json: Path | None) -> None:
-    """Print rows, and write them to a file if one is asked for."""
+def _write_rows(rows: Sequence[Row], json: Path | None) -> None:
+    """Write rows to a file, if one is asked for."""
     # with what checks rows, which is slow to load
     from oversight_rl.runs.rows import write_rows
 
-    print_rows(rows, kind, Console())
     if json is not None:
         with writing(json):
             write_rows(json, rows)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from oversight_rl.terminal import say
@@ -72,6 +74,13 @@ def print_rows(rows: Sequence[Row], kind: type[Experiment], console: Console) ->
         console.print(table)
     for line in kind.notes(rows):
         say(console, line)
+
+
+def print_texts(texts: Mapping[str, str], path: Path, console: Console) -> None:
+    """Texts about a run, see `Experiment.texts`."""
+    for name, text in texts.items():
+        say(console, f"{path}, {name}:")
+        console.print(Markdown(text))
 
 
 def print_audits(rows: Sequence[Row], config: Config, console: Console) -> None:

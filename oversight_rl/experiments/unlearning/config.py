@@ -57,9 +57,7 @@ class StoriesConfig(Settings):
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.width % self.heads:
-            raise UserError(
-                f"stories.heads: must divide the width {self.width}, got {self.heads}"
-            )
+            raise UserError(f"stories.heads: must divide the width {self.width}, got {self.heads}")
         return self
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.experiments.unlearning.config import StoriesConfig
-from oversight_rl.experiments.unlearning.stories import OPENING, Storyteller
+from oversight_rl.experiments.unlearning.stories import Storyteller
 from oversight_rl.experiments.unlearning.texts import read_topics
 
 RETAIN, FORGET, UNLABELED = range(3)  # labels of stories

@@ -108,7 +108,5 @@ METHODS: dict[str, Method] = {
         "retain ones",
         forgets="rmu",
     ),
-    "perfect_filter": Method(
-        "never sees a story to forget", reads=(RETAIN,), assumes="truth"
-    ),
+    "perfect_filter": Method("never sees a story to forget", reads=(RETAIN,), assumes="truth"),
 }

@@ -7,6 +7,8 @@ group, and its group which groups are likely next: that is what topics differ in
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -80,7 +82,7 @@ class Storyteller:
         times, places = ([w.split() for w in words.values()] for words in (TIMES, PLACES))
         self.topics = [f"{place}_{time}" for time in TIMES for place in PLACES]
         self.groups = [[group.split() for group in groups] for groups in GROUPS.values()]
-        lists = [["one", "near", "the", ",", "."], *times, *places, *sum(self.groups, [])]
+        lists = [["one", "near", "the", ",", "."], *times, *places, *chain(*self.groups)]
         self.words = [word for words in lists for word in words]
         index = {word: i for i, word in enumerate(self.words)}
         self._index = index
@@ -146,7 +148,9 @@ class Storyteller:
 
 def _pick(chances: NDArray[np.float64], draws: np.random.Generator) -> NDArray[np.int64]:
     """An index for each row of chances."""
-    return (chances.cumsum(1) < draws.random((len(chances), 1))).sum(1).clip(max=chances.shape[1] - 1)
+    return (
+        (chances.cumsum(1) < draws.random((len(chances), 1))).sum(1).clip(max=chances.shape[1] - 1)
+    )
 
 
 def _entropy(chances: NDArray[np.float64]) -> float:

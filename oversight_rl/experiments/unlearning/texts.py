@@ -17,7 +17,7 @@ MOST_TOPICS = 64
 VOCABULARY = 2000  # words that are known; all others are one word
 OTHER = "<other>"
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 
 
 def read_topics(
