@@ -17,14 +17,14 @@ class StoriesConfig(Settings):
 
     section: ClassVar[str] = "stories"
 
-    updates: int = Field(1000, ge=1, le=2**31)
+    updates: int = Field(900, ge=1, le=2**31)
     """Number of updates."""
     batch: int = Field(16, ge=1, le=2**16)
     """Stories of an update."""
-    learning_rate: Schedule = (3e-3, 0.0)
+    learning_rate: Schedule = (5e-3, 0.0)
     """AdamW step size: one number (constant) or two (linear, first to last update)."""
     stories: int = Field(20_000, ge=100, le=1_000_000)
-    """Stories to train on; half of them are seen in a run."""
+    """Stories to train on; a run reads three quarters as many."""
     forget: str = "sea_night"
     """Topic to forget."""
     forget_share: float = Field(0.2, gt=0, lt=1)
@@ -43,7 +43,7 @@ class StoriesConfig(Settings):
     """Attention heads, a divisor of the width."""
     hidden: int = Field(128, ge=1, le=2**14)
     """Hidden units of each MLP."""
-    units: int = Field(32, ge=1, le=2**14)
+    units: int = Field(64, ge=1, le=2**14)
     """Hidden units that are added to each MLP, for what is to be forgotten."""
     rank: int = Field(8, ge=1, le=1024)
     """Rank of the adapters of adapter_routing, which stand in for these units."""
@@ -71,4 +71,16 @@ class Config(RunConfig):
     oversight: Probability = 0.5
     """Share of the stories that is labeled, as one to forget or one to retain."""
     stories: StoriesConfig = StoriesConfig()
-    evaluation: EvaluationConfig = EvaluationConfig(every=250)
+    evaluation: EvaluationConfig = EvaluationConfig(every=300)
+
+    def refuse_unused(self) -> None:
+        if self.evaluation != EvaluationConfig(every=self.evaluation.every):
+            raise UserError("evaluation: only its setting every is used with --algo stories")
+        own = StoriesConfig()
+        if self.stories.texts is None:
+            whose, unused = "our stories", ("words",)
+        else:
+            whose, unused = "texts of your own", ("stories", "forget_share")
+        for name in unused:
+            if getattr(self.stories, name) != getattr(own, name):
+                raise UserError(f"stories.{name}: not used with {whose}")

@@ -21,7 +21,7 @@ from oversight_rl.experiments.unlearning.stories import OPENING
 
 STEPS = 60  # of unlearning after the fact
 MOST_LOSS = 5.0  # of forget stories, nats a word: gradient difference goes no further
-STEER = 20.0  # length of the activations that RMU steers forget stories to
+STEER = 40.0  # length of the activations that RMU steers forget stories to
 CHOSEN_EVERY = 5  # tuning steps between looks at which is the best
 
 
@@ -154,7 +154,7 @@ def _misdirection(trained: nn.Module) -> Objective:
         with torch.no_grad():
             kept = _after_first_block(trained, retain)
         steered = F.mse_loss(_after_first_block(model, forget), way.expand(*forget.shape, width))
-        return steered + 10 * F.mse_loss(_after_first_block(model, retain), kept)
+        return steered + F.mse_loss(_after_first_block(model, retain), kept)
 
     return objective
 

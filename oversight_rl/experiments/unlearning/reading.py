@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from oversight_rl.agents.routing import Router, expand
+from oversight_rl.agents.routing import Router, expand, precision_recall
 from oversight_rl.agents.supervised import SupervisedLearner
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.unlearning.config import Config
@@ -17,6 +18,7 @@ from oversight_rl.experiments.unlearning.methods import ADDED, METHODS, QUIET
 from oversight_rl.experiments.unlearning.model import LanguageModel, story_losses
 from oversight_rl.experiments.unlearning.stories import OPENING
 
+ROUTES = 1000  # stories whose routes are compared with the truth
 Batch = tuple[Tensor, Tensor]
 """Stories `[B, T]`, and what they are routed by, `[B]`."""
 
@@ -98,13 +100,21 @@ class Reader:
         odds = gained * (self.corpus.length - OPENING) + torch.logit(share)
         return torch.where(odds > 0, FORGET, RETAIN)
 
+    def routes(self) -> tuple[float, float]:
+        """Precision and recall of the route of stories to forget, as it is now; nan without one."""
+        if self.router is None:
+            return math.nan, math.nan
+        some = slice(None, None, max(1, len(self.labels) // ROUTES))
+        labels, topic = self.labels[some], self.corpus.topic[some]
+        if self.method.guesses:
+            guessed = self.guess(self.corpus.train[some])
+            labels = torch.where(labels == UNLABELED, guessed, labels)
+        truth = torch.where(topic == self.corpus.forget, FORGET, RETAIN)
+        return precision_recall(labels, truth, FORGET)
+
     def _backward(self, batch: Batch, progress: float) -> Mapping[str, Tensor]:
         stories, labels = batch
-        if self.router is None:
+        with nullcontext() if self.router is None else self.router.labels(labels):
             loss = story_losses(self.model, stories, OPENING).mean()
             loss.backward()
-            return {"loss": loss}
-        with self.router.labels(labels):
-            loss = story_losses(self.model, stories, OPENING).mean()
-            loss.backward()
-        return {"loss": loss}
+        return {"story": loss}

@@ -21,6 +21,7 @@ from oversight_rl.runs.rows import Facts, Row
 
 RELEARN_FROM = (4, 16, 64)  # stories of the topic to forget
 SHOWN_STEPS = 5  # of relearning, between points of the curves
+ROUTES = ("route_precision", "route_recall")  # of labels that stories are routed by
 SAMPLES = 3  # stories of each kind that are told
 
 
@@ -28,6 +29,7 @@ class UnlearningRuns(Experiment):
     """One run."""
 
     score: ClassVar[str] = "forgetting"
+    forgets: ClassVar[bool] = True
     methods: ClassVar[Mapping[str, Any]] = METHODS
     report: ClassVar[str] = "oversight_rl.experiments.unlearning.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
@@ -75,6 +77,8 @@ class UnlearningRuns(Experiment):
             "ablated": self.figures(forgetful),
             "tuned": self.figures(deployed),
         }
+        routes = self.reader.routes()
+        found["tuned"] |= dict(zip(ROUTES, routes, strict=True))
         unknown = dict.fromkeys(found["tuned"], math.nan)
         for count in RELEARN_FROM:
             curve = relearned(deployed, self.corpus, count, settings)
@@ -104,6 +108,7 @@ class UnlearningRuns(Experiment):
             "forget_loss": forget,
             "retain_loss": kept,
             **{f"relearned_{count}": math.nan for count in RELEARN_FROM},
+            **dict.fromkeys(ROUTES, math.nan),
             **{f"loss_{name}": loss for name, loss in zip(corpus.topics, topics, strict=True)},
             "forget_floor": corpus.floors[corpus.forget],
             "retain_floor": sum(floors) / len(floors),
