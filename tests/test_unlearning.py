@@ -133,7 +133,7 @@ def test_the_same_seed_tells_the_same_stories_and_held_out_ones_stay():
 # ---- texts of one's own
 
 
-def write_texts(folder, topics, words=13_000):
+def write_texts(folder, topics, words=20_000):
     folder.mkdir()
     for i, topic in enumerate(topics):
         draws = np.random.default_rng(i)
@@ -308,17 +308,6 @@ def test_what_is_routed_goes_with_its_units(learned):
     assert torch.allclose(switched_off, removed, atol=1e-5)
 
 
-def test_stories_are_known_by_what_the_added_units_foretell(learned):
-    run = learned["routing"]
-    truth = torch.where(run.corpus.judged_topic == run.corpus.forget, FORGET, RETAIN)
-    assert (run.guess(run.corpus.judged) == truth).float().mean() > 0.9
-    assert run.routes() == (1.0, 1.0)  # all are labeled
-    precision, recall = reader("routing", 0.3).routes()
-    assert precision == 1
-    assert recall == pytest.approx(0.3, abs=0.2)
-    assert all(map(math.isnan, learned["base"].routes()))
-
-
 def test_unlearning_after_the_fact_is_shallow(learned):
     run = learned["base"]
     corpus, known = run.corpus, losses(run.model, run.corpus)
@@ -363,7 +352,7 @@ def files(path):
     return {name: (path / name).read_bytes() for name in kept}
 
 
-@pytest.mark.parametrize("method", ["routing", "imputed_routing", "published_routing", "base"])
+@pytest.mark.parametrize("method", ["routing", "published_routing", "base"])
 def test_a_run_goes_on_to_the_same_bytes(tmp_path, method):
     train([*FLAGS, "--method", method, "--run-dir", str(tmp_path)])
     whole, rows = files(tmp_path), json.loads((tmp_path / "result.json").read_text())

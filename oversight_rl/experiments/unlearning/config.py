@@ -17,14 +17,14 @@ class StoriesConfig(Settings):
 
     section: ClassVar[str] = "stories"
 
-    updates: int = Field(900, ge=1, le=2**31)
+    updates: int = Field(800, ge=1, le=2**31)
     """Number of updates."""
     batch: int = Field(16, ge=1, le=2**16)
     """Stories of an update."""
     learning_rate: Schedule = (5e-3, 0.0)
     """AdamW step size: one number (constant) or two (linear, first to last update)."""
     stories: int = Field(20_000, ge=100, le=1_000_000)
-    """Stories to train on; a run reads three quarters as many."""
+    """Stories to train on; a run reads two thirds as many."""
     forget: str = "sea_night"
     """Topic to forget."""
     forget_share: float = Field(0.2, gt=0, lt=1)
@@ -71,7 +71,7 @@ class Config(RunConfig):
     oversight: Probability = 0.5
     """Share of the stories that is labeled, as one to forget or one to retain."""
     stories: StoriesConfig = StoriesConfig()
-    evaluation: EvaluationConfig = EvaluationConfig(every=300)
+    evaluation: EvaluationConfig = EvaluationConfig(every=200)
 
     def refuse_unused(self) -> None:
         if self.evaluation != EvaluationConfig(every=self.evaluation.every):

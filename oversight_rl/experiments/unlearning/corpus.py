@@ -57,7 +57,7 @@ class Corpus:
         """Labels of the stories to train on `[N]`, known of a share of them, drawn by a seed."""
         known = np.random.default_rng((seed, 1)).random(len(self.topic)) < share
         truth = torch.where(self.topic == self.forget, FORGET, RETAIN)
-        return torch.where(torch.tensor(known), truth, UNLABELED)
+        return torch.where(torch.tensor(known).to(truth.device), truth, UNLABELED)
 
     def to(self, device: torch.device) -> Corpus:
         """The same on a device."""

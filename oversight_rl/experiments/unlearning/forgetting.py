@@ -6,6 +6,7 @@ All of it is a function of the trained model and the corpus: nothing is drawn bu
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ from oversight_rl.experiments.unlearning.stories import OPENING
 STEPS = 60  # of unlearning after the fact
 MOST_LOSS = 5.0  # of forget stories, nats a word: gradient difference goes no further
 STEER = 40.0  # length of the activations that RMU steers forget stories to
+SHOWN_STEPS = 5  # of relearning, between points of the curves
 CHOSEN_EVERY = 5  # tuning steps between looks at which is the best
 
 
@@ -75,7 +77,9 @@ def tuned(model: nn.Module, corpus: Corpus, config: StoriesConfig) -> nn.Module:
 def relearned(
     model: nn.Module, corpus: Corpus, count: int, config: StoriesConfig
 ) -> list[tuple[float, float]]:
-    """Forget and retain losses before and while a model learns from `count` forget stories.
+    """Forget losses before and while a model learns from `count` forget stories, by steps.
+
+    Retain losses, on those that tuning chooses by, stand beside them at the steps that are shown.
 
     As many retain stories are learned from, so that what comes back is no mere change of topic.
     """
@@ -84,7 +88,8 @@ def relearned(
     kept: list[float] = []
 
     def evaluate(model: nn.Module) -> float:
-        kept.append(loss_on(model, corpus.tune[1]))
+        shown = len(kept) % SHOWN_STEPS == 0
+        kept.append(loss_on(model, corpus.tune[1]) if shown else math.nan)
         return loss_on(model, judged)
 
     curve = relearn(

@@ -46,8 +46,6 @@ class Method:
     """Whether it begins with labeled stories alone."""
     quiet: float = 0.0
     """Share of the retain stories that count as QUIET."""
-    guesses: bool = False
-    """Whether, after that, unlabeled stories are routed as what they seem to be."""
     forgets: Literal["", "ablation", "random", "gradient_difference", "rmu"] = ""
     """How, when all is learned: not at all; the added region goes; as many hidden units go, drawn
     at random; or by unlearning after the fact, on labeled stories."""
@@ -70,12 +68,6 @@ METHODS: dict[str, Method] = {
         ROUTING,
         summary="routing, with labeled and unlabeled stories mixed from the start",
         labeled_first=False,
-    ),
-    "imputed_routing": replace(
-        ROUTING,
-        summary="routing; an unlabeled story counts as one to forget if the added units foretell "
-        "it better than the rest does alone, or else as one to retain",
-        guesses=True,
     ),
     "adapter_routing": replace(
         ROUTING,

@@ -9,16 +9,15 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from oversight_rl.agents.routing import Router, expand, precision_recall
+from oversight_rl.agents.routing import Router, expand
 from oversight_rl.agents.supervised import SupervisedLearner
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.unlearning.config import Config
-from oversight_rl.experiments.unlearning.corpus import FORGET, RETAIN, UNLABELED, Corpus
+from oversight_rl.experiments.unlearning.corpus import RETAIN, UNLABELED, Corpus
 from oversight_rl.experiments.unlearning.methods import ADDED, METHODS, QUIET
 from oversight_rl.experiments.unlearning.model import LanguageModel, story_losses
 from oversight_rl.experiments.unlearning.stories import OPENING
 
-ROUTES = 1000  # stories whose routes are compared with the truth
 Batch = tuple[Tensor, Tensor]
 """Stories `[B, T]`, and what they are routed by, `[B]`."""
 
@@ -78,39 +77,10 @@ class Reader:
         rows = self.labeled if update < self.labeled_until else self.all
         rows = rows[torch.randint(len(rows), (self.settings.batch,)).to(rows.device)]
         stories, labels = self.corpus.train[rows], self.labels[rows]
-        if self.method.guesses and update >= self.labeled_until:
-            labels = torch.where(labels == UNLABELED, self.guess(stories), labels)
         if self.method.quiet:
             quiet = torch.rand(len(rows)).to(rows.device) < self.method.quiet
             labels = torch.where(quiet & (labels == RETAIN), QUIET, labels)
         return stories, labels
-
-    @torch.no_grad()
-    def guess(self, stories: Tensor) -> Tensor:
-        """Labels that stories seem to have, `[B]`.
-
-        One is to forget if the added units make it likelier by more than the odds against it.
-        """
-        assert self.router is not None
-        known = self.labels[self.labeled]
-        share = (known == FORGET).float().mean().clamp(1e-3, 1 - 1e-3)
-        gained = -story_losses(self.model, stories, OPENING)
-        with self.router.ablate(ADDED):
-            gained += story_losses(self.model, stories, OPENING)
-        odds = gained * (self.corpus.length - OPENING) + torch.logit(share)
-        return torch.where(odds > 0, FORGET, RETAIN)
-
-    def routes(self) -> tuple[float, float]:
-        """Precision and recall of the route of stories to forget, as it is now; nan without one."""
-        if self.router is None:
-            return math.nan, math.nan
-        some = slice(None, None, max(1, len(self.labels) // ROUTES))
-        labels, topic = self.labels[some], self.corpus.topic[some]
-        if self.method.guesses:
-            guessed = self.guess(self.corpus.train[some])
-            labels = torch.where(labels == UNLABELED, guessed, labels)
-        truth = torch.where(topic == self.corpus.forget, FORGET, RETAIN)
-        return precision_recall(labels, truth, FORGET)
 
     def _backward(self, batch: Batch, progress: float) -> Mapping[str, Tensor]:
         stories, labels = batch

@@ -11,7 +11,7 @@ from torch import nn
 
 from oversight_rl.experiments.unlearning.config import Config
 from oversight_rl.experiments.unlearning.corpus import corpus_of
-from oversight_rl.experiments.unlearning.forgetting import forget, relearned, tuned
+from oversight_rl.experiments.unlearning.forgetting import SHOWN_STEPS, forget, relearned, tuned
 from oversight_rl.experiments.unlearning.methods import METHODS
 from oversight_rl.experiments.unlearning.model import story_losses, tell
 from oversight_rl.experiments.unlearning.reading import Reader
@@ -20,8 +20,6 @@ from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.rows import Facts, Row
 
 RELEARN_FROM = (4, 16, 64)  # stories of the topic to forget
-SHOWN_STEPS = 5  # of relearning, between points of the curves
-ROUTES = ("route_precision", "route_recall")  # of labels that stories are routed by
 SAMPLES = 3  # stories of each kind that are told
 
 
@@ -77,8 +75,6 @@ class UnlearningRuns(Experiment):
             "ablated": self.figures(forgetful),
             "tuned": self.figures(deployed),
         }
-        routes = self.reader.routes()
-        found["tuned"] |= dict(zip(ROUTES, routes, strict=True))
         unknown = dict.fromkeys(found["tuned"], math.nan)
         for count in RELEARN_FROM:
             curve = relearned(deployed, self.corpus, count, settings)
@@ -108,7 +104,6 @@ class UnlearningRuns(Experiment):
             "forget_loss": forget,
             "retain_loss": kept,
             **{f"relearned_{count}": math.nan for count in RELEARN_FROM},
-            **dict.fromkeys(ROUTES, math.nan),
             **{f"loss_{name}": loss for name, loss in zip(corpus.topics, topics, strict=True)},
             "forget_floor": corpus.floors[corpus.forget],
             "retain_floor": sum(floors) / len(floors),
