@@ -118,7 +118,9 @@ def _policy(row: Row) -> tuple[str, str]:
 
 
 def _figure(name: str, value: float) -> str:
-    """A figure as its name asks for: shares in percent, lengths with one digit."""
+    """A figure as its name asks for: shares in percent, lengths with one digit, unknown as blank."""
+    if math.isnan(value):
+        return ""
     if name.startswith("p_"):
         return f"{value:.1%}"
     return f"{value:.1f}" if name.endswith("_length") else f"{value:.3f}"
