@@ -13,6 +13,7 @@ from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.settings import RunConfig, as_asked, read_yaml
 
 OVERSIGHT = "oversight_rl.experiments.oversight"
+PARTITION = "oversight_rl.experiments.partition"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ KINDS: dict[str, Kind] = {
         f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.grid:GridRuns", "routing", True, True
     ),
     "ppo": Kind(f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.environments:PPORuns", DEFAULT_METHOD),
+    "partition": Kind(
+        f"{PARTITION}.config:PartitionConfig", f"{PARTITION}.runs:Partition", "routed"
+    ),
 }
 """By the setting `algo`; the first is the default."""
 
