@@ -118,7 +118,7 @@ def _policy(row: Row) -> tuple[str, str]:
 
 
 def _figure(name: str, value: float) -> str:
-    """A figure as its name asks for: shares in percent, lengths with one digit, unknown as blank."""
+    """A figure as its name asks for: shares in percent, lengths with one digit; blank if nan."""
     if math.isnan(value):
         return ""
     if name.startswith("p_"):
