@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,8 @@ import torch
 
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
-from oversight_rl.experiments.unlearning import texts
+from oversight_rl.experiments.unlearning import corpus as corpora
+from oversight_rl.experiments.unlearning import runs, texts
 from oversight_rl.experiments.unlearning.config import Config, StoriesConfig
 from oversight_rl.experiments.unlearning.corpus import (
     FORGET,
@@ -70,8 +73,8 @@ def test_the_entropy_is_what_stories_cost_who_knows_the_odds(told):
         for g, words in enumerate(part)
         for word in words.split()
     }
-    for topic in range(6):
-        other = teller.tell(topic, 40_000, np.random.default_rng(100 + topic))
+    for topic in (0, 3):
+        other = teller.tell(topic, 20_000, np.random.default_rng(100 + topic))
 
         def parsed(ids):
             words = np.array(teller.words)[ids[:, OPENING:].reshape(-1, 4, 7)[..., [1, 2, 4, 5]]]
@@ -91,7 +94,7 @@ def test_the_entropy_is_what_stories_cost_who_knows_the_odds(told):
             cost[:, step] -= np.log(table[at, groups[:, step]].clip(1e-4))
         each = cost.sum(1) / 28
         error = each.std() / math.sqrt(len(each))
-        assert teller.entropy(topic) == pytest.approx(each.mean(), abs=4 * error + 2e-3)
+        assert teller.entropy(topic) == pytest.approx(each.mean(), abs=4 * error + 3e-3)
 
 
 def test_topics_share_their_words_and_no_word_tells_one(told):
@@ -185,8 +188,11 @@ def test_files_that_are_no_texts_are_refused_in_a_line(tmp_path, monkeypatch):
         assert "dogs.txt" in str(error.value)
     (tmp_path / "2" / "dogs.txt").unlink()
     (tmp_path / "2" / "dogs.txt").symlink_to(tmp_path / "2" / "cats.txt")
+    write_texts(tmp_path / "odd", ["cats"])
+    (tmp_path / "odd" / "do\ngs.txt").write_text("dogs")
     for folder, why in {
         tmp_path / "2": "is not a plain file",
+        tmp_path / "odd": "a topic must have a printable name",
         tmp_path / "none": "no such folder",
         tmp_path / "2" / "cats.txt": "is not a folder",
         tmp_path: "must hold 2 to 64 files TOPIC.txt, one for each topic, got 0",
@@ -276,13 +282,13 @@ def test_a_label_says_what_a_story_teaches(method):
 @pytest.fixture(scope="module")
 def learned():
     """Runs that know a little, all stories labeled."""
-    runs = {}
+    readers = {}
     for method in ("base", "routing"):
         run = reader(method, 1.0, updates=250, stories=4000)
         for _ in range(250):
             run.learner.update()
-        runs[method] = run
-    return runs
+        readers[method] = run
+    return readers
 
 
 def losses(model, corpus):
@@ -311,14 +317,15 @@ def test_what_is_routed_goes_with_its_units(learned):
 def test_unlearning_after_the_fact_is_shallow(learned):
     run = learned["base"]
     corpus, known = run.corpus, losses(run.model, run.corpus)
-    never_saw = losses(forgetful(learned["routing"], "routing"), corpus)
+    settings = run.settings.model_copy(update={"relearn_steps": 10})
     for method in ("gradient_difference", "rmu"):
         model = forgetful(run, method)
-        assert losses(model, corpus)[0] > known[0] + 0.5, method
+        after = losses(model, corpus)
+        assert after[0] > known[0] + 0.5, method
+        assert after[0] - known[0] > 2 * (after[1] - known[1]), method
         assert losses(run.model, corpus) == known  # it was a copy
-        settings = run.settings.model_copy(update={"relearn_steps": 10})
         curve = [lost for lost, _ in relearned(model, corpus, 16, settings)]
-        assert min(curve) < never_saw[0] - 0.5, method
+        assert min(curve) < known[0] + 0.5 * (after[0] - known[0]), method
 
 
 def test_nothing_is_unlearned_where_nothing_is_labeled(learned):
@@ -330,7 +337,7 @@ def test_nothing_is_unlearned_where_nothing_is_labeled(learned):
 
 def test_random_units_are_as_many():
     run = reader("random_ablation")
-    assert run.model.blocks[0].mlp[0].out_features == 128 + 32
+    assert run.model.blocks[0].mlp[0].out_features == 128 + 64
     assert forgetful(run, "random_ablation").blocks[1].mlp[2].in_features == 128
 
 
@@ -346,14 +353,21 @@ def test_tuning_keeps_its_best_step(learned):
 # ---- commands, folders, reports
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Judges by fewer stories."""
+    monkeypatch.setattr(corpora, "JUDGED", 10)
+    monkeypatch.setattr(runs, "RELEARN_FROM", (4, 16))
+
+
 def files(path):
     kept = ["metrics.csv", "training.csv", *(f"checkpoints/{p.name}" for p in
             path.glob("checkpoints/*.safetensors"))]  # fmt: skip
     return {name: (path / name).read_bytes() for name in kept}
 
 
-@pytest.mark.parametrize("method", ["routing", "published_routing", "base"])
-def test_a_run_goes_on_to_the_same_bytes(tmp_path, method):
+@pytest.mark.parametrize("method", ["routing", "published_routing"])
+def test_a_run_goes_on_to_the_same_bytes(tmp_path, method, quick):
     train([*FLAGS, "--method", method, "--run-dir", str(tmp_path)])
     whole, rows = files(tmp_path), json.loads((tmp_path / "result.json").read_text())
     (tmp_path / "result.json").unlink()
@@ -367,7 +381,7 @@ def test_a_run_goes_on_to_the_same_bytes(tmp_path, method):
     assert again == rows
 
 
-def test_evaluate_shows_before_and_after(tmp_path, capsys):
+def test_evaluate_shows_before_and_after(tmp_path, capsys, quick):
     train([*FLAGS, "--run-dir", str(tmp_path)])
     capsys.readouterr()
     main(["evaluate", str(tmp_path), "--ablate", "--json", str(tmp_path / "rows.json")])
@@ -393,19 +407,22 @@ def test_evaluate_shows_before_and_after(tmp_path, capsys):
     assert b"texts/sea_night" in events
 
 
-def test_mistakes_are_told_before_anything_is_written(tmp_path, capsys):
+def test_mistakes_are_told_before_anything_is_written(tmp_path, capsys, quick):
     path = tmp_path / "run"
     for flags, why in {
         ("--stories.forget", "sea_nite"): "did you mean 'sea_night'?",
         ("--method", "rooting"): "did you mean 'routing'?",
         ("--stories.heads", "5"): "stories.heads: must divide the width 48, got 5",
         ("--method", "strict_filter", "--oversight", "0"): "has no story to read",
-        ("--stories.texts", str(tmp_path / "none")): "no such folder of texts",
+        ("--stories.texts", "/none"): "stories.stories: not used with texts of your own",
         ("--stories.words", "16"): "stories.words: not used with our stories",
         ("--evaluation.episodes", "9"): "evaluation: only its setting every is used",
     }.items():
         assert why in refused(capsys, train, [*FLAGS, *flags, "--run-dir", path])
         assert not path.exists()
+    flags = ["--algo", "stories", "--stories.texts", str(tmp_path / "none")]
+    assert "no such folder of texts" in refused(capsys, train, [*flags, "--run-dir", path])
+    assert not path.exists()
     train(["--reinforce.updates", "1", "--reinforce.worlds", "2", "--reinforce.steps", "2",
            "--agent.hidden", "4", "--no-pictures", "--run-dir", str(path)])  # fmt: skip
     assert "is for runs that learn to forget" in refused(
@@ -413,7 +430,7 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path, capsys):
     )
 
 
-def test_a_report_says_which_share_of_the_gap_is_forgotten(tmp_path):
+def test_a_report_says_which_share_of_the_gap_is_forgotten(tmp_path, quick):
     for method in ("routing", "base", "perfect_filter"):
         train([*FLAGS, "--method", method, "--run-dir", str(tmp_path / method)])
     result = {
@@ -432,3 +449,9 @@ def test_a_report_says_which_share_of_the_gap_is_forgotten(tmp_path):
     drawn = {file.stem for file in (tmp_path / "figures").iterdir()}
     assert {"absorption", "relearning", "scores"} <= drawn
     assert "Loss on each topic" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_has_the_table_of_methods():
+    page = (Path(__file__).parent.parent / "docs" / "unlearning.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|$", page, re.MULTILINE)
+    assert rows == [(name, method.assumes) for name, method in METHODS.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from oversight_rl.agents.settings import Schedule
 from oversight_rl.envs.settings import Settings, UserError
@@ -53,6 +53,11 @@ class StoriesConfig(Settings):
     """Steps of relearning."""
     relearn_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Step size of AdamW in these steps, in those of tuning and of unlearning after the fact."""
+
+    @field_validator("texts")
+    @classmethod
+    def _from_anywhere(cls, texts: Path | None) -> Path | None:
+        return None if texts is None else texts.absolute()
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

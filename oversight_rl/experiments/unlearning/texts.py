@@ -46,6 +46,9 @@ def read_topics(
             f"{folder}: must hold 2 to {MOST_TOPICS} files TOPIC.txt, one for each topic, "
             f"got {len(files)}"
         )
+    for file in files:
+        if not file.stem.isprintable():
+            raise UserError(f"{file}: a topic must have a printable name")
     texts = {file.stem: _words(file) for file in files}
     for file, words in zip(files, texts.values(), strict=True):
         if len(words) < least * length:
