@@ -272,8 +272,8 @@ class _Training:
         for run, (config, folder) in enumerate(zip(self.runs.configs, self.folders, strict=True)):
             for name, content in self.runs.pictures(run).items() if config.pictures else ():
                 folder.picture(f"pictures/{name}", self.learner.updates, content)
-            for name, content in self.runs.texts(run).items() if config.pictures else ():
-                folder.text(f"texts/{name}", self.learner.updates, content)
+            for name, words in self.runs.texts(run).items() if config.pictures else ():
+                folder.text(f"texts/{name}", self.learner.updates, words)
 
     def _save(self) -> None:
         for run, folder in enumerate(self.folders):

@@ -82,10 +82,9 @@ class Config(RunConfig):
         if self.evaluation != EvaluationConfig(every=self.evaluation.every):
             raise UserError("evaluation: only its setting every is used with --algo stories")
         own = StoriesConfig()
-        if self.stories.texts is None:
-            whose, unused = "our stories", ("words",)
-        else:
-            whose, unused = "texts of your own", ("stories", "forget_share")
+        unused, whose = ["words"], "our stories"
+        if self.stories.texts is not None:
+            unused, whose = ["stories", "forget_share"], "texts of your own"
         for name in unused:
             if getattr(self.stories, name) != getattr(own, name):
                 raise UserError(f"stories.{name}: not used with {whose}")

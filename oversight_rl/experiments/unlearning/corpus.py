@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,13 +62,12 @@ class Corpus:
 
     def to(self, device: torch.device) -> Corpus:
         """The same on a device."""
-        moved = {
-            name: value.to(device)
-            if isinstance(value, Tensor)
-            else tuple(part.to(device) for part in value)
-            for name, value in vars(self).items()
-            if name in ("train", "topic", "judged", "judged_topic", "relearn", "tune")
-        }
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device)
+        for name in ("relearn", "tune"):
+            moved[name] = tuple(part.to(device) for part in getattr(self, name))
         return replace(self, **moved)
 
     def text(self, story: Tensor) -> str:

@@ -113,7 +113,7 @@ def _without_random_units(model: nn.Module, units: int) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     blocks = {name: mlp for name, mlp in model.named_modules() if name.endswith(".mlp")}
     drawn = {
-        name: torch.randperm(mlp[0].out_features, generator=generator)[:units].tolist()  # type: ignore[index]
+        name: torch.randperm(mlp[0].out_features, generator=generator)[:units].tolist()
         for name, mlp in blocks.items()
     }
     with Router(model, {ADDED: Region(units=drawn)}, {RETAIN: Rule()}) as router:

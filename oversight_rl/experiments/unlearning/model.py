@@ -18,8 +18,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, width]
         b, t, width = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        query, key, value = self.qkv(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(b, t, width))  # type: ignore[no-any-return]
 
 
