@@ -37,6 +37,7 @@ from oversight_rl.runs import checkpoint
 from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import RunFolder, find_runs
 from oversight_rl.runs.loop import _stop_requested
+from oversight_rl.settings import read_yaml
 from oversight_rl.sweeps.plan import load_sweep, plan
 from oversight_rl.terminal import plain
 
@@ -895,14 +896,15 @@ def test_training_loads_what_it_needs(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_preset_loads(path):
-    if path.name.startswith("compare"):
+    if "grid" in read_yaml(path):
         runs = plan(load_sweep(path), Path("runs"))
         expected = {"compare": len(METHODS) * 6 * 8, "compare_quick": 4 * 2 * 8}
         expected |= {"compare_minigrid": 7 * 5, "compare_four_rooms": 4 * 5}
+        expected |= {"stories_sweep": 4 * 3 * 5, "stories_methods": 8 * 5}
         assert len(runs) == expected[path.stem]
         return
     config = load_config(path)
-    assert Config.model_validate(config.model_dump()) == config
+    assert type(config).model_validate(config.model_dump()) == config
     assert (config == Config()) == (path.name == "default.yaml")
 
 
