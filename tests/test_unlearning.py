@@ -284,8 +284,8 @@ def learned():
     """Runs that know a little, all stories labeled."""
     readers = {}
     for method in ("base", "routing"):
-        run = reader(method, 1.0, updates=250, stories=4000)
-        for _ in range(250):
+        run = reader(method, 1.0, updates=200, stories=4000)
+        for _ in range(200):
             run.learner.update()
         readers[method] = run
     return readers
