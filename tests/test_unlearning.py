@@ -396,7 +396,7 @@ def test_evaluate_shows_before_and_after(tmp_path, capsys, quick):
         "after:",
         "as it was:",
         "ablated",
-        "floors, exact: 0.887",
+        "their floors are 0.887",
     ):
         assert words in said
     main(["evaluate", str(tmp_path)])

@@ -153,7 +153,7 @@ def _misdirection(trained: nn.Module) -> Objective:
     assert isinstance(trained, LanguageModel)
     width = trained.word.embedding_dim
     way = torch.rand(width, generator=torch.Generator().manual_seed(0))
-    way *= STEER / way.norm()
+    way = (way * STEER / way.norm()).to(trained.word.weight.device)
 
     def objective(model: nn.Module, retain: Tensor, forget: Tensor) -> Tensor:
         with torch.no_grad():

@@ -133,10 +133,22 @@ class UnlearningRuns(Experiment):
 
     @classmethod
     def notes(cls, rows: Sequence[Row]) -> list[str]:
-        row = rows[0].figures
+        floors = [rows[0].figures[f"{kind}_floor"] for kind in ("forget", "retain")]
+        known = f"; their floors are {floors[0]:.3f} and {floors[1]:.3f}, exact"
         return [
-            "losses in nats for each word; forgetting: how far that on the topic to forget lies "
-            "above that on the others",
-            f"floors, exact: {row['forget_floor']:.3f} and {row['retain_floor']:.3f}; relearned: "
-            "the lowest forget loss while that many stories on the topic are learned from",
+            f"losses in nats for each word{known * (not math.isnan(sum(floors)))}",
+            "forgetting: how far the loss on the topic to forget lies above that on the others",
+            "relearned: its lowest while so many stories on the topic are learned from",
         ]
+
+    @classmethod
+    def describe(cls, config: Any) -> str:
+        method = METHODS[config.method]
+        return (
+            f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. To forget: "
+            f"**{config.stories.forget}**.\n\n"
+            "* `evaluation/forget`, `evaluation/retain`: losses on the topic to forget and on the "
+            "others, as trained and once it has forgotten, in nats for each word; "
+            "`evaluation/forgetting`: how far the first lies above the second\n"
+            "* `texts`: openings that were never read, and how the model goes on, before and after"
+        )
