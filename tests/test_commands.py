@@ -899,10 +899,11 @@ def test_every_preset_loads(path):
         runs = plan(load_sweep(path), Path("runs"))
         expected = {"compare": len(METHODS) * 6 * 8, "compare_quick": 4 * 2 * 8}
         expected |= {"compare_minigrid": 7 * 5, "compare_four_rooms": 4 * 5}
+        expected |= {"compare_digits": 4 * 3 * 5}
         assert len(runs) == expected[path.stem]
         return
     config = load_config(path)
-    assert Config.model_validate(config.model_dump()) == config
+    assert type(config).model_validate(config.model_dump()) == config
     assert (config == Config()) == (path.name == "default.yaml")
 
 
