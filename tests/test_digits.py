@@ -133,6 +133,7 @@ def test_folders_that_do_not_hold_together_are_refused(data, capsys):
     assert "no class may be in two groups, got" in refusal("0-2 2-3")
     assert "must be classes like 0-4 or 0,2,7-9" in refusal("0-1 two")
     assert "at least 2 items" in refusal("0-3")
+    assert "nothing to set but every" in refusal("0-1 2-3 --evaluation.episodes 7")
     test_labels = next(data.glob("t10k-labels*"))
     short = idx(np.zeros(3, np.uint8))
     test_labels.write_bytes(short)
