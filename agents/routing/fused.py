@@ -296,7 +296,8 @@ def weigher(
     kind = type(module)
     known = kind in (nn.Linear, nn.Embedding, *CONVOLUTIONS, *NORMS) or is_transposed(module)
     if not known or "forward" in vars(module) or not {*owner} <= {"weight", "bias"}:
-        return f"{name!r} is a {kind.__name__}, whose samples' shares no single pass knows"
+        own = ", ".join(f"{name}.{own}".removeprefix(".") for own in owner)
+        return f"no single pass knows samples' shares of {own}, in a {kind.__name__}"
     if kind in CONVOLUTIONS and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"{name!r} pads in a way of its own"
     weight, bias = owner["weight"], owner.get("bias", 0)

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, field_validator
 
 from oversight_rl.agents.settings import NonNegative, Schedule, Sizes
-from oversight_rl.envs.settings import Settings
+from oversight_rl.envs.settings import Settings, UserError
 from oversight_rl.settings import EvaluationConfig, Probability, RunConfig
 
 DIGITS = "digits"
@@ -83,3 +83,8 @@ class PartitionConfig(RunConfig):
         if sum(map(len, sets)) > len(frozenset.union(*sets)):
             raise ValueError("no class may be in two groups")
         return groups
+
+    def refuse_unused(self) -> None:
+        used = EvaluationConfig(every=self.evaluation.every)
+        if self.evaluation != used:
+            raise UserError("evaluation: of a partition, there is nothing to set but every")

@@ -58,6 +58,9 @@ def load(data: str, groups: Sequence[str]) -> tuple[Images, Images]:
         pixels, label = pixels[order], label[order]
         test = pixels[:held], label[:held]
         pixels, label = pixels[held:], label[held:]
+    if pixels.shape[1:] != test[0].shape[1:]:
+        shapes = f"{pixels.shape[1:]} to train and of {test[0].shape[1:]} to test"
+        raise UserError(f"{data}: holds images of {shapes}")
     return _grouped(pixels, label, groups, data), _grouped(*test, groups, data)
 
 
