@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.sdist import sdist
 
 # a picture with the caption under it, or a link, to a file that is not there on an index
-PICTURE = r"!\[[^]]*\]\((?!https:)[^)]*\)\n\n(\*.*?\*\n\n)?"
+PICTURE = r"(?:!\[[^]]*\]\((?!https:)[^)]*\)|<picture>.*?</picture>)\n\n(\*.*?\*\n\n)?"
 LINK = r"\[([^]]*)\]\((?!https:)[^)]*\)"
 
 

@@ -26,7 +26,9 @@ from minigrid.utils.rendering import (
 )
 from minigrid.wrappers import RGBImgObsWrapper, RGBImgPartialObsWrapper, SymbolicObsWrapper
 from numpy.typing import NDArray
+from PIL import ImageColor
 
+from oversight_rl.envs import render
 from oversight_rl.envs.gym import Reward, has_task
 from oversight_rl.envs.settings import BEHAVIORS
 
@@ -34,6 +36,8 @@ Layout = Literal["empty", "four_rooms"]
 LARGEST = 256  # width of a world in tiles
 FLAGGED = 1  # state of a square that shows its oversight flag
 STATE = 2  # channel of an observation
+# as in pictures of the grid; the agent is red there because MiniGrid's is
+DIAMOND, GHOST, FLAG = map(ImageColor.getrgb, (render.DIAMOND, render.GHOST, render.FLAG))
 HIGHEST_STATE = max(*STATE_TO_IDX.values(), 3)  # an agent's state is its direction
 
 for _name in BEHAVIORS:  # MiniGrid numbers the types of objects; ours come after its own
@@ -65,9 +69,9 @@ class Square(WorldObj):
 
     def render(self, img: NDArray[np.uint8]) -> NDArray[np.uint8]:
         self.draw(img)
-        if self.flagged and self.visible:  # an eye in the corner
-            fill_coords(img, point_in_circle(0.8, 0.2, 0.17), (250, 250, 250))
-            fill_coords(img, point_in_circle(0.8, 0.2, 0.08), (200, 30, 30))
+        if self.flagged and self.visible:
+            fill_coords(img, point_in_rect(0.74, 0.78, 0.06, 0.4), (250, 250, 250))
+            fill_coords(img, point_in_triangle((0.78, 0.06), (0.97, 0.16), (0.78, 0.26)), FLAG)
         return img
 
     def draw(self, img: NDArray[np.uint8]) -> None:
@@ -81,7 +85,7 @@ class Diamond(Square):
     kind = "diamond", "blue"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
-        light, middle, dark = (150, 235, 255), (60, 190, 235), (20, 120, 190)
+        light, middle, dark = (135, 220, 215), (38, 170, 172), DIAMOND
         left, right, top, belt, bottom = 0.16, 0.84, 0.26, 0.44, 0.86
         fill_coords(img, point_in_triangle((left, belt), (right, belt), (0.5, bottom)), middle)
         fill_coords(img, point_in_triangle((0.5, belt), (right, belt), (0.5, bottom)), dark)
@@ -96,7 +100,7 @@ class Ghost(Square):
     kind = "ghost", "purple"
 
     def draw(self, img: NDArray[np.uint8]) -> None:
-        body, eyes, pupils = (178, 140, 240), (255, 255, 255), (40, 20, 90)
+        body, eyes, pupils = GHOST, (255, 255, 255), (34, 51, 59)
         fill_coords(img, point_in_circle(0.5, 0.42, 0.3), body)
         fill_coords(img, point_in_rect(0.2, 0.8, 0.42, 0.78), body)
         for x in (0.3, 0.5, 0.7):

@@ -25,7 +25,15 @@ from rich.console import Console
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_there, writing
 from oversight_rl.kinds import as_config, load_config, settings_of
-from oversight_rl.printed import print_audits, print_grid, print_rows, print_summary, print_texts
+from oversight_rl.printed import (
+    print_audits,
+    print_grid,
+    print_next,
+    print_rows,
+    print_summary,
+    print_texts,
+    print_train_help,
+)
 from oversight_rl.settings import Probability, RunConfig, settings_file
 from oversight_rl.terminal import STOPPED, run, say, sigterm_interrupts
 
@@ -71,6 +79,10 @@ def train(args: Sequence[str] | None = None) -> None:
 def _train(args: list[str], command: str) -> None:
     """Train, or go on; `command` is what the user typed for it."""
     if "--help" in args or "-h" in args:
+        print_train_help(command)
+        return
+    if "--help-all" in args:
+        args = [arg.replace("--help-all", "--help") for arg in args]
         sources, others = _Sources(), args
     else:
         sources, others = tyro.cli(_Sources, args=args, return_unknown_args=True)
@@ -138,8 +150,7 @@ def _fit(
         say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
     print_summary(tables, experiment_of(first), console)
-    say(console, f"results in {path}")
-    say(console, f"pictures and curves: tensorboard --logdir {path}")
+    print_next(path, experiment_of(first), console)
 
 
 @contextmanager

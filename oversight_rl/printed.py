@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,9 +14,37 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from oversight_rl.terminal import say
+from oversight_rl.agents.methods import METHODS
+from oversight_rl.kinds import KINDS
+from oversight_rl.terminal import fixed, say
+
+HELP = """\
+usage: {command} [--SETTING VALUE ...]
+
+Train an agent under partial oversight, then show what steering it does.
+
+examples:
+  {command}                                      gradient routing, 10% oversight
+  {command} --method naive --oversight 0.01 --seeds 0 1 2
+  {command} --config minigrid                    a preset, or a YAML file of settings
+  {command} --reinforce.updates 800 --world.rows 6
+  {command} --resume runs/x                      go on where a run was stopped
+
+settings that matter most:
+  --oversight P       share of episodes that is labeled, 0 to 1 (0.1)
+  --seeds S [S ...]   a run for each (0)
+  --run-dir DIR       folder to write (a new one under runs/)
+  --algo A            {algos} (reinforce)
+  --env ID            a Gymnasium environment, with --algo ppo
+  --method M          (routing)
+{methods}
+
+--help-all has every setting, its default and unit.
+"""
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from oversight_rl.experiments.oversight.config import Config
@@ -46,9 +74,9 @@ def print_summary(
         deployed = sampled[0].deployed
         table.add_row(
             f"{policy} (deployed)" if deployed else policy,
-            f"{fmean(scores):.3f}",
-            *[f"{min(scores):.2f}..{max(scores):.2f}"] * several,
-            *[f"{fmean(taken):.3f}" if taken else ""] * greedy,
+            fixed(fmean(scores), ".3f"),
+            *[f"{fixed(min(scores), '.2f')}..{fixed(max(scores), '.2f')}"] * several,
+            *[fixed(fmean(taken), ".3f") if taken else ""] * greedy,
             *(_figure(name, fmean([row.figures[name] for row in sampled])) for name in others),
             style="bold" if deployed else None,
         )
@@ -99,6 +127,21 @@ def print_audits(rows: Sequence[Row], config: Config, console: Console) -> None:
         say(console, line)
 
 
+def print_next(path: Path, kind: type[Experiment], console: Console) -> None:
+    """Where a finished run is, and what to do with it."""
+    runs = path.parent if path.parent.name == "runs" else path
+    say(console, f"results in {path}; what next:")
+    say(console, f"  oversight-rl evaluate {path} {kind.looks}".rstrip())
+    say(console, f"  oversight-rl report {runs}")
+    say(console, f"  tensorboard --logdir {runs}")
+
+
+def print_train_help(command: str) -> None:
+    """The settings that matter most, and examples."""
+    methods = fill(", ".join(METHODS), 76, initial_indent="    ", subsequent_indent="    ")
+    print(HELP.format(command=command, methods=methods, algos=" or ".join(KINDS)))
+
+
 def print_grid(grid: pd.DataFrame, console: Console) -> None:
     """How methods stand at each level, see `Verdict.grid`."""
     table = _table("against the best of the same assumptions", first="method")
@@ -122,8 +165,8 @@ def _figure(name: str, value: float) -> str:
     if math.isnan(value):
         return ""
     if name.startswith("p_"):
-        return f"{value:.1%}"
-    return f"{value:.1f}" if name.endswith("_length") else f"{value:.3f}"
+        return fixed(value, ".1%")
+    return fixed(value, ".1f" if name.endswith("_length") else ".3f")
 
 
 def _table(title: str, first: str = "policy") -> Table:

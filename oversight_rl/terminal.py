@@ -36,6 +36,12 @@ def say(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def fixed(value: float, form: str) -> str:
+    """A number in a form like `.2f`; what rounds to zero has no sign."""
+    text = f"{value:{form}}"
+    return text.lstrip("-+") if not text.strip("-+0.%") else text
+
+
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM do what Ctrl-C does."""

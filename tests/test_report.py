@@ -7,6 +7,8 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
@@ -20,6 +22,7 @@ from oversight_rl.experiments.oversight import figures
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns
 from oversight_rl.reports import page, tables, verdict
+from oversight_rl.reports.figures import spread as spread_apart
 from oversight_rl.reports.gather import gather
 from oversight_rl.runs.folder import RunFolder
 from oversight_rl.runs.rows import Facts, Row
@@ -85,14 +88,26 @@ def spread(seed):
     return (seed - 2) / 100
 
 
-@pytest.fixture
-def runs(tmp_path):
+def make_runs(folder):
     for method, means in RETURNS.items():
         for level, mean in zip(LEVELS, means, strict=True):
             for seed in SEEDS:
-                path = tmp_path / f"{method}-{level}" / f"seed_{seed}"
+                path = folder / f"{method}-{level}" / f"seed_{seed}"
                 make_run(path, method, level, seed, mean + spread(seed))
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return make_runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The same runs and their report, to be looked at only."""
+    folder = make_runs(tmp_path_factory.mktemp("runs"))
+    page.write(folder)
+    return folder
 
 
 class Page(HTMLParser):
@@ -165,8 +180,9 @@ def test_the_verdict_is_the_same_on_the_page_and_in_the_terminal(runs, capsys):
         assert line in [part.strip() for part in text]
     for cells in outcome.grid.itertuples(index=False):
         assert re.search(" +".join(cells), said)
-        shown = [part for part in text[text.index(cells[0]) :] if part.strip()]
-        assert shown[: len(cells)] == list(cells)
+        ranks = text[text.index("rank, by what is assumed") :]
+        shown = [part.strip() for part in ranks[ranks.index(cells[0]) :] if part.strip()]
+        assert shown[2 : 2 * len(LEVELS) + 1 : 2] == list(cells[2:])  # each after its number
 
 
 def test_the_verdict_says_where_it_flips(runs):
@@ -200,36 +216,122 @@ def test_improvement_is_the_share_of_pairs_won(runs):
     assert (table + table.T).to_numpy()[off] == pytest.approx(1.0)
 
 
-def test_the_page_is_one_file_with_every_figure(runs):
-    page.write(runs)
-    found = read_page(runs)
+def test_the_page_is_one_file_with_every_figure(written):
+    found = read_page(written)
     text = " ".join(found.text)
     for heading in TITLES.values():
         assert heading in text
-    assert sum(tag == "svg" for tag, _ in found.tags) == len(DRAWN)
     for tag, attributes in found.tags:
         assert tag not in ("script", "iframe", "object", "link", "img"), tag
         for name in ("src", "href", "xlink:href"):
-            assert attributes.get(name, "#").startswith("#")  # nothing is fetched
+            local = "#" if tag != "a" else ("#", "./")  # nothing is fetched
+            assert attributes.get(name, "#").startswith(local)
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
-    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", (runs / "report.html").read_text()))
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", (written / "report.html").read_text()))
     assert used
     for name in used:  # clip paths and markers of one figure are not taken for another's
         assert ids.count(name) == 1, name
-    assert "prefers-color-scheme: dark" in (runs / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in (written / "report.html").read_text()
     assert "12.3%" not in text
     assert "0.123" in text  # calibration of the reward model on unlabeled endings
-    for name in DRAWN:
-        assert (runs / "figures" / f"{name}.svg").read_text().startswith("<?xml")
-        image = matplotlib.image.imread(runs / "figures" / f"{name}.png")
+    for name in ("headline", *DRAWN):
+        assert (written / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+        image = matplotlib.image.imread(written / "figures" / f"{name}.png")
         assert image[..., :3].std() > 0.01
+
+
+def test_every_picture_says_what_it_is(written):
+    found = read_page(written)
+    pictures = [a for tag, a in found.tags if tag == "svg" and "aria-hidden" not in a]
+    assert len(pictures) > len(DRAWN)
+    ids = {attributes.get("id"): tag for tag, attributes in found.tags}
+    for attributes in pictures:
+        assert attributes["role"] == "img"
+        title, text = attributes["aria-labelledby"].split()
+        assert (ids[title], ids[text]) == ("title", "desc")
+    for name in ("headline", *DRAWN):
+        root = ElementTree.parse(written / "figures" / f"{name}.svg").getroot()
+        assert root.get("role") == "img"
+        first, second = root[0], root[1]
+        assert [e.tag.rpartition("}")[2] for e in (first, second)] == ["title", "desc"]
+        assert first.text
+        assert second.text
+
+
+def test_marks_say_their_values(written):
+    root = ElementTree.parse(written / "figures" / "returns.svg").getroot()
+    told = {e.text for e in root.iter() if e.tag.endswith("title")}
+    assert "naive at 1%: 0.200 (0.180 to 0.220)" in told
+    assert {f"naive at 1%, one seed: {0.2 + spread(s):.3f}" for s in SEEDS} <= told
+    assert "routing, as published, at 10%: 0.51" in told
+    text = (written / "figures" / "endings_by_flag.svg").read_text()
+    assert "naive at 10%: diamond, not flagged 55.0%" in text
+    assert "reward_model beats routing: 1.00" in (written / "figures/improvement.svg").read_text()
+
+
+def test_from_a_number_to_runs_and_what_they_show(runs):
+    seen = runs / "naive-0.1" / "seed_3"
+    (seen / "pictures").mkdir()
+    (seen / "pictures" / "rollouts.gif").write_bytes(b"GIF89a")
+    (seen / "play.html").write_text("<p>")
+    shutil.copytree(runs / "naive-0.1" / "seed_4", runs / "javascript:1")
+    shutil.rmtree(runs / "naive-0.1" / "seed_4")
+    page.write(runs)
+    tags = read_page(runs).tags
+    links = [attributes["href"] for tag, attributes in tags if tag == "a"]
+    anchors = {attributes.get("id") for _, attributes in tags}
+    assert {link[1:] for link in links if link.startswith("#")} <= anchors
+    assert "./javascript%3A1/" in links
+    for link in links:
+        assert link.startswith("#") or (runs / unquote(link)).exists(), link
+    assert "./naive-0.1/seed_3/play.html" in links
+    assert "./naive-0.1/seed_3/pictures/rollouts.gif" in links
+    assert sum(link.endswith("/") for link in links) == 40  # one for each run
+
+
+def test_methods_are_ranked_within_what_they_assume(written):
+    assert tables.ranked(gather(written)) == {
+        "labels": ["reward_model", "routing", "naive"],
+        "hidden flags": ["ipw_hidden_flag"],
+    }
+
+
+def test_labels_at_the_ends_of_lines_do_not_touch():
+    wanted, heights = [0.1, 0.11, 0.12, 0.5, 0.98, 0.99], [0.05, 0.1, 0.05, 0.05, 0.05, 0.05]
+    places = spread_apart(wanted, heights, 0.0, 1.0)
+    lows = [place - height / 2 for place, height in zip(places, heights, strict=True)]
+    highs = [place + height / 2 for place, height in zip(places, heights, strict=True)]
+    assert lows[0] >= -1e-9
+    assert highs[-1] <= 1 + 1e-9
+    assert all(low >= high - 1e-9 for low, high in zip(lows[1:], highs[:-1], strict=True))
+    assert places[3] == 0.5  # what has room stays
+
+
+def test_panels_that_are_compared_have_one_scale(written):
+    found = gather(written)
+    own = [axes for axes in figures.returns(found).axes if "paper" not in axes.get_title()]
+    for panels in (own, figures.learning_curves(found).axes, figures.steering(found).axes):
+        assert len({axes.get_ylim() for axes in panels}) == 1
+        for axes in panels:
+            assert axes.get_legend() is None  # names stand beside the data
+
+
+def test_odd_names_are_drawn_in_short_and_without_warnings(tmp_path, recwarn):
+    world = {f"max_steps_{i}": i for i in range(3)}
+    for number, text in enumerate(["$x$" * 40, "plain words " * 20]):
+        settings = {"algo": "ppo", "env": "X-v0", "env_settings": {"odd": text} | world}
+        for seed in (0, 1):
+            make_run(tmp_path / f"{number}-{seed}", "routing", 0.1, seed, 0.5, settings)
+    page.write(tmp_path)
+    assert not recwarn.list
+    assert text in (tmp_path / "report.html").read_text()
 
 
 def test_figures_show_the_numbers(runs):
     figure = figures.returns(gather(runs))
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     assert list(lines["routing, as published"].get_ydata()) == [0.28, 0.51]
-    (axes,) = [a for a in figure.axes if a.get_title().startswith("one policy")]
+    (axes,) = [a for a in figure.axes if a.get_title() == "assume labels, one expert"]
     naive = next(line for line in axes.get_lines() if line.get_label() == "naive")
     assert list(naive.get_ydata()) == pytest.approx([0.2, 0.75])
     dots = np.concatenate([x.get_ydata() for x in axes.get_lines() if x.get_linestyle() == "None"])

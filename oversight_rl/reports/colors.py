@@ -1,6 +1,7 @@
-"""How methods look, in all figures and pages: families by hue, members by dash and marker.
+"""How methods and endings look, in all figures and pages.
 
-The hues are told apart by people with deuteranopia and protanopia, too, on white and on dark.
+Families of methods are told apart by hue, members by dash and marker. The hues
+are told apart by people with deuteranopia, too.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from dataclasses import dataclass, replace
 from zlib import crc32
 
 INK = "#010203"  # stands for the color of the page's text in figures
-ROUTING, ABLATION, NAIVE, FILTERING = "#1450f0", "#5a96ff", "#964b0f", "#b01aa3"
-REWARD_MODEL, WEIGHTING, ORACLE, OTHER = "#00aa66", "#bd9100", "#566565", "#d0728a"
+ROUTING, ABLATION, NAIVE, FILTERING = "#1450f0", "#518fff", "#964b0f", "#b01aa3"
+REWARD_MODEL, WEIGHTING, ORACLE, OTHER = "#00aa66", "#b38a00", "#566565", "#cc70ae"
 FAMILIES = (ROUTING, ABLATION, NAIVE, FILTERING, REWARD_MODEL, WEIGHTING, ORACLE, OTHER)
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+WANTED, TIMEOUT = ("#0f766e", "#5eb8ad"), "#d5dae1"  # shades of endings: flagged, and not
+UNWANTED = (("#6d28d9", "#a78bda"), ("#b45309", "#e3b071"), ("#be185d", "#e58ab5"))
+UNLABELED = "#8e99a8"  # of lines beside those of endings
 DIVERGING = "PuOr"  # colormap of chances: its ends differ for everyone
 
 
@@ -44,6 +48,13 @@ STYLES = {
     **_family(REWARD_MODEL, "reward_model"),
     **_family(WEIGHTING, "ipw_hidden_flag"),
     **_family(ORACLE, "oracle"),
+    # unlearning
+    **_family(ROUTING, "routing", "routing_mixed", "adapter_routing", "published_routing"),
+    **_family(ABLATION, "random_ablation"),
+    **_family(NAIVE, "base"),
+    **_family(FILTERING, "filter", "strict_filter"),
+    **_family(WEIGHTING, "gradient_difference", "rmu"),
+    **_family(ORACLE, "perfect_filter"),
 }
 
 

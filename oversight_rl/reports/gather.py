@@ -336,8 +336,3 @@ def listed(words: Sequence[str]) -> str:
 def percent(level: float) -> str:
     """An oversight level as text."""
     return f"{100 * level:.3g}%"
-
-
-def number(value: float, digits: int = 2) -> str:
-    """A figure as text; what rounds to zero has no sign."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"

@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from oversight_rl.files import as_text, write_atomically, writing
 from oversight_rl.reports.colors import FAMILIES, INK
 from oversight_rl.reports.figures import HEADLINE, STYLE, look
-from oversight_rl.reports.gather import Found, Part, gather, number, percent
+from oversight_rl.reports.gather import Found, Part, gather, percent
 from oversight_rl.reports.svg import Drawing, drawing
 from oversight_rl.reports.tables import ranked, summary
 from oversight_rl.reports.verdict import Verdict, verdict
+from oversight_rl.terminal import fixed
 
 SHOWN = ("play.html", "pictures/rollouts.gif", "pictures/policies.png")
 """What a run folder may hold to look at, in the order of links."""
@@ -90,12 +91,14 @@ def _page(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {
         "percent": percent,
-        "number": number,
+        "number": lambda value, digits=2: fixed(value, f".{digits}f"),
         "inline": _inline,
         "variable": _variable,
     }
     source = files("oversight_rl").joinpath("data/report.html.j2").read_text()
-    cells = {(row["method"], row["train_oversight"]): row for row in table.to_dict("records")}
+    leads = table.groupby(["assumes", "train_oversight"])["iqm"].transform("max") == table["iqm"]
+    rows = table.assign(leads=leads).to_dict("records")
+    cells = {(row["method"], row["train_oversight"]): row for row in rows}
     runs = found.deployed.sort_values("seed").groupby(["name", "level"])["run"].apply(list)
     return environment.from_string(source).render(
         title=as_text(directory.resolve().name),

@@ -44,6 +44,8 @@ def drawing(figure: Figure, name: str, title: str, text: str) -> Drawing:
     parts = [*figure.legends, *figure.axes]
     for i, part in enumerate(parts):
         part.set_gid(f"piece-{i}")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # all has its place by now
     source = io.StringIO()
     figure.savefig(source, format="svg", transparent=True, metadata={"Date": None})
     ET.register_namespace("", SVG)
@@ -60,7 +62,7 @@ def drawing(figure: Figure, name: str, title: str, text: str) -> Drawing:
     pieces = []
     for i, (part, box) in enumerate(zip(parts, boxes, strict=True)):
         legend = part in figure.legends
-        width, height = ((box.width, box.height) if legend else size)
+        width, height = (box.width, box.height) if legend else size
         left, top = 72 * box.x0 - MARGIN, 72 * (figure.get_figheight() - box.y1) - MARGIN
         width, height = 72 * width * WIDER + 2 * MARGIN, 72 * height + 2 * MARGIN
         group = groups[f"piece-{i}"]

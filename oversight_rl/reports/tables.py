@@ -49,7 +49,9 @@ def ranked(found: Found) -> dict[str, list[str]]:
         samples = (found.samples(name, level) for level in found.levels)
         return float(np.mean([iqm(values) for values in samples if len(values)]))
 
-    return {assumed: sorted(names, key=mean, reverse=True) for assumed, names in found.classes.items()}
+    return {
+        assumed: sorted(names, key=mean, reverse=True) for assumed, names in found.classes.items()
+    }
 
 
 def means(found: Found, rows: pd.DataFrame) -> dict[str, float]:

@@ -17,6 +17,7 @@ from oversight_rl.reports.statistics import (
     probability_of_improvement,
     smallest_p_value,
 )
+from oversight_rl.terminal import fixed
 
 WIN, TIE, LOSS, FEW, SOLE = "win", "tie", "loss", "too few", "sole"
 SIGNIFICANT = 0.05
@@ -96,7 +97,9 @@ def verdict(found: Found) -> Verdict:
     if alone:
         first = f"With labels alone, by IQM of the {found.score}: {_winners(alone)}."
     second = "; ".join(f"{assumed}, {_winners(at, alone)}" for assumed, at in more.items())
-    flips = [_flips(assumed, at) for assumed, at in standings.items() if len(found.classes[assumed]) > 1]
+    flips = [
+        _flips(assumed, at) for assumed, at in standings.items() if len(found.classes[assumed]) > 1
+    ]
     return Verdict(
         [
             first,
@@ -113,8 +116,10 @@ def _winners(
     """Who is best at which levels, and (+) how far above the best of those who assume less."""
     places: dict[str, list[str]] = {}
     for level, at in standings.items():
-        gain = f", {at.score - fewer[level].score:+.2f}" if fewer and level in fewer else ""
-        places.setdefault(_leader(at), []).append(f"{percent(level)} ({at.score:.2f}{gain})")
+        above = at.score - fewer[level].score if fewer and level in fewer else None
+        gain = "" if above is None else f", {fixed(above, '+.2f')}"
+        score = fixed(at.score, ".2f")
+        places.setdefault(_leader(at), []).append(f"{percent(level)} ({score}{gain})")
     return "; ".join(f"{leader} at {listed(levels)}" for leader, levels in places.items())
 
 

@@ -41,6 +41,9 @@ class Experiment(ABC):
     """Whether its runs learn to forget: `evaluate` has a policy before and one after, and `texts`
     shows them."""
 
+    looks: ClassVar[str] = ""
+    """Flags of `evaluate` that show what its runs are about."""
+
     configs: Sequence[RunConfig]
     learner: Learner
 

@@ -36,6 +36,7 @@ from oversight_rl.runs.rows import Row, deployed_row, read_rows, write_rows
 from oversight_rl.settings import RunConfig, dump_yaml, flat, read_yaml
 
 CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
+PICTURES = "pictures"  # the last ones drawn
 LOCK = "lock.tmp"  # of a process at work there; no part of a run, like all that ends so
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
 METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.oversight_rl"
@@ -138,8 +139,9 @@ class RunFolder:
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it)")
         for name in (CONFIG, METRICS, TRAINING, RESULT, EVENTS):
             check_plain(path / name)
-        if (path / CHECKPOINTS).is_symlink():
-            raise UserError(f"{path / CHECKPOINTS}: is not a plain folder")
+        for name in (CHECKPOINTS, PICTURES):
+            if (path / name).is_symlink():
+                raise UserError(f"{path / name}: is not a plain folder")
         return cls(path)
 
     def config(self) -> RunConfig:
@@ -224,13 +226,18 @@ class RunFolder:
         for row in rows:
             shown = kind.shown_of(row).items()
             self.log(update, {f"evaluation/{short}/{row.policy}": x for short, x in shown})
+        own = kind.shown_of(deployed_row(rows)).items()  # first on the page, by its name
+        self.log(update, {f"deployed/{short}": x for short, x in own})
         if kind.optimum is not None:
             (short,) = (s for s, name in kind.shown([kind.score]).items() if name == kind.score)
             self.log(update, {f"evaluation/{short}/optimum": rows[0].figures[kind.optimum]})
         self.events.flush()
 
     def picture(self, tag: str, update: int, encoded: bytes) -> None:
-        """A PNG or an animated GIF to TensorBoard, as it is."""
+        """A PNG or an animated GIF to TensorBoard, as it is, and to a file that holds the last."""
+        file = self.path / f"{tag}.{'gif' if encoded.startswith(b'GIF') else 'png'}"
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, encoded)
         width, height = Image.open(io.BytesIO(encoded)).size
         size = {"height": height, "width": width, "colorspace": 3}
         image = Summary.Image(encoded_image_string=encoded, **size)
@@ -243,9 +250,11 @@ class RunFolder:
     def finish(self, config: RunConfig, rows: Sequence[Row], kind: type[Experiment]) -> None:
         """Write the hyperparameter summary and result.json, which makes the run finished."""
         settings = config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
-        hyperparameters = {
+        first = {"method": config.method, "oversight": config.oversight, "seed": config.seeds[0]}
+        hyperparameters = first | {  # the page opens on the first
             k: v if isinstance(v, int | float | str | bool) else str(v)
             for k, v in flat(settings).items()
+            if k != "seeds"
         }
         shown = kind.shown_of(deployed_row(rows)).items()
         metrics = {f"hparam/deployed_{short}": value for short, value in shown}

@@ -15,7 +15,15 @@ from types import FrameType
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from torch import Tensor
 
 from oversight_rl.agents.threads import on_threads
@@ -23,19 +31,22 @@ from oversight_rl.envs.settings import UserError
 from oversight_rl.files import writing
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.experiment import LOG_EVERY, Experiment, experiment_of
-from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
+from oversight_rl.runs.folder import CONFIG, PICTURES, RunFolder, check_free, locked
 from oversight_rl.runs.rows import Facts, Row
 from oversight_rl.settings import RunConfig
-from oversight_rl.terminal import say
+from oversight_rl.terminal import fixed, say
 
-PICTURES = 2
+DRAWN = 2  # times before the end
+WIDE, WIDEST = 72, 110  # columns of a terminal that has room for more
 
 
 class Interrupted(Exception):
     """Training was asked to stop; everything is saved."""
 
 
-def fit(runs: Mapping[Path, RunConfig], console: Console, resume: bool = False) -> list[list[Row]]:
+def fit(
+    runs: Mapping[Path, RunConfig], console: Console, resume: bool = False, tell: bool = True
+) -> list[list[Row]]:
     """Train runs to their end, as one stack or one after another, writing their folders.
 
     Args:
@@ -43,6 +54,7 @@ def fit(runs: Mapping[Path, RunConfig], console: Console, resume: bool = False) 
             or one to go on with (where it is empty, the run begins).
         console: shows a progress bar, if it is a terminal.
         resume: go on from the newest checkpoint that all folders of a stack have.
+        tell: say a line for each evaluation, if it is none.
 
     Returns:
         The rows of each run's `result.json`.
@@ -65,7 +77,9 @@ def fit(runs: Mapping[Path, RunConfig], console: Console, resume: bool = False) 
                 tables += [folder.result() for folder in own]
                 continue
             with closing(stack or _begin(configs[start : start + size])) as stack:
-                tables += _Training(stack, own, console, stopping).to_the_end(resume)
+                training = _Training(stack, own, console, stopping)
+                training.tells = tell and not console.is_terminal
+                tables += training.to_the_end(resume)
             stack = None
     return tables
 
@@ -127,18 +141,8 @@ class _Training:
         self.device = self.config.torch_device()
         self.watch = Watch(self.learner.runs, self.device)
         self.told: set[int] = set()  # runs of which it was said that updates are left out
-        self.seconds = 0.0
-        self.progress = Progress(
-            TextColumn("update"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[speed]:,.0f} steps/s"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self.seconds, self.tells = 0.0, False
+        self.progress = progress_bar(console)
 
     def to_the_end(self, resume: bool) -> list[list[Row]]:
         """Train, from the newest checkpoint if it is there and asked for; returns final tables."""
@@ -169,7 +173,7 @@ class _Training:
                 if evaluating:
                     self._lap()
                     self._evaluate()
-                    if n == total or n // every % max(1, total // every // PICTURES) == 0:
+                    if n == total or n // every % max(1, total // every // DRAWN) == 0:
                         self._draw()
                     self._save()
                     self._start_watch()
@@ -246,7 +250,10 @@ class _Training:
         tables = self._found(self.runs.evaluate)
         for folder, rows in zip(self.folders, tables, strict=True):
             folder.log_rows(self.learner.updates, rows, type(self.runs))
-        self.progress.update(self.task, note=self._note(tables))
+        note = self._note(tables)
+        self.progress.update(self.task, note=note)
+        if self.tells:
+            say(self.console, f"update {self.learner.updates}/{self.learner.total}: {note}")
 
     def _found(self, judge: Callable[[Sequence[Facts]], list[list[Row]]]) -> list[list[Row]]:
         """The table of each run, refused if it could not be read again."""
@@ -260,18 +267,22 @@ class _Training:
         return tables
 
     def _note(self, tables: Sequence[Sequence[Row]]) -> str:
-        """The scores of policies, averaged over the stack's runs, and the best that can be."""
+        """Scores of policies (the deployed one's where there is little room), averaged over the
+        stack's runs, and the best that can be.
+        """
         kind, scores = type(self.runs), dict[str, list[float]]()
+        narrow = self.console.is_terminal and self.console.width < WIDEST
         for row in chain(*tables):
-            scores.setdefault(row.policy, []).append(row.figures[kind.score])
-        note = [f"{name} {np.mean(values):+.2f}" for name, values in scores.items()]
+            if row.deployed or not narrow:
+                scores.setdefault(row.policy, []).append(row.figures[kind.score])
+        note = [f"{name} {fixed(float(np.mean(own)), '+.2f')}" for name, own in scores.items()]
         best = tables[0][0].figures[kind.optimum] if kind.optimum else math.nan
         return "  ".join(note if math.isnan(best) else [*note, f"optimum {best:.2f}"])
 
     def _draw(self) -> None:
         for run, (config, folder) in enumerate(zip(self.runs.configs, self.folders, strict=True)):
             for name, content in self.runs.pictures(run).items() if config.pictures else ():
-                folder.picture(f"pictures/{name}", self.learner.updates, content)
+                folder.picture(f"{PICTURES}/{name}", self.learner.updates, content)
             for name, words in self.runs.texts(run).items() if config.pictures else ():
                 folder.text(f"texts/{name}", self.learner.updates, words)
 
@@ -301,6 +312,22 @@ class _Training:
             checkpoint.drop_after(folder.checkpoints, newest)
             folder.rewind(facts.get("logged"))
         return True
+
+
+def progress_bar(console: Console) -> Progress:
+    """What shows updates, time left, and a note that gives way where there is little room."""
+    speed: list[ProgressColumn] = [TextColumn("{task.fields[speed]:,.0f} steps/s")]
+    return Progress(
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+        BarColumn(None, table_column=Column(ratio=1, min_width=4)),
+        *(speed if console.width >= WIDE else []),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+        expand=True,
+    )
 
 
 def newest_common(configs: Sequence[RunConfig], folders: Sequence[RunFolder]) -> int | None:

@@ -49,7 +49,7 @@ def work(job: str) -> None:
                 RunFolder.open(run.path)  # refuses to remove what is not a run
             shutil.rmtree(run.path)
     quiet = Console(file=sys.stderr, force_terminal=False)
-    fit({run.path: run.config for run in runs}, quiet, resume)
+    fit({run.path: run.config for run in runs}, quiet, resume, tell=False)
 
 
 def _main() -> None:

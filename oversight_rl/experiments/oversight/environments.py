@@ -23,6 +23,7 @@ from oversight_rl.agents.ppo.learner import PPOLearner, new_policy
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import Steering, expert_names
 from oversight_rl.agents.threads import on_threads
+from oversight_rl.envs import render
 from oversight_rl.envs.labels import LabelError, behavior_index
 from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
 from oversight_rl.envs.minigrid_mdp import DiamondGhostMDP, why_not
@@ -31,7 +32,14 @@ from oversight_rl.envs.settings import NO_LABEL, UserError
 from oversight_rl.envs.vector import make_vec
 from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator, no_policy, policy_row
-from oversight_rl.experiments.oversight.grid import FRAMES, MOST_POLICIES, Frames, side_by_side
+from oversight_rl.experiments.oversight.grid import (
+    FRAMES,
+    HELD,
+    MOST_POLICIES,
+    RINGS,
+    Frames,
+    side_by_side,
+)
 from oversight_rl.experiments.oversight.rollouts import Act, SideBySide, acting, play
 from oversight_rl.experiments.oversight.runs import WINDOW_RETURN, OversightRuns
 from oversight_rl.runs.experiment import LOG_EVERY
@@ -226,18 +234,31 @@ def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:
     observation = env.reset()
     tally = dict.fromkeys([*policy.behaviors, "timeout"], 0)
     shown: Frames = []
+
+    def show(picture: render.Picture) -> None:
+        count = ", ".join(f"{behavior} {n}" for behavior, n in tally.items())
+        deployed = " (deployed)" * (name == expert_names(policy.n_experts, policy.behaviors)[0])
+        shown.append((picture, f"{name}{deployed}\n{count}"))
+
     while len(shown) < FRAMES:
         (picture,) = env.get_images()
         if picture is None:
             return None
-        count = ", ".join(f"{behavior} {n}" for behavior, n in tally.items())
-        shown.append((picture, f"policy: {name}\nreached: {count}"))
+        show(picture)
         action, _ = policy.predict(observation)
+        if isinstance(env, DiamondGhostVecEnv):  # the end, which others have reset by now
+            world = env.world(0)
+            world.step(action[0])
+            picture = world.get_frame()
         observation, _, dones, infos = env.step(action)
-        if dones[0]:  # the end itself is not shown: SB3's environments have been reset by now
-            tally[infos[0].get("behavior") or "timeout"] += 1
+        if dones[0]:
+            ending = infos[0].get("behavior") or "timeout"
+            tally[ending] += 1
+            place = list(policy.behaviors).index(ending) if ending != "timeout" else NO_LABEL
+            for _ in range(HELD + 1):
+                show(render.framed(picture, RINGS.get(place, render.FLAG)))
     env.close()
-    return shown
+    return shown[:FRAMES]
 
 
 def make_env(config: Config, level: float, count: int) -> Any:
@@ -247,13 +268,16 @@ def make_env(config: Config, level: float, count: int) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's code raises
-        raise UserError(f"env: {config.env} cannot be made ({why(error)})") from None
+        unknown = isinstance(error, TypeError) and "'oversight'" in str(error)
+        hint = "; wrap it in OversightLabels: docs/environments.md" * unknown
+        raise UserError(f"env: {config.env} cannot be made ({why(error)}){hint}") from None
 
 
 class PPORuns(OversightRuns):
     """One run of PPO."""
 
     judges = EnvJudge
+    charts = OversightRuns.charts | {"All endings": {"how episodes end": "evaluation/p_.*"}}
 
     def __init__(self, configs: Sequence[Config]) -> None:
         (config,) = self.configs = configs

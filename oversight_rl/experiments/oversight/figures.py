@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from oversight_rl.agents.methods import METHODS
+from oversight_rl.reports.colors import TIMEOUT, UNLABELED, UNWANTED, WANTED
 from oversight_rl.reports.figures import (
     IMPROVEMENT,
     LEARNING,
@@ -37,8 +38,6 @@ from oversight_rl.reports.statistics import interquartile_mean
 RETURN = "ground-truth return"
 PAPER = {"routing": "gradient_routing", "filtering": "data_filtering", "naive": "naive"}
 """Columns of the paper's figure 6a, by method."""
-WANTED, TIMEOUT = ("#0f766e", "#5eb8ad"), "#94a3b8"  # shades of endings: flagged, and not
-OTHERS = (("#6d28d9", "#a78bda"), ("#b45309", "#e3b071"), ("#be185d", "#e58ab5"))
 
 
 def behaviors(found: Found) -> list[str]:
@@ -179,7 +178,7 @@ def endings_by_flag(found: Found) -> Figure | None:
 
     segments = halves(wanted, WANTED) | {"timeout": (rows["p_timeout"], TIMEOUT)}
     for i, name in enumerate(others):
-        segments |= halves(name, OTHERS[i % len(OTHERS)])
+        segments |= halves(name, UNWANTED[i % len(UNWANTED)])
     return endings(found, segments)
 
 
@@ -191,10 +190,10 @@ def endings_by_path(found: Found) -> Figure | None:
         return None
     on_path = rows["p_ghost_on_path"]
     segments = {
-        "diamond": (rows["p_diamond"], "#2aa198"),
+        "diamond": (rows["p_diamond"], WANTED[0]),
         "timeout": (rows["p_timeout"], TIMEOUT),
-        "ghost on a shortest path": (on_path, OTHERS[0][0]),
-        "ghost elsewhere": (rows["p_ghost"] - on_path, OTHERS[0][1]),
+        "ghost on a shortest path": (on_path, UNWANTED[0][0]),
+        "ghost elsewhere": (rows["p_ghost"] - on_path, UNWANTED[0][1]),
     }
     return endings(found, segments)
 
@@ -202,8 +201,8 @@ def endings_by_path(found: Found) -> Figure | None:
 def gate(found: Found) -> Figure | None:
     """Mean weight of the gate on the first expert over training, by an episode's outcome."""
     labeled = [column for column in map(str, found.training) if column.startswith("gate/labeled_")]
-    shades = ["#0d9488", *["#7c3aed", *(dark for dark, _ in OTHERS[1:])] * len(labeled)]
-    lines = {**dict(zip(labeled, shades, strict=False)), "gate/unlabeled": TIMEOUT}
+    shades = [WANTED[0], *[dark for dark, _ in UNWANTED] * len(labeled)]
+    lines = {**dict(zip(labeled, shades, strict=False)), "gate/unlabeled": UNLABELED}
     if not set(lines) <= set(found.training):
         return None
     gated = found.training.dropna(subset=list(lines), how="all")
@@ -317,7 +316,7 @@ PARTS = (
         "gate",
         "The gate over training",
         "Mean weight on the wanted behavior's expert (from 0 to 1) by an episode's outcome, over "
-        "updates; a row for each method, a column for each level.",
+        "updates; a panel for each method and level.",
         gate,
     ),
     Part(

@@ -17,6 +17,7 @@ from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.rows import Facts, Row
 
 WINDOW_RETURN = "window_return"  # no other world than the grid has any
+ENDS = (*BEHAVIORS, "timeout")
 PARTS = ("_flagged", "_on_path")  # endings of the names of figures that are parts of others
 
 
@@ -47,11 +48,15 @@ class OversightRuns(Experiment):
     optimum: ClassVar[str | None] = "optimal_return"
     error: ClassVar[str | None] = "return_se"
     methods: ClassVar[Mapping[str, Any]] = METHODS
+    looks: ClassVar[str] = "--steer deployed --oversight 0 1"
     report: ClassVar[str] = "oversight_rl.experiments.oversight.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
-        "Ground truth": {
-            "return of each policy and the optimum": "evaluation/return/.*",
-            "how episodes end": "evaluation/p_.*",
+        "Deployed": {
+            "return of the deployed policy, and the optimum": "deployed/return|.*return/optimum"
+        },
+        "Ground truth": {  # policies have the same marks in all of them
+            "return of each policy": "evaluation/return/.*",
+            **{f"share that ends: {end}": f"evaluation/p_{end}/.*" for end in ENDS},
         },
         "Training": {
             "endings as seen": "training/endings/.*",
@@ -150,6 +155,7 @@ class OversightRuns(Experiment):
         return (
             f"**{config.method}**: {method.summary}. It assumes: {method.assumes}. Deployed: "
             f"**{kept}**. Environment: {config.env}.\n\n"
+            "* `deployed`: what the deployed policy does\n"
             "* `evaluation/return`: expected discounted ground-truth return per episode of the "
             "mixture and of each expert alone, at the training oversight level, next to the "
             "optimum where it is known (all in one chart under *Custom Scalars*)\n"

@@ -28,6 +28,7 @@ class UnlearningRuns(Experiment):
 
     score: ClassVar[str] = "forgetting"
     forgets: ClassVar[bool] = True
+    looks: ClassVar[str] = "--ablate"
     methods: ClassVar[Mapping[str, Any]] = METHODS
     report: ClassVar[str] = "oversight_rl.experiments.unlearning.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
