@@ -48,13 +48,16 @@ STYLES = {
     **_family(REWARD_MODEL, "reward_model"),
     **_family(WEIGHTING, "ipw_hidden_flag"),
     **_family(ORACLE, "oracle"),
-    # unlearning
-    **_family(ROUTING, "routing", "routing_mixed", "adapter_routing", "published_routing"),
-    **_family(ABLATION, "random_ablation"),
-    **_family(NAIVE, "base"),
-    **_family(FILTERING, "filter", "strict_filter"),
-    **_family(WEIGHTING, "gradient_difference", "rmu"),
-    **_family(ORACLE, "perfect_filter"),
+    "routing_mixed": Style(ROUTING, ":", "D"),
+    "adapter_routing": Style(ROUTING, "-.", "v"),
+    "published_routing": Style(ROUTING, "--", "P"),
+    "random_ablation": Style(ABLATION, "-", "D"),
+    "base": Style(NAIVE, "-", "D"),
+    "filter": Style(FILTERING, "-", "D"),
+    "strict_filter": Style(FILTERING, "--", "v"),
+    "gradient_difference": Style(WEIGHTING, "-", "D"),
+    "rmu": Style(WEIGHTING, "--", "v"),
+    "perfect_filter": Style(ORACLE, "-", "D"),
 }
 
 
