@@ -148,8 +148,8 @@ class Storyteller:
 
 def _pick(chances: NDArray[np.float64], draws: np.random.Generator) -> NDArray[np.int64]:
     """An index for each row of chances."""
-    picked: NDArray[np.int64] = (chances.cumsum(1) < draws.random((len(chances), 1))).sum(1)
-    return np.minimum(picked, chances.shape[1] - 1)
+    picked = (chances.cumsum(1) < draws.random((len(chances), 1))).sum(1)
+    return np.asarray(np.minimum(picked, chances.shape[1] - 1), np.int64)
 
 
 def _entropy(chances: NDArray[np.float64]) -> float:
