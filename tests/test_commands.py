@@ -1,7 +1,9 @@
 """The commands as a user types them: runs, resumes, evaluations, imports, mistakes."""
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import small_experiment
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from oversight_rl import load_policy
@@ -36,10 +39,10 @@ from oversight_rl.kinds import KINDS, load_config
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import RunFolder, find_runs
-from oversight_rl.runs.loop import _stop_requested
+from oversight_rl.runs.loop import _stop_requested, progress_bar
 from oversight_rl.settings import read_yaml
 from oversight_rl.sweeps.plan import load_sweep, plan
-from oversight_rl.terminal import plain
+from oversight_rl.terminal import fixed, plain
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--config", str(ROOT / "configs" / "smoke.yaml"), "--device", "cpu", "--no-pictures"]
@@ -253,7 +256,8 @@ def test_evaluate_audits_what_is_steered(run, tmp_path, capsys):
 
 def test_evaluate_draws_pictures(run, tmp_path):
     main(["evaluate", str(run), "--pictures", str(tmp_path / "pictures")])
-    for name, kind in (("policies.png", "PNG"), ("rollouts.gif", "GIF")):
+    shown = {"policies.png": "PNG", "policies_dark.png": "PNG", "rollouts.gif": "GIF"}
+    for name, kind in shown.items():
         assert Image.open(tmp_path / "pictures" / name).format == kind
 
 
@@ -822,6 +826,7 @@ def test_ascii_terminals(run, tmp_path):
     for line, shown in (
         (f"$T {args} {spurious} && $O evaluate {path}", " +- "),  # a standard error
         ("$T --help", "--reinforce.updates"),
+        ("$T --help-all", "--reinforce.gate-coef"),
         ("$O evaluate $RUN-é", "no such run folder"),
     ):
         code, told = shell(line, run, **ascii_only)
@@ -843,8 +848,9 @@ FLAGS = {
 @pytest.mark.parametrize("command", [["train.py"], *(["-m", "oversight_rl", c] for c in FLAGS)])
 def test_help_is_complete(command):
     environment = os.environ | {"COLUMNS": "200"}
+    every = "--help-all" if command == ["train.py"] else "--help"
     done = subprocess.run(
-        [sys.executable, *command, "--help"],
+        [sys.executable, *command, every],
         cwd=ROOT, capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     train_flags = ["--config", "--resume", "--oversight", "--world.rows", "--reinforce.gate-coef"]
@@ -852,6 +858,47 @@ def test_help_is_complete(command):
     for flag in flags:
         assert flag in done.stdout
     assert done.stdout.count("default: ") > 5 or command != ["train.py"]
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "oversight_rl", "train"]])
+def test_help_is_short_and_names_the_methods(command):
+    told = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert set(METHODS) <= set(re.findall(r"\w+", told))
+    assert "--help-all" in told
+    assert told.count("\n") < 40
+    assert max(map(len, told.splitlines())) <= 100
+
+
+def test_progress_keeps_count_and_time_where_there_is_little_room():
+    for width in (60, 80, 120):
+        shown = Console(width=width, file=io.StringIO())
+        bar = progress_bar(Console(width=width, force_terminal=True, file=io.StringIO()))
+        note = "left_flagged +0.71  optimum 0.93"
+        task = bar.add_task("", total=400, completed=0, speed=123456.0, note=note)
+        bar.update(task, completed=150)
+        shown.print(bar.get_renderable())
+        (line,) = shown.file.getvalue().splitlines()
+        assert "150/400" in line
+        assert re.search(r"[-0-9]:[-0-9]{2}:[-0-9]{2}", line)
+        assert "left_flagged +0.71" in line
+
+
+def test_a_pipe_gets_a_line_for_each_evaluation(run, tmp_path):
+    code, told = shell(f"$T {' '.join(SMOKE)} --run-dir {tmp_path / 'x'} | cat", run)
+    assert code == 0
+    lines = told.decode().splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("update")] == [
+        "update 0/20", "update 10/20", "update 20/20",
+    ]  # fmt: skip
+    assert f"  oversight-rl evaluate {tmp_path / 'x'} --steer deployed --oversight 0 1" in lines
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    shown = [fixed(x, form) for x, form in ((-0.0004, ".1%"), (-0.001, ".2f"), (-0.0, "+.2f"))]
+    assert shown == ["0.0%", "0.00", "0.00"]
+    assert [fixed(x, "+.2f") for x in (-0.01, 0.01)] == ["-0.01", "+0.01"]
 
 
 def loaded(command, args, cwd):

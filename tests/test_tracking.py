@@ -1,10 +1,13 @@
 """What TensorBoard gets: read back from the event file."""
 
 import io
+import re
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from oversight_rl.cli import train
 
@@ -22,6 +25,9 @@ def page(tmp_path_factory):
 def test_curves(page):
     tags = set(page.Tags()["scalars"])
     policies = ("mixture", "diamond", "ghost")
+    deployed = page.Scalars("evaluation/return/diamond")
+    assert [e.value for e in page.Scalars("deployed/return")] == [e.value for e in deployed]
+    assert min(tags) == "deployed/p_diamond"  # first on the page
     for group in ("return", "p_diamond", "p_ghost", "p_timeout"):
         assert {f"evaluation/{group}/{policy}" for policy in policies} <= tags
     outcomes = ("timeout", "unlabeled", "labeled_diamond", "labeled_ghost")
@@ -51,6 +57,18 @@ def test_pictures_move_and_have_the_panels(page):
     assert animation.width > 3 * 4 * 48  # mixture, diamond, ghost side by side
 
 
+def test_charts_have_few_curves(page):
+    (tensor,) = page.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
+    tags = page.Tags()["scalars"]
+    assert layout.category[0].title == "Deployed"
+    for category in layout.category:
+        for chart in category.chart:
+            (pattern,) = chart.multiline.tag
+            found = [tag for tag in tags if re.fullmatch(pattern, tag)]
+            assert 1 < len(found) < 5, chart.title
+
+
 def test_hyperparameters_and_text(page):
     tensors = set(page.Tags()["tensors"])
     assert {"run/text_summary", "custom_scalars__config__"} <= tensors
@@ -59,4 +77,6 @@ def test_hyperparameters_and_text(page):
     text = page.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "gradient routing" in text
     assert "10.00% oversight" in text
-    assert "_hparams_/experiment" in page.summary_metadata
+    content = page.summary_metadata["_hparams_/experiment"].plugin_data.content
+    names = [info.name for info in HParamsPluginData.FromString(content).experiment.hparam_infos]
+    assert names[:3] == ["method", "oversight", "seed"]
