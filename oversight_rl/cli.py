@@ -78,16 +78,15 @@ def train(args: Sequence[str] | None = None) -> None:
 
 def _train(args: list[str], command: str) -> None:
     """Train, or go on; `command` is what the user typed for it."""
-    if "--help" in args or "-h" in args:
+    if args and set(args) <= {"--help", "-h"}:
         print_train_help(command)
         return
-    if "--help-all" in args:
-        args = [arg.replace("--help-all", "--help") for arg in args]
-        sources, others = _Sources(), args
-    else:
-        sources, others = tyro.cli(_Sources, args=args, return_unknown_args=True)
+    helps = {"--help", "-h", "--help-all"} & set(args)
+    others = [arg for arg in args if arg not in helps]
+    sources, others = tyro.cli(_Sources, args=others, return_unknown_args=True)
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
     console = Console()
-    if sources.resume is not None:
+    if sources.resume is not None and not helps:
         if others or sources.config or sources.algo:
             raise UserError("--resume: takes its settings from the run folder; drop other flags")
         _resume(sources.resume, console, command)
@@ -194,7 +193,7 @@ def evaluate(
     audit: int | None = None,
     ablate: bool = False,
 ) -> None:
-    """Evaluate trained agents, steered as you like, at any oversight level.
+    """Evaluate trained agents, steered as you like, at any oversight level; others as they ended.
 
     Args:
         run_dir: A run folder, a folder of runs by seed, or an exported policy file.

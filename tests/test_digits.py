@@ -349,6 +349,16 @@ def test_labels_are_as_many_as_the_level_says(data):
     assert shares[0.5] == pytest.approx(0.5, abs=0.15)
 
 
+def test_help_is_of_what_is_to_be_trained(capsys):
+    for args in (["--config", "digits", "--help"], ["-h", "--algo", "partition"]):
+        with pytest.raises(SystemExit) as stop:
+            train(args)
+        assert stop.value.code == 0
+        said = capsys.readouterr().out
+        assert "--partition.sparsity-ramp" in said
+        assert "--reinforce." not in said
+
+
 def test_a_report_says_what_parts_know(data, tmp_path, capsys):
     for method in ("routed", "not_routed"):
         args = flags(data, **{"partition.updates": 2}, method=method)

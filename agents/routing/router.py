@@ -150,6 +150,8 @@ class Router:
         """Index of each label's rule `[*ids]`, or chances as they are."""
         if not isinstance(ids, Tensor):
             raise ValueError(f"labels must be a tensor, got {type(ids).__name__}")
+        if not ids.numel():
+            raise ValueError("labels are of no samples: leave empty batches out")
         like = self._like
         if self._labels.device != like.device or self._table.dtype != like.dtype:
             self._labels = self._labels.to(like.device)
@@ -219,7 +221,7 @@ class Router:
         self._refuse_closed()
         self._refuse_batch_norm()
         chances = self._chances(ids)
-        if chances.ndim != 1 + ids.is_floating_point() or not len(ids):
+        if chances.ndim != 1 + ids.is_floating_point():
             raise ValueError(f"backward: labels {tuple(ids.shape)} must be of samples, [B]")
         if self.on == "edges":
             with self.labels(ids):
@@ -304,7 +306,7 @@ class Router:
             float64 and 1e-6 in float32 if the routes are what the rules say.
         """
         index = self._chances(ids)
-        if index.ndim != 1 or ids.is_floating_point() or not len(ids):
+        if index.ndim != 1 or ids.is_floating_point():
             raise ValueError(f"check: labels {tuple(ids.shape)} must be of samples, ints [B]")
         with without_dropout(self._inner), spared(self._inner):
             if self._refusals:

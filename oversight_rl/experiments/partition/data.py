@@ -41,8 +41,8 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """The same, on a device."""
-        on = (x.to(device) for x in (self.pixels, self.label, self.group))
-        return Images(*on, shape=self.shape)
+        pixels, label, group = (x.to(device) for x in (self.pixels, self.label, self.group))
+        return Images(pixels, label, group, self.shape)
 
 
 def load(data: str, groups: Sequence[str]) -> tuple[Images, Images]:
