@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, cast
@@ -30,6 +31,7 @@ from oversight_rl.printed import (
     print_next,
     print_rows,
     print_summary,
+    print_texts,
     print_train_help,
 )
 from oversight_rl.settings import Probability, RunConfig, settings_file
@@ -85,16 +87,15 @@ def train(args: Sequence[str] | None = None) -> None:
 
 def _train(args: list[str], command: str) -> None:
     """Train, or go on; `command` is what the user typed for it."""
-    if "--help" in args or "-h" in args:
+    if args and set(args) <= {"--help", "-h"}:
         print_train_help(command)
         return
-    if "--help-all" in args:
-        args = [arg.replace("--help-all", "--help") for arg in args]
-        sources, others = _Sources(), args
-    else:
-        sources, others = tyro.cli(_Sources, args=args, return_unknown_args=True)
+    helps = {"--help", "-h", "--help-all"} & set(args)
+    others = [arg for arg in args if arg not in helps]
+    sources, others = tyro.cli(_Sources, args=others, return_unknown_args=True)
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
     console = Console()
-    if sources.resume is not None:
+    if sources.resume is not None and not helps:
         if others or sources.config or sources.named:
             raise UserError("--resume: takes its settings from the run folder; drop other flags")
         _resume(sources.resume, console, command)
@@ -155,7 +156,7 @@ def _fit(
         say(console, f"stopped and saved; go on with: {command} --resume {path}")
         raise SystemExit(STOPPED) from None
     print_summary(tables, experiment_of(first), console)
-    print_next(path, console)
+    print_next(path, experiment_of(first), console)
 
 
 @contextmanager
@@ -198,8 +199,9 @@ def evaluate(
     pictures: Path | None = None,
     audit: int | None = None,
     overseer: str | None = None,
+    ablate: bool = False,
 ) -> None:
-    """Evaluate trained agents, steered as you like, at any oversight level.
+    """Evaluate trained agents, steered as you like, at any oversight level; others as they ended.
 
     Args:
         run_dir: A run folder, a folder of runs by seed, or an exported policy file.
@@ -211,22 +213,25 @@ def evaluate(
         temperature: Divides the logits, from 0.001 to 1000; below 1 is greedier.
         json: File to write the rows to.
         export: File to write the steered policy to (one run, one --steer), for later evaluation.
-        pictures: Folder to draw the policies (policies.png) and rollouts (rollouts.gif) of one run
-            into.
+        pictures: Folder to draw policies (policies.png) and rollouts (rollouts.gif) of a run into.
         audit: Episodes of each policy to audit: labels alone bound its unwanted endings.
         overseer: Who watches at deployment, a name in the table of overseers. Default: who watched
             in training.
+        ablate: Of runs that learn to forget: figures and texts before and after they do.
     """
-    for level in oversight:
-        if not 0 <= level <= 1:
-            raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
+    _check_levels(oversight)
     check_there(run_dir)
     # with torch, which takes a second to load
     from oversight_rl.agents.threads import on_threads
     from oversight_rl.experiments.oversight.audits import audited
-    from oversight_rl.experiments.oversight.policies import read, write_policy
-    from oversight_rl.runs.rows import write_rows
+    from oversight_rl.experiments.oversight.policies import read, steers, write_policy
 
+    if not steers(run_dir):
+        steered = steer or oversight or greedy or temperature != 1 or export or audit
+        _judge_again(run_dir, json, pictures, ablate, bool(steered))
+        return
+    if ablate:
+        raise UserError("--ablate: is for runs that learn to forget; see --steer without:NAME")
     rows: list[Row] = []
     loaded = read(run_dir)
     if overseer is not None:
@@ -238,10 +243,8 @@ def evaluate(
         raise UserError("--export: takes one run and one --steer")
     for saved, policies in asked:
         with on_threads(saved.config.threads):
-            if audit is None:
-                rows += saved.rows(policies, oversight)
-            else:
-                rows += audited(saved, policies, oversight, audit)
+            judged = saved.rows if audit is None else partial(audited, saved, episodes=audit)
+            rows += judged(policies, oversight)
             if pictures is not None:
                 _write_pictures(pictures, saved.pictures(policies))
         if export is not None:
@@ -249,6 +252,51 @@ def evaluate(
     print_rows(rows, loaded[0].kind, Console())
     if audit is not None:
         print_audits(rows, loaded[0].config, Console())
+    _write_rows(rows, json)
+
+
+def _check_levels(oversight: Sequence[float]) -> None:
+    for level in oversight:
+        if not 0 <= level <= 1:
+            raise UserError(f"--oversight: must lie in [0, 1], got {level:g}")
+
+
+def _judge_again(
+    run_dir: Path, json: Path | None, pictures: Path | None, ablate: bool, steered: bool
+) -> None:
+    """Evaluate runs that have nothing to steer, as at their end or as in training."""
+    # with torch, which takes a second to load
+    from oversight_rl.runs.experiment import experiment_of
+    from oversight_rl.runs.folder import open_runs
+    from oversight_rl.runs.loop import judged_again
+
+    rows: list[Row] = []
+    folders = open_runs(run_dir)
+    first = folders[0].config()
+    kind = experiment_of(first)
+    if steered:
+        known = "no experts to steer: evaluate takes --json, --pictures and --ablate alone"
+        raise UserError(f"algo: runs of {first.algo} have {known}")
+    if ablate and not kind.forgets:
+        raise UserError(f"--ablate: runs of {first.algo} do not learn to forget")
+    if pictures is not None and len(folders) > 1:
+        raise UserError("--pictures: takes one run")
+    for folder in folders:
+        with judged_again(folder, final=not ablate) as (run, found):
+            rows += found
+            if ablate:
+                print_texts(run.texts(0), folder.path, Console())
+            if pictures is not None:
+                _write_pictures(pictures, run.pictures(0))
+    print_rows([row for row in rows if row.deployed or "=" not in row.policy], kind, Console())
+    _write_rows(rows, json)
+
+
+def _write_rows(rows: Sequence[Row], json: Path | None) -> None:
+    """Write rows to a file, if one is asked for."""
+    # with what checks rows, which is slow to load
+    from oversight_rl.runs.rows import write_rows
+
     if json is not None:
         with writing(json):
             write_rows(json, rows)

@@ -14,6 +14,8 @@ from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.settings import RunConfig, as_asked, read_yaml
 
 OVERSIGHT = "oversight_rl.experiments.oversight"
+UNLEARNING = "oversight_rl.experiments.unlearning"
+PARTITION = "oversight_rl.experiments.partition"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ KINDS: dict[str, Kind] = {
         f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.grid:GridRuns", "routing", True, True
     ),
     "ppo": Kind(f"{OVERSIGHT}.config:Config", f"{OVERSIGHT}.environments:PPORuns", DEFAULT_METHOD),
+    "stories": Kind(f"{UNLEARNING}.config:Config", f"{UNLEARNING}.runs:UnlearningRuns", "routing"),
+    "partition": Kind(
+        f"{PARTITION}.config:PartitionConfig", f"{PARTITION}.runs:Partition", "routed"
+    ),
 }
 """By the setting `algo`; the first is the default."""
 

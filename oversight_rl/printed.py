@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from oversight_rl.agents.methods import METHODS
@@ -103,6 +104,13 @@ def print_rows(rows: Sequence[Row], kind: type[Experiment], console: Console) ->
         say(console, line)
 
 
+def print_texts(texts: Mapping[str, str], path: Path, console: Console) -> None:
+    """Texts about a run, see `Experiment.texts`."""
+    for name, text in texts.items():
+        say(console, f"{path}, {name}:")
+        console.print(Markdown(text))
+
+
 def print_audits(rows: Sequence[Row], config: Config, console: Console) -> None:
     """A table for each run of what audits say."""
     from oversight_rl.experiments.oversight.audits import cells, notes  # with torch and scipy
@@ -119,11 +127,11 @@ def print_audits(rows: Sequence[Row], config: Config, console: Console) -> None:
         say(console, line)
 
 
-def print_next(path: Path, console: Console) -> None:
+def print_next(path: Path, kind: type[Experiment], console: Console) -> None:
     """Where a finished run is, and what to do with it."""
     runs = path.parent if path.parent.name == "runs" else path
     say(console, f"results in {path}; what next:")
-    say(console, f"  oversight-rl evaluate {path} --steer deployed --oversight 0 1")
+    say(console, f"  oversight-rl evaluate {path} {kind.looks}".rstrip())
     say(console, f"  oversight-rl report {runs}")
     say(console, f"  tensorboard --logdir {runs}")
 
@@ -153,7 +161,9 @@ def _policy(row: Row) -> tuple[str, str]:
 
 
 def _figure(name: str, value: float) -> str:
-    """A figure as its name asks for: shares in percent, lengths with one digit."""
+    """A figure as its name asks for: shares in percent, lengths with one digit; blank if nan."""
+    if math.isnan(value):
+        return ""
     if name.startswith("p_"):
         return fixed(value, ".1%")
     return fixed(value, ".1f" if name.endswith("_length") else ".3f")

@@ -40,6 +40,7 @@ from oversight_rl.runs import checkpoint
 from oversight_rl.runs import folder as folders
 from oversight_rl.runs.folder import RunFolder, find_runs
 from oversight_rl.runs.loop import _stop_requested, progress_bar
+from oversight_rl.settings import read_yaml
 from oversight_rl.sweeps.plan import load_sweep, plan
 from oversight_rl.terminal import fixed, plain
 
@@ -223,11 +224,16 @@ def test_one_of_several_runs_is_to_be_named(run, tmp_path):
     assert load_policy(tmp_path / "seed_7").steering.name == "diamond"
 
 
-def test_runs_that_have_no_experts_are_not_steered(tmp_path, capsys, monkeypatch):
+def test_runs_that_have_no_experts_are_judged_as_at_their_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(KINDS, "climb", small_experiment.KIND)
     train(["--algo", "climb", "--run-dir", str(tmp_path / "run")])
-    error = refused(capsys, main, ["evaluate", tmp_path / "run"])
-    assert error == "error: algo: runs of climb have no experts to steer\n"
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row == json.loads((tmp_path / "run" / "result.json").read_text())[0]
+    assert f"{row['height']:.3f}" in capsys.readouterr().out
+    error = refused(capsys, main, ["evaluate", tmp_path / "run", "--steer", "diamond"])
+    assert error.startswith("error: algo: runs of climb have no experts to steer: evaluate takes")
 
 
 def test_evaluate_audits_what_is_steered(run, tmp_path, capsys):
@@ -937,14 +943,16 @@ def test_training_loads_what_it_needs(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_preset_loads(path):
-    if path.name.startswith("compare"):
+    if "grid" in read_yaml(path):
         runs = plan(load_sweep(path), Path("runs"))
         expected = {"compare": len(METHODS) * 6 * 8, "compare_quick": 4 * 2 * 8}
         expected |= {"compare_minigrid": 7 * 5, "compare_four_rooms": 4 * 5}
+        expected |= {"stories_sweep": 4 * 3 * 5, "stories_methods": 8 * 5}
+        expected |= {"compare_digits": 4 * 3 * 5}
         assert len(runs) == expected[path.stem]
         return
     config = load_config(path)
-    assert Config.model_validate(config.model_dump()) == config
+    assert type(config).model_validate(config.model_dump()) == config
     assert (config == Config()) == (path.name == "default.yaml")
 
 

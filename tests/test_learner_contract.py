@@ -11,6 +11,7 @@ from gymnasium import spaces
 from small_experiment import ClimbConfig, Climber, ClimberConfig
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
 
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.methods import METHODS
@@ -18,7 +19,9 @@ from oversight_rl.agents.ppo import learner as ppo_learner
 from oversight_rl.agents.ppo.config import PPOConfig
 from oversight_rl.agents.ppo.learner import PPOLearner
 from oversight_rl.agents.reinforce.learner import ReinforceLearner
+from oversight_rl.agents.routing import Router, Rule, expand
 from oversight_rl.agents.settings import AgentConfig, ReinforceConfig
+from oversight_rl.agents.supervised import SupervisedLearner
 from oversight_rl.envs.overseers import Labels, Overseer
 from oversight_rl.envs.settings import NO_LABEL, UserError, WorldConfig
 from oversight_rl.envs.vector import make_vec
@@ -121,6 +124,38 @@ class Climb:
         return Climber(config, [seed + run for run in runs])
 
 
+class Supervised:
+    """Makes single runs of a network whose added units learn from some samples only."""
+
+    exact, points = True, {"loss/error", "loss/size"}
+
+    def __call__(self, runs=None, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        layers = nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1)
+        model = nn.Sequential(*layers)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.uniform_(-0.5, 0.5, generator=generator)
+        added = expand(model, "", units=2, generator=generator)
+        router = Router(model, {"added": added}, {0: Rule(["rest"], ["added"]), 1: Rule()})
+        optimizer = router.optimizer(torch.optim.AdamW(model.parameters()))
+
+        def draw(update):
+            return torch.randn(16, 3), torch.full((16,), update % 4 == 3)
+
+        def backward(batch, progress):
+            x, ids = batch
+            with router.labels(ids.long()):
+                error = (model(x)[:, 0] - x.sum(1)).square().mean()
+            size = model[0].weight.square().mean()
+            (error + 0.1 * progress * size).backward()
+            return {"error": error, "size": size}
+
+        return SupervisedLearner(
+            model, optimizer, draw, backward, updates=8, learning_rate=(1e-2, 0.0), seed=seed
+        )
+
+
 class Walk(gym.Env):
     """Random lengths, a task of its own, labels on half of the episodes; no state to keep."""
 
@@ -155,6 +190,7 @@ LEARNERS = {
     "ppo_minigrid": PPO(MINIGRID, "routing"),
     "ppo_user": PPO(Walk, "imputed_routing"),
     "climb": Climb(),
+    "supervised": Supervised(),
 }
 any_learner = pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
 
@@ -471,3 +507,31 @@ def test_networks_of_any_size_are_not_taken():
     large = AgentConfig(hidden=(2**14, 2**14))
     with pytest.raises(UserError, match="agent: at most 134,217,728 parameters"):
         PPOLearner(PPOConfig(), large, DummyVecEnv([Walk]), "naive", Overseer(0.5), 0)
+
+
+# ---- supervised learning
+
+
+def test_its_updates_are_those_of_a_plain_loop():
+    learner, plain = Supervised()(seed=3), Supervised()(seed=3)
+    optimizer = torch.optim.AdamW(plain.model.parameters())  # no router's: nothing stands still
+    learner.optimizer = torch.optim.AdamW(learner.model.parameters())
+    advance(learner, 4)
+    for update in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - update / 7)
+        torch.manual_seed(int(np.random.SeedSequence((3, update)).generate_state(1)[0]))
+        optimizer.zero_grad()
+        plain.backward(plain.draw(update), update / 7)
+        optimizer.step()
+    ours, theirs = learner.model.state_dict(), plain.model.state_dict()
+    for name, x in theirs.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_it_draws_from_no_stream_but_its_own():
+    learner = Supervised()()
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    advance(learner, 2)
+    assert torch.equal(torch.rand(3), wanted)

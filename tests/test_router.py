@@ -180,7 +180,7 @@ def test_gradients_are_those_of_samples_weighted(case, engine):
                 losses.mean().backward()
         assert_gradients(model, wanted)
         if engine == "labels":
-            assert router.check(batch, ids, loss_fn) < 1e-12
+            assert router.check(loss_fn, batch, ids) < 1e-12
 
 
 # ---- what would be silently wrong

@@ -74,7 +74,7 @@ def test_recurrent_networks_go_by_groups():
         pass
     router.backward(squares, batch, ids)
     assert_gradients(model, wanted)
-    assert router.check(batch, ids, squares) < 1e-12
+    assert router.check(squares, batch, ids) < 1e-12
     assert_gradients(model, wanted)  # which checking leaves alone
 
 
@@ -97,7 +97,7 @@ def test_a_policy_of_stable_baselines(engine):
             with router.labels(ids):
                 sb3_loss(policy, batch).mean().backward()
         assert_gradients(policy, wanted, 1e-6)
-        assert router.check(batch, ids, sb3_loss) < 1e-6
+        assert router.check(sb3_loss, batch, ids) < 1e-6
 
 
 def gpt2():
@@ -141,7 +141,7 @@ def test_gpt2_whose_embeddings_are_tied(engine):
             with router.labels(ids):
                 gpt2_loss(model, batch).mean().backward()
         assert_gradients(model, wanted)
-        assert router.check(batch, ids, gpt2_loss) < 1e-12
+        assert router.check(gpt2_loss, batch, ids) < 1e-12
 
 
 # ---- other circumstances
@@ -206,7 +206,7 @@ def test_what_a_label_switches_off_is_as_if_it_were_zero():
             off = next_word(model, batch)
         assert torch.allclose(losses, torch.where(ids == 0, off, next_word(model, batch)))
         assert not torch.allclose(losses[0], next_word(model, batch)[0])
-        assert router.check(batch, ids, next_word) < 1e-12
+        assert router.check(next_word, batch, ids) < 1e-12
         with router.labels(ids):
             next_word(model, batch).mean().backward()
         one_pass = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -234,7 +234,7 @@ def test_on_edges_gradients_of_activations_are_weighted():
                 losses.mean().backward()
             assert torch.equal(losses, loss_fn(model, (x, y)))
             assert_gradients(model, wanted)
-            assert router.check((x, y), ids, loss_fn) < 1e-12
+            assert router.check(loss_fn, (x, y), ids) < 1e-12
             model.zero_grad()
             router.backward(loss_fn, (x, y), ids)
             assert_gradients(model, wanted)
@@ -382,7 +382,7 @@ def test_hooks_of_the_user_work_as_ever():
         for a, b in zip(seen, plain, strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(model[2].weight.grad, gradient)
-        assert router.check(batch, ids, loss_fn) < 1e-12
+        assert router.check(loss_fn, batch, ids) < 1e-12
     assert model[2]._forward_hooks == before
     assert not any(m._forward_hooks for m in model if m is not model[2])
 
@@ -400,6 +400,6 @@ def test_checking_drops_nothing():
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     loss_fn, batch, ids = data(model)
     with Router(model, {"part": Region(units={"0": slice(0, 3)})}, RULES) as router:
-        assert router.check(batch, ids, loss_fn) < 1e-12
+        assert router.check(loss_fn, batch, ids) < 1e-12
     assert model[1].p == 0.5
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -39,6 +39,22 @@ def certify(
 
     Source: arXiv 2410.04332, section 4.1.
     """
+    restore = fresh_decoder(
+        train, decoder=decoder, steps=steps, batch=batch, learning_rate=learning_rate, seed=seed
+    )
+    return (restore(test[0]) - test[1]).abs().flatten(1).mean(1)
+
+
+def fresh_decoder(
+    train: Pair,
+    *,
+    decoder: nn.Module | None = None,
+    steps: int = 1000,
+    batch: int = 256,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> Callable[[Tensor], Tensor]:
+    """The decoder that `certify` trains: what it restores from features `[M, d]`, `[M, n]`."""
     features, targets = (part.detach() for part in train)
     mean, deviation = features.mean(0), features.std(0).clamp_min(1e-6)
     generator = torch.Generator().manual_seed(seed)
@@ -46,19 +62,23 @@ def certify(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             decoder = _mlp(features.shape[1], targets.shape[1]).to(features)
-    optimizer = torch.optim.Adam(decoder.parameters(), learning_rate)
+    trained = decoder
+    optimizer = torch.optim.Adam(trained.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     features = (features - mean) / deviation
     for _ in range(steps):
         rows = torch.randint(len(features), (batch,), generator=generator).to(features.device)
         optimizer.zero_grad()
-        error = (decoder(features[rows]) - targets[rows]).abs().mean()
+        error = (trained(features[rows]) - targets[rows]).abs().mean()
         error.backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        restored = decoder((test[0] - mean) / deviation)
-    return (restored - test[1]).abs().flatten(1).mean(1)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def restore(features: Tensor) -> Tensor:
+        return trained((features - mean) / deviation)  # type: ignore[no-any-return]
+
+    return restore
 
 
 def _mlp(inputs: int, outputs: int, width: int = 256) -> nn.Module:

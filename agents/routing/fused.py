@@ -296,7 +296,11 @@ def weigher(
     kind = type(module)
     known = kind in (nn.Linear, nn.Embedding, *CONVOLUTIONS, *NORMS) or is_transposed(module)
     if not known or "forward" in vars(module) or not {*owner} <= {"weight", "bias"}:
-        return f"{name!r} is a {kind.__name__}, whose samples' shares no single pass knows"
+        what = f"{name!r} is a {kind.__name__}"
+        if not kind.__module__.startswith("torch."):
+            own = f"{name}.{min(owner)}".removeprefix(".")
+            what = f"{own!r} is a parameter of a {kind.__name__}"
+        return f"{what}, whose samples' shares no single pass knows"
     if kind in CONVOLUTIONS and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"{name!r} pads in a way of its own"
     weight, bias = owner["weight"], owner.get("bias", 0)

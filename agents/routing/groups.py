@@ -45,6 +45,23 @@ def losses_of(loss_fn: Losses, model: nn.Module, batch: Any, count: int) -> Tens
     return losses
 
 
+def are_chances(ids: Tensor) -> bool:
+    """Whether floats are chances of labels, which add up to 1, and not labels of positions."""
+    within = ((ids >= 0) & (ids <= 1)).all()
+    return bool(within & ((ids.double().sum(-1) - 1).abs() < 1e-2).all())
+
+
+def owned(hook: Any, module: nn.Module) -> Any:
+    """A router's hook that knows the module that it is for: copies of that have it, too."""
+    hook.of = module
+    return hook
+
+
+def is_copy(module: nn.Module, hook: Any) -> bool:
+    """Whether a module has a router's hook because it is a copy of another."""
+    return not torch.compiler.is_compiling() and module is not hook.of
+
+
 def refuse_unfit(model: nn.Module) -> None:
     """Refuse models whose compiled code knows no hooks that come later, and routed ones.
 
@@ -55,9 +72,13 @@ def refuse_unfit(model: nn.Module) -> None:
         what = repr(name) if name else "the model"
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ValueError(f"{what} is compiled already: make its router first")
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(getattr(hook, "__module__", None) == ROUTER for hook in hooks):
-            raise ValueError(f"{what} has a router already: close() it first")
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__module__", None) != ROUTER:
+                    continue
+                if not is_copy(module, hook):
+                    raise ValueError(f"{what} has a router already: close() it first")
+                del hooks[key]  # which does nothing
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:

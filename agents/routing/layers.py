@@ -7,6 +7,14 @@ from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+MIXING = (
+    *NORMS,
+    nn.modules.batchnorm._NormBase,
+    nn.Softmax,
+    nn.LogSoftmax,
+    nn.Softmin,
+    nn.GLU,
+)
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads")  # attributes' names
 
 
@@ -69,13 +77,17 @@ def linears(module: nn.Module) -> list[nn.Module]:
 def mlp_layers(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
     """The layers into and out of an MLP's one hidden layer; None if it is no such MLP.
 
-    Two linear layers; or three, where the first two, value and gate, are multiplied.
+    Two linear layers; or three, where the first two, value and gate, are multiplied. Between them
+    is no layer that mixes hidden units, such as a norm or a softmax.
     """
     layers = linears(module)
     if has_units(module) or len(layers) not in (2, 3):
         return None
     *into, out = layers
+    parts = list(module.modules())
+    between = parts[parts.index(into[0]) : parts.index(out)]
     fits = all(outputs(layer) == inputs(out) for layer in into)
+    fits &= not any(isinstance(part, MIXING) for part in between)
     deep = len(into) == 2 and any(inputs(layer) == outputs(layer) for layer in into)
     return (into, out) if fits and not deep else None
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Index = slice | Sequence[int] | Tensor
+EXAMPLE = "{0: Rule(['rest']), 1: Rule(['added'])}"
 REST = "rest"
 """What is in no region."""
 
@@ -30,6 +32,14 @@ class Region:
     heads: Mapping[str, Index] = field(default_factory=dict)
     params: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for name, given in (("units", self.units), ("heads", self.heads)):
+            if not isinstance(given, Mapping):
+                known = "must be indices by globs of modules, like {'blocks.*.mlp': range(8)}"
+                raise ValueError(f"Region: {name} {known}, got {given!r}")
+        if isinstance(self.params, str | Mapping):
+            raise ValueError(f"Region: params must be a list of globs, got {self.params!r}")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -43,6 +53,10 @@ class Rule:
 
     train: Sequence[str] | Mapping[str, float] | None = None
     ablate: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ablate, str):
+            object.__setattr__(self, "ablate", (self.ablate,))
 
     def weights(self, names: Sequence[str]) -> list[float]:
         """The weight of each part, which is 0 where it is switched off."""
@@ -61,6 +75,18 @@ class Rule:
             if name == REST or train.get(name):
                 raise ValueError(f"Rule: {name!r} cannot be both trained and switched off")
         return [float(train.get(name, 0.0)) for name in names]
+
+
+def check_given(regions: Any, rules: Any) -> None:
+    """Refuse regions without names, and rules without labels."""
+    if not isinstance(regions, Mapping) or not _all(regions, str, Region):
+        raise ValueError("regions must be given by name, like {'added': Region(...)}")
+    if not isinstance(rules, Mapping) or not rules or not _all(rules, int, Rule):
+        raise ValueError(f"rules must be given by labels that are ints, like {EXAMPLE}")
+
+
+def _all(given: Mapping[Any, Any], key: type, value: type) -> bool:
+    return all(isinstance(k, key) and isinstance(v, value) for k, v in given.items())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -89,8 +115,9 @@ def positions(index: Index, count: int, what: str) -> Tensor:
     else:
         given = torch.as_tensor(index).cpu()
         found = given.nonzero()[:, 0] if given.dtype == torch.bool else given.long()
-        if found.numel() and not bool(((found >= -count) & (found < count)).all()):
-            raise ValueError(f"{what}: {found.tolist()} goes past the end, there are {count}")
+        past = found[(found < -count) | (found >= count)]
+        if past.numel():
+            raise ValueError(f"{what}: {int(past[0])} goes past the end, there are {count}")
     if not found.numel():
         raise ValueError(f"{what}: {index} is empty, of {count}")
     return found % count

@@ -14,9 +14,12 @@ from oversight_rl.agents.routing.entries import Ablation, freeze, spared, weight
 from oversight_rl.agents.routing.fused import Units, Weigh, Weights, units_of, weigher
 from oversight_rl.agents.routing.groups import (
     Losses,
+    are_chances,
     batch_norms,
     gradients,
+    is_copy,
     losses_of,
+    owned,
     refuse_unfit,
     take,
     without_dropout,
@@ -24,7 +27,7 @@ from oversight_rl.agents.routing.groups import (
 from oversight_rl.agents.routing.layers import CONVOLUTIONS
 from oversight_rl.agents.routing.partition import Partition
 from oversight_rl.agents.routing.primitive import in_transform, route
-from oversight_rl.agents.routing.regions import Region, Rule
+from oversight_rl.agents.routing.regions import Region, Rule, check_given
 from oversight_rl.agents.routing.surgery import without
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
@@ -61,8 +64,7 @@ class Router:
     ) -> None:
         if on not in ("params", "edges"):
             raise ValueError(f"on must be 'params' or 'edges', got {on!r}")
-        if not rules or not all(isinstance(label, int) for label in rules):
-            raise ValueError(f"rules: there must be some, by labels that are ints, got {[*rules]}")
+        check_given(regions, rules)
         self.model, self.regions, self.rules, self.on = model, dict(regions), dict(rules), on
         self._inner: nn.Module = model
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -148,6 +150,8 @@ class Router:
         """Index of each label's rule `[*ids]`, or chances as they are."""
         if not isinstance(ids, Tensor):
             raise ValueError(f"labels must be a tensor, got {type(ids).__name__}")
+        if not ids.numel():
+            raise ValueError("labels are of no samples: leave empty batches out")
         like = self._like
         if self._labels.device != like.device or self._table.dtype != like.dtype:
             self._labels = self._labels.to(like.device)
@@ -158,8 +162,10 @@ class Router:
                 raise ValueError(
                     f"chances {tuple(ids.shape)} must have one for each of {len(self.rules)} labels"
                 )
-            if not in_transform() and not ((ids >= 0) & (ids <= 1)).all():
-                raise ValueError("chances must lie in [0, 1]")
+            if not in_transform() and not are_chances(ids):
+                raise ValueError(
+                    "chances must lie in [0, 1] and add up to 1 for each sample; labels are ints"
+                )
             return ids.to(like.dtype)
         found, index = (ids[..., None] == self._labels).max(-1)
         if not in_transform() and not found.all():
@@ -285,15 +291,15 @@ class Router:
         finally:
             self._install()
 
-    def check(self, batch: Any, ids: Tensor, loss_fn: Losses) -> float:
+    def check(self, loss_fn: Losses, batch: Any, ids: Tensor) -> float:
         """Compare the gradient that routing gives with one that is summed sample by sample.
 
         It checks `labels` where that serves the model, else `backward`; dropout is off meanwhile.
 
         Args:
+            loss_fn: losses `[b]` of a model and a batch, as for `backward`.
             batch: as for `backward`.
             ids: labels `[B]`.
-            loss_fn: losses `[b]` of a model and a batch.
 
         Returns:
             The largest difference, as a share of the largest entry of the gradient: some 1e-15 in
@@ -379,10 +385,10 @@ class Router:
         for name, module in self._inner.named_modules():
             before, after = ((name, side) for side in ("in", "out"))
             if before in self._switches or before in self._edges:
-                hook = self._input_hook(before)
+                hook = owned(self._input_hook(before), module)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if name in self._layers or after in self._switches or after in self._edges:
-                hook = self._output_hook(after, self._layers.get(name))
+                hook = owned(self._output_hook(after, self._layers.get(name)), module)
                 self._handles.append(  # first: what the user's hooks do comes after the layer
                     module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 )
@@ -393,7 +399,7 @@ class Router:
 
     def _input_hook(self, spot: tuple[str, str]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._weights is None:
+            if self._weights is None or is_copy(module, hook):
                 return None
             self._called = True
             if not args:
@@ -407,7 +413,7 @@ class Router:
         passes = spot in self._switches or spot in self._edges
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-            if self._weights is None:
+            if self._weights is None or is_copy(module, hook):
                 return None
             self._called = True
             if weigh is not None and torch.is_grad_enabled():

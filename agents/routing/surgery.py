@@ -57,7 +57,10 @@ def expand(
         layers = mlp_layers(modules[name])
         if layers is None:
             kind = type(modules[name]).__name__
-            raise ValueError(f"expand: {name!r}, a {kind}, is no MLP with one hidden layer")
+            raise ValueError(
+                f"expand: {name!r}, a {kind}, is no MLP with one hidden layer, or has a norm or "
+                "softmax that mixes its units"
+            )
         _refuse_adapted(modules[name])
         into, out = layers
         count = inputs(out)

@@ -48,6 +48,16 @@ STYLES = {
     **_family(REWARD_MODEL, "reward_model"),
     **_family(WEIGHTING, "ipw_hidden_flag"),
     **_family(ORACLE, "oracle"),
+    "routing_mixed": Style(ROUTING, ":", "D"),
+    "adapter_routing": Style(ROUTING, "-.", "v"),
+    "published_routing": Style(ROUTING, "--", "P"),
+    "random_ablation": Style(ABLATION, "-", "D"),
+    "base": Style(NAIVE, "-", "D"),
+    "filter": Style(FILTERING, "-", "D"),
+    "strict_filter": Style(FILTERING, "--", "v"),
+    "gradient_difference": Style(WEIGHTING, "-", "D"),
+    "rmu": Style(WEIGHTING, "--", "v"),
+    "perfect_filter": Style(ORACLE, "-", "D"),
 }
 
 

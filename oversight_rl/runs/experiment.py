@@ -41,6 +41,12 @@ class Experiment(ABC):
     """These values, in order."""
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """Charts of several curves on TensorBoard's page, by group and title: a pattern of tags."""
+    forgets: ClassVar[bool] = False
+    """Whether its runs learn to forget: `evaluate` has a policy before and one after, and `texts`
+    shows them."""
+
+    looks: ClassVar[str] = ""
+    """Flags of `evaluate` that show what its runs are about."""
 
     configs: Sequence[RunConfig]
     learner: Learner
@@ -58,6 +64,10 @@ class Experiment(ABC):
 
     def pictures(self, run: int) -> dict[str, bytes]:
         """PNG and GIF files of a run as it is now, by name."""
+        return {}
+
+    def texts(self, run: int) -> dict[str, str]:
+        """Texts about a run as it is now, Markdown by name."""
         return {}
 
     def close(self) -> None:  # noqa: B027, most have nothing to close

@@ -243,6 +243,10 @@ class RunFolder:
         image = Summary.Image(encoded_image_string=encoded, **size)
         self.events.add(Summary(value=[Summary.Value(tag=tag, image=image)]), update)
 
+    def text(self, tag: str, update: int, markdown: str) -> None:
+        """A text to TensorBoard."""
+        self.events.add(text(tag, markdown), update)
+
     def finish(self, config: RunConfig, rows: Sequence[Row], kind: type[Experiment]) -> None:
         """Write the hyperparameter summary and result.json, which makes the run finished."""
         settings = config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})

@@ -84,6 +84,19 @@ def fit(
     return tables
 
 
+@contextmanager
+def judged_again(folder: RunFolder, final: bool = True) -> Iterator[tuple[Experiment, list[Row]]]:
+    """A run as its newest checkpoint has it, and its table anew: the last, or as in training."""
+    config = folder.config()
+    with on_threads(config.threads), closing(_begin([config])) as run:
+        state, facts = folder.load(run.learner.state(0))
+        run.learner.load([state], facts["update"])
+        come = facts["env_steps"], facts["wall_seconds"]
+        own = Facts(config.method, config.seeds[0], config.oversight, *come)
+        (rows,) = run.final([own]) if final else run.evaluate([own])
+        yield run, rows
+
+
 def _begin(configs: Sequence[RunConfig]) -> Experiment:
     try:
         return experiment_of(configs[0])(configs)
@@ -270,6 +283,8 @@ class _Training:
         for run, (config, folder) in enumerate(zip(self.runs.configs, self.folders, strict=True)):
             for name, content in self.runs.pictures(run).items() if config.pictures else ():
                 folder.picture(f"{PICTURES}/{name}", self.learner.updates, content)
+            for name, words in self.runs.texts(run).items() if config.pictures else ():
+                folder.text(f"texts/{name}", self.learner.updates, words)
 
     def _save(self) -> None:
         for run, folder in enumerate(self.folders):

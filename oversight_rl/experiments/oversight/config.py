@@ -95,7 +95,8 @@ class Config(RunConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.kind.one_environment and self.env != GRID:
-            others = [name for name, kind in KINDS.items() if not kind.one_environment]
+            ours = {name: k for name, k in KINDS.items() if k.settings == self.kind.settings}
+            others = [name for name, kind in ours.items() if not kind.one_environment]
             needs = f"needs --algo {' or '.join(others)}"
             raise UserError(f"env: {self.env} {needs} ({self.algo} trains on {GRID} only)")
         if ":" in self.env:  # settings are data: they shall not name code to run

@@ -39,7 +39,6 @@ from oversight_rl.experiments.oversight.evaluation import (
     steered_return,
 )
 from oversight_rl.experiments.oversight.grid import (
-    FRAMES,
     HELD,
     MOST_POLICIES,
     RINGS,
@@ -55,6 +54,7 @@ WORLDS = 512  # of each policy and level at most, where all are side by side
 ENVIRONMENTS = 32  # of others; more would stand by longer until the last episode has ended
 CHUNK = 2048  # views per call of an agent, which bounds the memory taken
 TILES = 2**23  # of all worlds side by side, which bounds the memory taken
+STILLS = 40  # frames of an animation, which have more colors than the grid's
 TRIAL = 32  # steps that an environment is tried out for
 
 
@@ -259,7 +259,7 @@ def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:
         deployed = " (deployed)" * (name == expert_names(policy.n_experts, policy.behaviors)[0])
         shown.append((picture, f"{name}{deployed}\n{count}"))
 
-    while len(shown) < FRAMES:
+    while len(shown) < STILLS:
         (picture,) = env.get_images()
         if picture is None:
             return None
@@ -277,7 +277,7 @@ def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:
             for _ in range(HELD + 1):
                 show(render.framed(picture, RINGS.get(place, render.FLAG)))
     env.close()
-    return shown[:FRAMES]
+    return shown[:STILLS]
 
 
 def make_env(config: Config, level: float, count: int) -> Any:

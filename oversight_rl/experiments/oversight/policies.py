@@ -102,6 +102,14 @@ def kind_of(config: RunConfig) -> type[OversightRuns]:
     return kind
 
 
+def steers(path: Path) -> bool:
+    """Whether what is at a path has experts to steer: an exported policy does, and most runs."""
+    check_there(path)
+    return not path.is_dir() or issubclass(
+        experiment_of(open_runs(path)[0].config()), OversightRuns
+    )
+
+
 def load_policy(path: str | Path) -> SteeredPolicy | MoEPolicy:
     """A trained agent as a policy that predicts, and can be steered: `.steer("ghost")`.
 

@@ -49,6 +49,7 @@ class OversightRuns(Experiment):
     optimum: ClassVar[str | None] = "optimal_return"
     error: ClassVar[str | None] = "return_se"
     methods: ClassVar[Mapping[str, Any]] = METHODS
+    looks: ClassVar[str] = "--steer deployed --oversight 0 1"
     report: ClassVar[str] = "oversight_rl.experiments.oversight.figures:REPORT"
     panel: ClassVar[str | None] = "overseer"
     panels: ClassVar[Sequence[str]] = tuple(OVERSEERS)

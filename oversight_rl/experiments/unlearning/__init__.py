@@ -1,0 +1,1 @@
+"""Unlearning: a topic of stories goes into a part of a language model that can be removed."""
