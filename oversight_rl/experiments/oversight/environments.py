@@ -296,7 +296,7 @@ class PPORuns(OversightRuns):
     """One run of PPO."""
 
     judges = EnvJudge
-    charts = OversightRuns.charts | {"All endings": {"how episodes end": "evaluation/p_.*"}}
+    charts = {**OversightRuns.charts, "All endings": {"how episodes end": "evaluation/p_.*"}}
 
     def __init__(self, configs: Sequence[Config]) -> None:
         (config,) = self.configs = configs
