@@ -139,6 +139,23 @@ def _fit(
     print_summary(tables, experiment_of(first), console)
     say(console, f"results in {path}")
     say(console, f"pictures and curves: tensorboard --logdir {path}")
+    if first.pictures:
+        _add_playground(path, first, console)
+
+
+def _add_playground(path: Path, config: RunConfig, console: Console) -> None:
+    """Write the playground of what was trained, where there is one; the run is finished anyhow."""
+    # with torch, which takes a second to load
+    from oversight_rl.playground import page
+    from oversight_rl.playground.gather import shows
+
+    if shows(config):
+        try:
+            page.write([path], path / page.PAGE)
+        except UserError as error:
+            say(console, f"no playground: {error}")
+        else:
+            say(console, f"steer it by hand, in any browser: {path / page.PAGE}")
 
 
 @contextmanager
@@ -240,6 +257,27 @@ def _write_pictures(folder: Path, pictures: Mapping[str, bytes]) -> None:
             (folder / f"{name}.{kind}").write_bytes(content)
 
 
+def play(
+    run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None
+) -> None:
+    """Write a playground: a page to steer trained agents by hand, in any browser, offline.
+
+    Args:
+        run_dirs: Run folders, or folders of runs by seed, to stand side by side; runs on the grid.
+        out: File to write. Default: play.html in the run folder; of several, here.
+    """
+    if not run_dirs:
+        raise UserError("play: name a run folder, like runs/x")
+    for path in run_dirs:
+        check_there(path)
+    # with torch, which takes a second to load
+    from oversight_rl.playground import page
+
+    target = out or (run_dirs[0] if len(run_dirs) == 1 else Path()) / page.PAGE
+    page.write(run_dirs, target)
+    say(Console(), f"written: {target}; open it in any browser")
+
+
 def import_reference(
     state_dict: Annotated[Path, tyro.conf.Positional],
     run_dir: Annotated[Path, tyro.conf.Positional],
@@ -334,6 +372,7 @@ def _subcommand(args: list[str]) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "train": cast(Any, Train)[settings_of({})],  # for the help
         "evaluate": evaluate,
+        "play": play,
         "sweep": run_sweep,
         "report": run_report,
         "import-reference": import_reference,

@@ -21,7 +21,7 @@ from torch import Tensor
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import writing
-from oversight_rl.runs import checkpoint
+from oversight_rl.runs import checkpoint, snapshots
 from oversight_rl.runs.experiment import LOG_EVERY, Experiment, experiment_of
 from oversight_rl.runs.folder import CONFIG, RunFolder, check_free, locked
 from oversight_rl.runs.rows import Facts, Row
@@ -233,6 +233,7 @@ class _Training:
         tables = self._found(self.runs.evaluate)
         for folder, rows in zip(self.folders, tables, strict=True):
             folder.log_rows(self.learner.updates, rows, type(self.runs))
+        self._keep_snapshots()
         self.progress.update(self.task, note=self._note(tables))
 
     def _found(self, judge: Callable[[Sequence[Facts]], list[list[Row]]]) -> list[list[Row]]:
@@ -260,6 +261,11 @@ class _Training:
             for name, content in self.runs.pictures(run).items() if config.pictures else ():
                 folder.picture(f"pictures/{name}", self.learner.updates, content)
 
+    def _keep_snapshots(self) -> None:
+        for run, (config, folder) in enumerate(zip(self.runs.configs, self.folders, strict=True)):
+            if config.pictures and (tensors := self.runs.snapshot(run)):
+                snapshots.save(folder.snapshots, self.learner.updates, tensors)
+
     def _save(self) -> None:
         for run, folder in enumerate(self.folders):
             steps, states = self.learner.env_steps, self.learner.state(run)
@@ -284,6 +290,7 @@ class _Training:
         self.seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
         for folder, (_, facts) in zip(self.folders, saved, strict=True):
             checkpoint.drop_after(folder.checkpoints, newest)
+            snapshots.drop_after(folder.snapshots, newest)
             folder.rewind(facts.get("logged"))
         return True
 

@@ -93,6 +93,9 @@ class GridRuns(OversightRuns):
     def pictures(self, run: int) -> dict[str, bytes]:
         return self.judge.pictures(take_run(self.agent, run), standard(self.agent.n_experts))
 
+    def snapshot(self, run: int) -> dict[str, Tensor]:
+        return {name: parameter[run] for name, parameter in self.deployed.named_parameters()}
+
     @classmethod
     def blank(cls, config: Config) -> Agent:
         with torch.device("meta"):  # parameters take no memory yet
