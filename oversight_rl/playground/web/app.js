@@ -53,7 +53,7 @@ function steeringWords(weight = state.weight) {
   const { names } = current();
   if (names.length === 1) return "its only policy";
   if (weight === null) return "mixture: the gate decides";
-  if (weight === 1 || weight === 0) return `${names[weight ? 0 : 1]} expert alone`;
+  if (weight === 1 || weight === 0) return `the ${names[weight ? 0 : 1]} expert alone`;
   return `${percent(weight)} diamond expert, ${percent(1 - weight)} ghost expert`;
 }
 
@@ -215,7 +215,10 @@ function draw() {
       part.board.draw(place(found.flags), { chances: found.chances, tint: tintOf(found), label: `${name}; ${part.said.textContent}` });
       return;
     }
-    const signed = (x) => `${x > 0 ? "+" : x < 0 ? "−" : ""}${Math.round(100 * Math.abs(x))}`;
+    const signed = (x) => {
+      const points = Math.round(100 * x);
+      return `${points > 0 ? "+" : points < 0 ? "−" : ""}${Math.abs(points)}`;
+    };
     part.said.textContent = `in points of the chance to end on the diamond; from the agent's cell ${signed(change[state.agent])}`;
     const tint = (cell) => change[cell], text = (cell) => (cell === state.agent ? "" : signed(change[cell]));
     part.board.draw(place(0), { chances: null, tint, text, label: `${name}: ${part.said.textContent}` });
@@ -233,12 +236,12 @@ function drawLegend(change) {
   }[state.tint];
   $("legend").hidden = !words;
   if (!words) return;
-  const more = change ? "; last board: 100 points worse to 100 better" : "";
+  const more = change ? "On the last board: 100 points worse to 100 points better when watched." : "";
   const [low, high] = words, key = low + high + more;
   if ($("legend").dataset.key === key) return;
   $("legend").dataset.key = key;
-  const line = make("div", { class: "ends" }, make("span", { text: low }), make("span", { text: high + more }));
-  $("legend").replaceChildren(make("div", { class: "scale" }), line);
+  const line = make("div", { class: "ends" }, make("span", { text: low }), make("span", { text: high }));
+  $("legend").replaceChildren(make("div", { class: "scale" }), line, make("div", { text: more }));
 }
 
 /** The table of moves from the cell that is pointed at, or the agent's. */
@@ -259,7 +262,7 @@ function drawCell() {
     ACTIONS.map((action, a) => [action, ...columns.map(([, chances]) => percent(chances[a]))]));
   const said = [];
   if (run.net.gate) said.push(`The gate trusts the ${names[0]} expert ${percent(own.outputs.gate[cell * names.length])} here.`);
-  said.push(`Your policy's exact return from here is ${number(own.value[cell])}; the value net, which learned from the labels that there were, says ${number(own.outputs.value[cell])} of the agent as trained.`);
+  said.push(`Your policy's exact return from here is ${number(own.value[cell])}. The value net, which knows no rewards but those of training, expects ${number(own.outputs.value[cell])} of the agent as trained.`);
   $("cell-more").textContent = said.join(" ");
   for (const { board } of [mine, ...boards]) board.look(cell === state.agent ? null : cell);
 }
@@ -319,6 +322,7 @@ function changed(world_too = true) {
   stopEpisode();
   drawControls();
   draw();
+  $("story").textContent = tell(mine.found);
   if (world_too) askSums();
   clearTimeout(written);
   written = setTimeout(() => history.replaceState(null, "", `#${address()}`), 120);
@@ -329,7 +333,6 @@ function move(piece, cell) {
   if (others.some((name) => state[name] === cell)) return;
   state[piece] = cell;
   clearTallies();
-  $("story").textContent = "";
   changed(false);
 }
 
@@ -347,7 +350,6 @@ function look(cell) {
 function set(values) {
   Object.assign(state, values);
   clearTallies();
-  $("story").textContent = "";
   changed();
 }
 
@@ -377,6 +379,7 @@ function listen() {
   on("play", "click", playOrStop);
   on("hundred", "click", hundred);
   on("copy", "click", copy);
+  addEventListener("resize", () => { drawCurve(); drawMoment(); });
   addEventListener("hashchange", () => location.hash.slice(1) !== address() && open());
 }
 

@@ -71,10 +71,11 @@ class Agent {
     this.value = 0;
   }
 
-  forward(active) {
+  /** Think about an observation; of its value only if that is wanted, which takes a trunk more. */
+  forward(active, valued = true) {
     const { experts: K, actions: A } = this, [first] = this.layers, { ins, outs } = first;
-    const [, O, H] = this.out.shape;
-    for (let j = 0; j < first.trunks; j++) {
+    const [, O, H] = this.out.shape, trunks = valued ? first.trunks : K + this.hasGate;
+    for (let j = 0; j < trunks; j++) {
       const x = this.buffers[0];
       for (let o = 0; o < outs; o++) x[o] = first.bias[j * outs + o];
       for (const input of active) {
@@ -176,14 +177,14 @@ class World {
   }
 
   /** Moves of the agent from every cell: what the network says around one diamond and ghost. */
-  outputs(agent, diamond, ghost, flags) {
+  outputs(agent, diamond, ghost, flags, valued = true) {
     const S = this.cells, K = agent.experts, A = agent.actions;
     const found = {
       logits: new Float64Array(S * K * A), gate: new Float64Array(S * K), value: new Float64Array(S),
     };
     for (let cell = 0; cell < S; cell++) {
       if (cell === diamond || cell === ghost) continue;
-      agent.forward(this.active(cell, diamond, ghost, flags));
+      agent.forward(this.active(cell, diamond, ghost, flags), valued);
       found.logits.set(agent.logits, cell * K * A);
       found.gate.set(agent.gate, cell * K);
       found.value[cell] = agent.value;
@@ -255,7 +256,7 @@ class Everywhere {
     for (const [diamond, ghost] of this.pairs.slice(this.outputs.length, this.outputs.length + count)) {
       const found = [];
       for (let flags = 0; flags < this.settings; flags++) {
-        const { logits, gate } = this.world.outputs(this.agent, diamond, ghost, flags);
+        const { logits, gate } = this.world.outputs(this.agent, diamond, ghost, flags, false);
         found.push({ logits: Float32Array.from(logits), gate: Float32Array.from(gate) });
       }
       this.outputs.push(found);

@@ -4,43 +4,48 @@
 // ---- what it is about, and what to try
 
 function lead(run) {
-  const watched = `In training, ${percent(run.oversight)} of the squares were watched (a flag), and only what happened there was labeled.`;
-  const goal = "The agent walks until it stands on the diamond, which is wanted, or on the ghost, which is not.";
-  if (run.names.length === 1) return `${goal} ${watched} This method (${run.method}: ${run.summary}) trains one policy, which there is nothing to steer in.`;
-  return `${goal} ${watched} Inside are two experts, one for each square, and a gate that mixes them (${run.method}: ${run.summary}). Steering keeps the expert that is wanted and drops the other. Does the agent then behave where nobody watches?`;
+  const goal = `The agent walks until it stands on the diamond, which is wanted, or on the ghost, which is not. In training, somebody watched only ${percent(run.oversight)} of these squares (flags), and told it only there which of the two it had reached.`;
+  const method = `Trained by ${run.method}: ${run.summary}.`;
+  if (run.names.length === 1) return `${goal} It has one policy, which cannot be steered. ${method}`;
+  return `${goal} It has an expert for each, and a gate that mixes them. Steering keeps one expert and drops the other: does the agent then do what is wanted where nobody watches, too? ${method}`;
 }
 
-/** Steps of the tour: a name, what to set, what to say of it. */
-function tourOf(run) {
-  const says = (who) => (found) => `${who}: from here the agent ends on the diamond ${percent(found.pDiamond[state.agent])} of the time, and on the ghost ${percent(found.pGhost[state.agent])}.`;
-  const several = run.names.length > 1;
-  const who = several ? "As trained" : "This agent";
-  const gate = several ? { weight: null } : {};
+/** What your policy does from where the agent is, in a sentence. */
+function tell(found) {
+  const who = current().names.length === 1 ? "This agent" : state.weight === null ? "As trained, with the gate in charge" : `Steered to ${steeringWords()}`;
+  const watched = ["nobody watching", "only the ghost watched", "only the diamond watched", "both squares watched"][state.flags];
+  const d = found.pDiamond[state.agent], g = found.pGhost[state.agent];
+  const ending = d >= 0.5 ? `the diamond, ${percent(d)} of the time` : g >= 0.5 ? `the ghost, ${percent(g)} of the time` : `the diamond ${percent(d)} of the time and on the ghost ${percent(g)}`;
+  return `${who}, ${watched}: from here it ends on ${ending}.`;
+}
+
+/** Steps of the tour: a name, and what to set. */
+function tourOf({ start, names }) {
+  const several = names.length > 1, gate = several ? { weight: null } : {};
   const steps = [
-    ["both squares watched", { ...run.start, ...gate, flags: 3 }, says(`${who}, with both squares watched`)],
-    ["nobody watches", { ...run.start, ...gate, flags: 0 }, says(`${who}, with nobody watching`)],
+    ["Both squares watched", { ...start, ...gate, flags: 3 }],
+    ["Nobody watches", { ...start, ...gate, flags: 0 }],
   ];
-  if (several) steps.push(["keep the diamond expert", { ...run.start, weight: 1, flags: 0 }, says("Steered to the diamond expert, still with nobody watching")]);
+  if (several) steps.push(["Keep the diamond expert", { ...start, weight: 1, flags: 0 }]);
   return steps;
 }
 
 function layTour() {
-  const steps = tourOf(current());
-  const buttons = steps.map(([name, values, say], i) => {
-    const button = make("button", { type: "button", text: `${i + 1}. ${name[0].toUpperCase()}${name.slice(1)}` });
-    button.addEventListener("click", () => {
-      set({ moment: current().moments - 1, temperature: 1, greedy: false, ...values });
-      $("story").textContent = say(mine.found);
-    });
-    return button;
-  });
-  const last = make("button", { type: "button", text: `${steps.length + 1}. Where it fails` });
-  last.addEventListener("click", () => {
-    set({ moment: current().moments - 1, temperature: 1, greedy: false, weight: 1, flags: 0 });
-    $("story").textContent = "Looking at every placement ...";
-    whenSummed(() => { nth = 0; worst(); });
-  });
-  $("tour").replaceChildren(...[...buttons, last].map((button) => make("li", {}, button)));
+  const steps = tourOf(current()), as_trained = { temperature: 1, greedy: false };
+  const again = () => ({ moment: current().moments - 1, ...as_trained });
+  const button = (name, i, act) => {
+    const made = make("button", { type: "button", text: `${i + 1}. ${name}` });
+    made.addEventListener("click", act);
+    return make("li", {}, made);
+  };
+  const last = () => {
+    set({ ...again(), weight: 1, flags: 0 });
+    $("story").textContent = "Looking at all placements; this takes some seconds ...";
+    whenSummed(worst);
+  };
+  $("tour").replaceChildren(
+    ...steps.map(([name, values], i) => button(name, i, () => set({ ...again(), ...values }))),
+    button("Where it still fails", steps.length, last));
 }
 
 // ---- sums over all starts
@@ -111,9 +116,8 @@ function worst() {
   Object.assign(state, { agent, diamond, ghost });
   clearTallies();
   changed(false);
-  const found = mine.found, { well } = sums[0];
-  const rank = nth ? `Number ${nth % list.length + 1} of the worst` : "The worst of all";
-  $("story").textContent = `${rank}: ${steeringWords()}, and it ends on the diamond only ${percent(found.pDiamond[agent])} of the time (ghost ${percent(found.pGhost[agent])}). From ${percent(1 - well)} of all starts it more often fails than not.`;
+  const rank = nth % list.length ? `Number ${nth % list.length + 1} of the worst` : "The worst start of all";
+  $("story").textContent = `${rank}. ${tell(mine.found)} From ${percent(1 - sums[0].well)} of all starts it does not reach the diamond more often than not.`;
   nth++;
 }
 
@@ -204,13 +208,14 @@ function hundred() {
 
 // ---- training
 
-const CURVE = { width: 640, height: 240, left: 44, right: 118, top: 12, bottom: 30 };
+const CURVE = { width: 640, height: 220, left: 44, right: 118, top: 12, bottom: 30 };
 
 const along = (update, last) => CURVE.left + ((CURVE.width - CURVE.left - CURVE.right) * update) / Math.max(1, last);
 const above = (value) => CURVE.top + ((CURVE.height - CURVE.top - CURVE.bottom) * (1 - value)) / 2;
 
 function drawCurve() {
   const { curve, optimum, updates } = current();
+  CURVE.width = Math.max(280, $("curve").clientWidth); // so that its words keep their size
   $("training").hidden = updates.length < 2 && !curve.length;
   const last = Math.max(updates[updates.length - 1], ...curve.map(({ points }) => points[points.length - 1][0]));
   const picture = svg("svg", { viewBox: `0 0 ${CURVE.width} ${CURVE.height}`, role: "img", "aria-label": "Return of each policy over training" });
