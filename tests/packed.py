@@ -66,8 +66,15 @@ def agent_of(run, tensors):
     if not net["affine_value"]:
         state |= {"value_layers.0.weight": out[-1, :1], "value_layers.0.bias": bias[-1, :1]}
     parameters = dict(agent.named_parameters())
-    if net["affine_value"]:  # composed: one row, and layers before it that change nothing
-        for parameter in agent.value_layers.parameters():
-            torch.nn.init.zeros_(parameter)
-    agent.load_state_dict({name: x[None].view(parameters[name].shape) for name, x in state.items()}, strict=False)
+    stacked = {name: x[None].view(parameters[name].shape) for name, x in state.items()}
+    agent.load_state_dict(stacked, strict=False)
+    if net["affine_value"]:  # composed of layers without activations: one row, and ones after it
+        with torch.no_grad():
+            for i, layer in enumerate(agent.value_layers):
+                layer.weight.zero_()
+                layer.bias.zero_()
+                layer.weight[0, 0, 0] = 1.0
+                if i == 0:
+                    layer.weight[0, 0] = tensors["value.weight"][0]
+                    layer.bias[0, 0] = tensors["value.bias"][0]
     return agent
