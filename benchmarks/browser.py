@@ -117,7 +117,7 @@ class Browser:
         while not self.run(f"Boolean({condition})"):
             if time.monotonic() > until:
                 raise TimeoutError(f"{condition}; errors: {self.errors}")
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def open(self, path: Path, fragment: str = "") -> None:
         """Open a page from disk, and wait until it is ready."""

@@ -288,6 +288,10 @@ def test_the_tour_ends_where_the_agent_fails(shown):
     assert shown.run("[state.flags, state.weight]") == [0, 1]
     shown.run("document.querySelectorAll('#tour button')[3].click()")
     shown.wait("$('story').textContent.startsWith('The worst start of all')")
+    pressed = "[...$('tour').querySelectorAll('button')].map((b) => b.getAttribute('aria-pressed'))"
+    assert shown.run(pressed) == ["false", "false", "false", "true"]
+    pull(shown, "weight", 0.5)
+    assert shown.run(pressed) == ["false"] * 4
 
 
 def test_episodes_play_and_stop_with_and_without_motion(shown, page):

@@ -323,6 +323,7 @@ function changed(world_too = true) {
   drawControls();
   draw();
   $("story").textContent = tell(mine.found);
+  markTour(-1);
   if (world_too) askSums();
   clearTimeout(written);
   written = setTimeout(() => history.replaceState(null, "", `#${address()}`), 120);

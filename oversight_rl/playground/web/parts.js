@@ -35,17 +35,28 @@ function layTour() {
   const again = () => ({ moment: current().moments - 1, ...as_trained });
   const button = (name, i, act) => {
     const made = make("button", { type: "button", text: `${i + 1}. ${name}` });
-    made.addEventListener("click", act);
+    made.addEventListener("click", () => {
+      act();
+      markTour(i);
+    });
     return make("li", {}, made);
   };
   const last = () => {
     set({ ...again(), weight: 1, flags: 0 });
     $("story").textContent = "Looking at all placements; this takes some seconds ...";
-    whenSummed(worst);
+    whenSummed(() => {
+      worst();
+      markTour(steps.length);
+    });
   };
   $("tour").replaceChildren(
     ...steps.map(([name, values], i) => button(name, i, () => set({ ...again(), ...values }))),
     button("Where it still fails", steps.length, last));
+}
+
+/** Mark the step of the tour that is shown, or none. */
+function markTour(shown) {
+  $("tour").querySelectorAll("button").forEach((button, i) => button.setAttribute("aria-pressed", i === shown));
 }
 
 // ---- sums over all starts
