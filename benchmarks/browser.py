@@ -136,7 +136,9 @@ class Browser:
 
     def prefer(self, **features: str) -> None:
         """Set media features: `color_scheme="dark"`, `reduced_motion="reduce"`."""
-        named = [{"name": f"prefers-{k.replace('_', '-')}", "value": v} for k, v in features.items()]
+        named = [
+            {"name": f"prefers-{k.replace('_', '-')}", "value": v} for k, v in features.items()
+        ]
         self.send("Emulation.setEmulatedMedia", features=named)
 
     def mouse(self, kind: str, x: float, y: float) -> None:

@@ -14,7 +14,9 @@ from oversight_rl.agents.settings import AgentConfig
 
 def data_of(path):
     """What the page tells its scripts."""
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
+    (found,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text()
+    )
     return json.loads(found)
 
 
@@ -47,7 +49,9 @@ def _tensors(numbers, layout, steps, sizes, rows):
 
 def agent_of(run, tensors):
     """An agent of these tensors."""
-    trunks = [tensors[f"trunk{i}.weight"] for i in range(len(tensors)) if f"trunk{i}.weight" in tensors]
+    trunks = [
+        tensors[f"trunk{i}.weight"] for i in range(len(tensors)) if f"trunk{i}.weight" in tensors
+    ]
     net, actions, world = run["net"], len(tensors["head.bias"]), run["world"]
     config = AgentConfig(
         experts=max(2, net["experts"]),

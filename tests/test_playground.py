@@ -8,13 +8,13 @@ from pathlib import Path
 import packed
 import pytest
 import safetensors.torch
-import soak
 import torch
 
 from oversight_rl.agents.reinforce import learner as learners
-from oversight_rl.agents.steering import standard
+from oversight_rl.agents.steering import MIXTURE, keep, standard
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
+from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.policies import read_run
 from oversight_rl.playground import gather, page
 from oversight_rl.playground.pack import COARSE, STEPS, pack
@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_has_the_same_snapshots(trained, tmp_path, monkeypatc
     train(["--resume", str(run)])
     files = {path.name: path.read_bytes() for path in (trained / "snapshots").iterdir()}
     assert {path.name: path.read_bytes() for path in (run / "snapshots").iterdir()} == files
-    assert soak.differences(run, trained) == []
+    assert (run / "metrics.csv").read_bytes() == (trained / "metrics.csv").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,22 @@ def test_packing_costs_a_thousandth_of_return(trained):
 
 
 def test_a_run_begins_where_it_shows_most(trained):
-    """Against all placements, one by one: nowhere does the mixture fail more for no reason."""
+    """By chances whose mean over all starts is that of exact evaluation."""
     saved = read_run(RunFolder.open(trained))
-    start = gather._start(saved.agent, saved.config)
-    assert len(set(start.values())) == 3
-    assert all(0 <= cell < 25 for cell in start.values())
+    agent, world = saved.agent, World(saved.config.world)
+    pairs = torch.tensor([(d, g) for d in range(25) for g in range(25) if d != g])
+    policies = [MIXTURE, keep("diamond", 2)]
+    chances = {flags: gather._p_diamond(agent, world, pairs, policies, flags) for flags in (0, 3)}
+    start = torch.tensor([[c not in pair for c in range(25)] for pair in pairs.tolist()])
+    for flags, level in ((0, 0.0), (3, 1.0)):
+        rows = saved.rows(policies, [level])
+        for found, row in zip(chances[flags], rows, strict=True):
+            assert found[start].mean().item() == pytest.approx(row.figures["p_diamond"], abs=1e-5)
+    chosen = gather._start(agent, saved.config)
+    at = pairs.tolist().index([chosen["diamond"], chosen["ghost"]]), chosen["agent"]
+    gain = torch.minimum(chances[3][0], chances[0][1]) - chances[0][0]
+    assert start[at]
+    assert gain[at] >= gain[start].quantile(0.99)
 
 
 # ---- the command
@@ -185,7 +196,8 @@ def test_a_run_begins_where_it_shows_most(trained):
 
 def test_train_writes_it_and_says_so(tmp_path, capsys):
     run = tmp_path / "run"
-    train([*SMOKE, "--reinforce.updates", "2", "--seeds", "0", "1", "--run-dir", str(run)])
+    few = ["--reinforce.updates", "2", "--world.rows", "2", "--seeds", "0", "1"]
+    train([*SMOKE, *few, "--run-dir", str(run)])
     assert str(run / "play.html") in capsys.readouterr().out.replace("\n", "")
     assert len(packed.data_of(run / "play.html")["runs"]) == 2
 
@@ -209,9 +221,10 @@ def test_several_runs_stand_on_one_page(run, tmp_path, monkeypatch):
         page.write([run, other], out)
 
 
-def test_many_snapshots_are_thinned(run, monkeypatch):
+def test_many_snapshots_are_thinned(run):
+    content = (run / "snapshots/update_00000010.safetensors").read_bytes()
     for update in range(1, 19):
-        shutil.copy(run / "snapshots/update_00000010.safetensors", run / f"snapshots/update_{update:08d}.safetensors")
+        (run / f"snapshots/update_{update:08d}.safetensors").write_bytes(content)
     main(["play", str(run)])
     (told,) = packed.data_of(run / "play.html")["runs"]
     assert len(told["updates"]) == told["moments"] == gather.MOST_MOMENTS
@@ -228,10 +241,12 @@ def test_what_has_no_playground_is_said(run, capsys, tmp_path):
     (run / "config.yaml").write_text(config.replace("algo: reinforce", "algo: ppo"))
     assert "runs of ppo have no playground" in refused(capsys, "play", run)
     (run / "config.yaml").write_text(config.replace("rows: 5", "rows: 25"))
-    assert "does not fit" in refused(capsys, "play", run) or "cells" in capsys.readouterr().err
+    assert "100 cells at most, got 25x5" in refused(capsys, "play", run)
 
 
-@pytest.mark.parametrize("line", ["x,routing,0,0.1,0.1,mixture", "1", "0,routing,0,.1,.1,nobody,True"])
+@pytest.mark.parametrize(
+    "line", ["x,routing,0,0.1,0.1,mixture", "1", "0,routing,0,.1,.1,nobody,True"]
+)
 def test_damaged_curves_are_refused(run, capsys, line):
     with (run / "metrics.csv").open("a") as file:
         file.write(line + "\n")
@@ -242,7 +257,9 @@ def test_nothing_that_is_told_is_html(trained):
     """The page's own tags alone are tags, whatever a run is called."""
     runs = packed.data_of(trained / "play.html")["runs"]
     plain = page.render(runs, "run")
-    hostile = [run | {"name": "</script><script>hit()</script>", "path": "<!--<script>"} for run in runs]
+    hostile = [
+        run | {"name": "</script><script>hit()</script>", "path": "<!--<script>"} for run in runs
+    ]
     spoilt = page.render(hostile, "</title><script>hit()</script>")
     assert spoilt.count("<script") == plain.count("<script")
     assert spoilt.count("</script") == plain.count("</script")

@@ -91,7 +91,9 @@ def test_networks_say_what_torch_says(shown, page, method):
             " agent.forward(w.active(a, d, g, f));"
             " return [[...agent.logits], [...agent.gate], agent.value, [...agent.bias]]; })"
         )
-        logits, gate, value, bias = (torch.tensor(part).float() for part in zip(*found, strict=True))
+        logits, gate, value, bias = (
+            torch.tensor(part).float() for part in zip(*found, strict=True)
+        )
         near = {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(logits, output.expert_logits[0].flatten(1), **near)
         torch.testing.assert_close(gate, output.gate[0], **near)
@@ -111,11 +113,15 @@ def test_sums_over_all_starts_are_exact(shown, page, method):
     agent = packed.agent_of(run, packed.moments_of(run)[-1])
     k = run["net"]["experts"]
     texts = STEERED if k > 1 else ["single"]
-    asked = [[text, t, greedy] for text in texts for t, greedy in ((1, False), (0.5, False), (1, True))]
+    asked = [
+        [text, t, greedy] for text in texts for t, greedy in ((1, False), (0.5, False), (1, True))
+    ]
     policies = [parse(text, k).with_options(greedy, t) for text, t, greedy in asked]
     levels = [0.0, 0.3, 1.0]
     evaluator = Evaluator(config, run["discount"])
-    (rows,) = evaluator.evaluate(agent.prepare(), [Facts("x", 0, 0.1)], policies, [levels], "diamond")
+    (rows,) = evaluator.evaluate(
+        agent.prepare(), [Facts("x", 0, 0.1)], policies, [levels], "diamond"
+    )
     steerings = [
         {"weights": policy.weights, "temperature": policy.temperature, "greedy": policy.greedy}
         for policy in policies
@@ -125,7 +131,8 @@ def test_sums_over_all_starts_are_exact(shown, page, method):
         " const all = new Everywhere(run.agents.at(-1), w); while (all.done < 1) all.fill(50);"
         f" return {json.dumps(steerings)}.map((how) => {json.dumps(levels)}.map((level) => {{"
         " const sums = all.sums(how, 0);"
-        " const weights = flagWeights(run.world.diamond_oversight ?? level, run.world.ghost_oversight ?? level);"
+        " const { diamond_oversight: d, ghost_oversight: g } = run.world;"
+        " const weights = flagWeights(d ?? level, g ?? level);"
         " return ['value', 'pDiamond', 'pGhost', 'steps'].map((name) =>"
         " sums[name].reduce((sum, x, f) => sum + x * weights[f], 0)); })); })()"
     )
@@ -177,8 +184,8 @@ def test_episodes_meet_the_same_chances_on_all_boards(shown):
 def place(shown, cell):
     """The middle of a cell of the large board, on the screen."""
     return shown.run(
-        "(() => { const box = mine.board.rects[%d].getBoundingClientRect();"
-        " return [box.x + box.width / 2, box.y + box.height / 2]; })()" % cell
+        f"(() => {{ const box = mine.board.rects[{cell}].getBoundingClientRect();"
+        " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
     )
 
 
@@ -245,13 +252,16 @@ def test_what_is_set_is_in_the_address_and_in_the_command(shown, page, tmp_path)
     shown.run("document.querySelector('#compare [value=watched]').click()")
     shown.run("document.querySelector('#tint [value=gate]').click()")
     pull(shown, "moment", 0)
-    move = "move('agent', %d)" % free_cells(shown)[0]
-    shown.run(move)
+    shown.run(f"move('agent', {free_cells(shown)[0]})")
     shown.wait("location.hash.slice(1) === address()")
     wanted, fragment = shown.run("[JSON.stringify(state), location.hash]")
     shown.open(page, fragment)
     assert json.loads(shown.run("JSON.stringify(state)")) == json.loads(wanted)
-    assert shown.run("[$('weight').value, $('level').value, $('moment').value]") == ["0.8", "0.3", "0"]
+    assert shown.run("[$('weight').value, $('level').value, $('moment').value]") == [
+        "0.8",
+        "0.3",
+        "0",
+    ]
 
     pull(shown, "moment", 1)  # the command evaluates the agent as trained
     shown.wait("!$('worst').disabled")
@@ -259,13 +269,20 @@ def test_what_is_set_is_in_the_address_and_in_the_command(shown, page, tmp_path)
     assert (program, name) == ("oversight-rl", "evaluate")
     main([name, *words, "--json", str(tmp_path / "rows.json")])
     (row,) = json.loads((tmp_path / "rows.json").read_text())
-    assert (row["policy"], row["temperature"], row["deploy_oversight"]) == ("diamond=0.8,ghost=0.2", 0.5, 0.3)
-    told = float(shown.run("$('world').rows[1].cells[1].textContent").replace("−", "-"))
+    assert (row["policy"], row["temperature"], row["deploy_oversight"]) == (
+        "diamond=0.8,ghost=0.2",
+        0.5,
+        0.3,
+    )
+    told = float(
+        shown.run("$('world').rows[1].cells[1].textContent").replace("\N{MINUS SIGN}", "-")
+    )
     assert told == pytest.approx(row["ground_truth_return"], abs=2e-3)
 
 
 @pytest.mark.parametrize(
-    "fragment", ["#r=9&m=-1&a=1&d=1&g=1", "#w=NaN&t=1e9&c=__proto__&v=constructor", "#%00&&=&r", "#a=1.5"]
+    "fragment",
+    ["#r=9&m=-1&a=1&d=1&g=1", "#w=NaN&t=1e9&c=__proto__&v=constructor", "#%00&&=&r", "#a=1.5"],
 )
 def test_an_address_that_makes_no_sense_is_left_aside(shown, page, fragment):
     usual = shown.run("address()")
@@ -276,7 +293,8 @@ def test_an_address_that_makes_no_sense_is_left_aside(shown, page, fragment):
 def test_runs_stand_side_by_side_and_are_chosen(shown):
     shown.run("document.querySelector('#compare [value=runs]').click()")
     assert shown.run("boards.length") == len(KINDS)
-    shown.run(f"$('run').value = {list(KINDS).index('naive')}; $('run').dispatchEvent(new Event('change'))")
+    naive = list(KINDS).index("naive")
+    shown.run(f"$('run').value = {naive}; $('run').dispatchEvent(new Event('change'))")
     assert "cannot be steered" in shown.run("$('lead').textContent")
     assert shown.run("$('steering').hidden") is True
 
@@ -358,7 +376,8 @@ def test_a_drag_is_answered_within_a_frame(shown):
     times = shown.run(
         "(() => { const times = []; let to = 0;"
         " for (let i = 0; i < 45; i++) {"
-        "  do to = (to + 7) % world.cells; while ([state.agent, state.diamond, state.ghost].includes(to));"
+        "  const taken = [state.agent, state.diamond, state.ghost];"
+        "  do to = (to + 7) % world.cells; while (taken.includes(to));"
         "  const piece = ['diamond', 'ghost', 'agent'][i % 3], begun = performance.now();"
         "  move(piece, to); document.body.getBoundingClientRect(); mine.board.svg.getBBox();"
         "  times.push(performance.now() - begun); }"

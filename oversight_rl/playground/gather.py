@@ -171,5 +171,3 @@ def _p_diamond(
         after = torch.where(at_diamond, 1.0, found[..., to].masked_fill(at_ghost, 0.0))
         found = (chances * after).sum(-1)
     return found
-
-
