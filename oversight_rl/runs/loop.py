@@ -29,6 +29,7 @@ from oversight_rl.settings import RunConfig
 from oversight_rl.terminal import say
 
 PICTURES = 2
+SNAPSHOTS = 50  # at least, where there are as many evaluations, and at most twice as many
 
 
 class Interrupted(Exception):
@@ -262,6 +263,9 @@ class _Training:
                 folder.picture(f"pictures/{name}", self.learner.updates, content)
 
     def _keep_snapshots(self) -> None:
+        n, total, every = self.learner.updates, self.learner.total, self.config.evaluation.every
+        if n != total and n // every % max(1, total // every // SNAPSHOTS):
+            return
         for run, (config, folder) in enumerate(zip(self.runs.configs, self.folders, strict=True)):
             if config.pictures and (tensors := self.runs.snapshot(run)):
                 snapshots.save(folder.snapshots, self.learner.updates, tensors)
