@@ -238,8 +238,6 @@ def test_what_has_no_playground_is_said(run, capsys, tmp_path):
     assert "no such run folder" in refused(capsys, "play", tmp_path / "runn")
     assert "cannot write" in refused(capsys, "play", run, "--out", "/proc/play.html")
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("algo: reinforce", "algo: ppo"))
-    assert "runs of ppo have no playground" in refused(capsys, "play", run)
     (run / "config.yaml").write_text(config.replace("rows: 5", "rows: 25"))
     assert "100 cells at most, got 25x5" in refused(capsys, "play", run)
 

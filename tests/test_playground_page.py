@@ -29,6 +29,9 @@ KINDS = {
     "naive": [],
     "filtering_hidden_flag": [],
 }
+ELSEWHERE = ["--algo", "ppo", "--env", "MiniGrid-DiamondGhost-5x5-v0", "--device", "cpu"]
+ELSEWHERE += ["--ppo.updates", "1", "--ppo.worlds", "4", "--ppo.steps", "8", "--no-pictures"]
+ELSEWHERE += ["--ppo.batch-size", "16", "--agent.hidden", "8", "--evaluation.oversight", "0.1"]
 HIT = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>"
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +45,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for method, more in KINDS.items():
         train([*SMALL, "--method", method, *more, "--run-dir", str(folder / method)])
-    return [folder / method for method in KINDS]
+    train([*ELSEWHERE, "--run-dir", str(folder / "elsewhere")])
+    return [folder / name for name in (*KINDS, "elsewhere")]
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +301,22 @@ def test_runs_stand_side_by_side_and_are_chosen(shown):
     shown.run(f"$('run').value = {naive}; $('run').dispatchEvent(new Event('change'))")
     assert "cannot be steered" in shown.run("$('lead').textContent")
     assert shown.run("$('steering').hidden") is True
+
+
+def test_elsewhere_a_recording_is_shown_when_it_is_asked_for(shown, page):
+    shown.run(f"$('run').value = {len(KINDS)}; $('run').dispatchEvent(new Event('change'))")
+    assert shown.run("[$('live').hidden, $('tour').hidden, $('film').hidden]") == [True] * 3
+    assert "MiniGrid-DiamondGhost-5x5-v0" in shown.run("$('lead').textContent")
+    policies = "[...$('returns').rows].map((row) => row.cells[0].textContent)"
+    assert shown.run(policies) == ["policy", "mixture", "diamond", "ghost"]
+    shown.run("$('show-film').click()")
+    shown.wait("$('film').naturalWidth > 3 * 5 * 30")
+    shown.wait(f"location.hash.startsWith('#r={len(KINDS)}&')")
+    fragment = shown.run("location.hash")
+    shown.open(page, fragment)
+    assert shown.run("$('live').hidden") is True
+    shown.run("$('run').value = 0; $('run').dispatchEvent(new Event('change'))")
+    assert shown.run("[$('live').hidden, $('recorded').hidden, boards.length]") == [False, True, 3]
 
 
 def test_the_tour_ends_where_the_agent_fails(shown):

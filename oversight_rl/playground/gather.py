@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import math
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import Agent
-from oversight_rl.agents.steering import MIXTURE, Steering, expert_names, keep
+from oversight_rl.agents.steering import MIXTURE, Steering, expert_names, keep, standard
+from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import FLAGS, UserError
 from oversight_rl.envs.world import State, World
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.grid import GridRuns
-from oversight_rl.experiments.oversight.policies import fill
+from oversight_rl.experiments.oversight.policies import fill, read_run
 from oversight_rl.files import as_text, read_text
 from oversight_rl.playground.pack import COARSE, pack, tensors_of
 from oversight_rl.runs import snapshots
@@ -43,10 +45,45 @@ def shows(config: RunConfig) -> bool:
 
 
 def run_of(folder: RunFolder, history: bool) -> dict[str, Any]:
-    """What the page is told of a run; with its history, or as it is now."""
+    """What the page is told of a run: of one on the grid, its agents, or else a recording.
+
+    With the `history` of its training, or as it is now.
+    """
     config: Any = folder.config()
-    if not shows(config):
-        raise UserError(f"{folder.path}: runs of {config.algo} have no playground; reinforce has")
+    level = f"{100 * config.oversight:.3g}%"
+    common = {
+        "name": f"{config.method} at {level}, seed {config.seeds[0]}",
+        "method": config.method,
+        "oversight": config.oversight,
+        "path": shlex.quote(as_text(folder.path)),
+    }
+    return common | (_agents if shows(config) else _recording)(folder, config, history)
+
+
+def _recording(folder: RunFolder, config: Config, history: bool) -> dict[str, Any]:
+    """Episodes of each policy on the same starts, as an animation, and what it returned."""
+    saved = read_run(folder)
+    policies = standard(*saved.kind.names(saved.agent))
+    with on_threads(config.threads):
+        film = saved.pictures(policies).get("rollouts")
+    if film is None:
+        raise UserError(f"{folder.path}: {config.env} draws no pictures of itself")
+    rows = [row for row in (folder.result() if folder.finished else []) if not row.greedy]
+    known = {policy.name for policy in policies}
+    return {
+        "summary": METHODS[config.method].summary,
+        "film": base64.b64encode(film).decode(),
+        "env": config.env,
+        "rows": [
+            [row.policy, row.deploy_oversight, row.figures[saved.kind.score]]
+            for row in rows
+            if row.policy in known
+        ],
+    }
+
+
+def _agents(folder: RunFolder, config: Config, history: bool) -> dict[str, Any]:
+    """Agents over training, their world, and where to begin."""
     if config.world.cells > MOST_CELLS:
         size = f"{config.world.rows}x{config.world.cols}"
         raise UserError(f"{folder.path}: worlds of {MOST_CELLS} cells at most, got {size}")
@@ -56,14 +93,10 @@ def run_of(folder: RunFolder, history: bool) -> dict[str, Any]:
         raise UserError(f"{folder.path}: agents of {MOST_NUMBERS:,} numbers at most")
     packed = pack([tensors_of(one) for one in agents])
     optimum = Evaluator(config.world, discount).optimal_return
-    cells, level = config.world.cells, f"{100 * config.oversight:.3g}%"
+    cells = config.world.cells
     names = expert_names(agent.n_experts)
     return {
-        "name": f"{config.method} at {level}, seed {config.seeds[0]}",
-        "method": config.method,
         "summary": METHODS[config.method].summary,
-        "oversight": config.oversight,
-        "path": shlex.quote(as_text(folder.path)),
         "world": config.world.model_dump(),
         "discount": discount,
         "optimum": None if math.isnan(optimum) else optimum,

@@ -28,6 +28,9 @@ def write(paths: Sequence[Path], out: Path) -> None:
     if len(folders) > MOST_RUNS:
         raise UserError(f"a page holds {MOST_RUNS} runs at most, got {len(folders)}")
     runs = [run_of(folder, history=len(folders) <= MOST_HISTORIES) for folder in folders]
+    for i, run in enumerate(runs):  # runs that are alike but for settings are told apart by folder
+        if any(run["name"] == other["name"] for other in runs[:i]):
+            run["name"] += f" ({as_text(folders[i].path.name)})"
     page = render(runs, as_text(paths[0].resolve().name))
     with writing(out):
         write_atomically(out, page.encode())
@@ -45,6 +48,7 @@ def render(runs: Sequence[object], title: str) -> str:
             f"script-src {_hash(core)} {_hash(app)}",
             f"style-src {_hash(style)}",
             "worker-src blob:",
+            "img-src data:",
             "base-uri 'none'",
             "form-action 'none'",
         ]

@@ -84,6 +84,7 @@ function readAddress() {
     if (x >= low && x <= high && (!whole || Number.isInteger(x))) state[name] = x;
   };
   within("run", 0, runs.length - 1);
+  if (current().film) return;
   setWorld();
   begin();
   within("moment", 0, current().moments - 1);
@@ -147,7 +148,7 @@ function compared() {
   });
 }
 
-const fits = (other) => other.world.rows === world.rows && other.world.cols === world.cols;
+const fits = ({ world: other }) => other?.rows === world.rows && other.cols === world.cols;
 
 function tintOf(found) {
   const K = found.run.names.length;
@@ -325,6 +326,10 @@ function changed(world_too = true) {
   $("story").textContent = tell(mine.found);
   markTour(-1);
   if (world_too) askSums();
+  keepAddress();
+}
+
+function keepAddress() {
   clearTimeout(written);
   written = setTimeout(() => history.replaceState(null, "", `#${address()}`), 120);
 }
@@ -380,7 +385,12 @@ function listen() {
   on("play", "click", playOrStop);
   on("hundred", "click", hundred);
   on("copy", "click", copy);
-  addEventListener("resize", () => { drawCurve(); drawMoment(); });
+  on("show-film", "click", () => playFilm($("film").hidden));
+  addEventListener("resize", () => {
+    if (current().film) return;
+    drawCurve();
+    drawMoment();
+  });
   addEventListener("hashchange", () => location.hash.slice(1) !== address() && open());
 }
 
@@ -409,8 +419,10 @@ function setWorld() {
 
 /** Show the current run from its beginning. */
 function enter() {
-  setWorld();
-  begin();
+  if (!current().film) {
+    setWorld();
+    begin();
+  }
   show();
 }
 
@@ -420,10 +432,18 @@ function open() {
 }
 
 function show() {
-  const run = current();
+  const run = current(), recorded = Boolean(run.film);
+  $("lead").textContent = lead(run);
+  $("run").value = state.run;
+  $("recorded").hidden = !recorded;
+  for (const id of ["live", "try", "tour", "story"]) $(id).hidden = recorded;
+  if (recorded) {
+    showFilm(run);
+    keepAddress();
+    return;
+  }
   radios("compare", Object.fromEntries(modes().map((mode) => [mode, LABELS[mode]])));
   radios("tint", Object.fromEntries(Object.entries(TINTS).filter(([name]) => name !== "gate" || run.net.gate)));
-  $("lead").textContent = lead(run);
   layTour();
   drawCurve();
   sums = null;
@@ -431,7 +451,7 @@ function show() {
 }
 
 async function start() {
-  for (const run of runs)
+  for (const run of runs.filter(({ film }) => !film))
     run.agents = unpack(await inflate(run.data), run.layout, run.moments, run.coarse).map((tensors) => new Agent(tensors, run.net));
   runs.forEach((run, i) => $("run").append(make("option", { value: i, text: run.name })));
   $("which").hidden = runs.length === 1;

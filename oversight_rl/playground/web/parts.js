@@ -4,6 +4,7 @@
 // ---- what it is about, and what to try
 
 function lead(run) {
+  if (run.film) return `An agent that was trained in ${run.env}, where an overseer labeled ${percent(run.oversight)} of the episodes, by ${run.method}: ${run.summary}.`;
   const goal = `The agent walks until it stands on the diamond, which is wanted, or on the ghost, which is not. In training, somebody watched only ${percent(run.oversight)} of these squares (flags), and told it only there which of the two it had reached.`;
   const method = `Trained by ${run.method}: ${run.summary}.`;
   if (run.names.length === 1) return `${goal} It has one policy, which cannot be steered. ${method}`;
@@ -130,6 +131,24 @@ function worst() {
   const rank = nth % list.length ? `Number ${nth % list.length + 1} of the worst` : "The worst start of all";
   $("story").textContent = `${rank}. ${tell(mine.found)} From ${percent(1 - sums[0].well)} of all starts it does not reach the diamond more often than not.`;
   nth++;
+}
+
+// ---- a recording, of what is no grid
+
+function showFilm(run) {
+  stopEpisode();
+  playFilm(false);
+  fillTable($("returns"), ["policy", "watched at deployment", "return"], run.rows.map(([policy, level, value]) => [policy, percent(level), number(value, 3)]));
+  $("film-command").textContent = `oversight-rl evaluate ${run.path} --steer deployed`;
+}
+
+/** Nothing moves before it is asked to. */
+function playFilm(on) {
+  $("film").hidden = !on;
+  if (on) $("film").src = `data:image/gif;base64,${current().film}`;
+  else $("film").removeAttribute("src");
+  $("show-film").textContent = on ? "Stop" : "Play the recording";
+  $("show-film").setAttribute("aria-pressed", on);
 }
 
 // ---- episodes
