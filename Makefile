@@ -1,4 +1,4 @@
-# make train   train the default agent and show what steering it does
+# make train   train the default agent, show what steering it does, and write a playground
 # make test    lint, import rules, structure, types and tests with coverage: what CI runs
 # make lowest  tests with every dependency at its lower bound
 # make audit   known vulnerabilities of the installed dependencies

@@ -76,7 +76,8 @@ class RunConfig(Settings):
     """PyTorch's threads in one process; more pays only for large networks on an idle machine. The
     same number gives the same results to the bit."""
     pictures: bool = True
-    """Whether TensorBoard gets pictures of policies and animated rollouts."""
+    """Whether TensorBoard gets pictures of policies and animated rollouts, and runs on the grid
+    keep snapshots and a playground, play.html."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What to do where a loss, gradient or parameter is not a finite number: stop there, or leave
     that update of that run out."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from oversight_rl.agents.learner import Learner
 from oversight_rl.envs.settings import UserError, nearest
 from oversight_rl.kinds import KINDS
@@ -68,6 +70,10 @@ class Experiment(ABC):
 
     def texts(self, run: int) -> dict[str, str]:
         """Texts about a run as it is now, Markdown by name."""
+        return {}
+
+    def snapshot(self, run: int) -> dict[str, Tensor]:
+        """What is kept of a run as it is now, to be looked at later, by name; if anything is."""
         return {}
 
     def close(self) -> None:  # noqa: B027, most have nothing to close

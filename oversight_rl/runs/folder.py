@@ -30,12 +30,13 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import check_plain, check_there, write_atomically, writing
 from oversight_rl.kinds import load_config
-from oversight_rl.runs import checkpoint
+from oversight_rl.runs import checkpoint, snapshots
 from oversight_rl.runs.experiment import Experiment, experiment_of
 from oversight_rl.runs.rows import Row, deployed_row, read_rows, write_rows
 from oversight_rl.settings import RunConfig, dump_yaml, flat, read_yaml
 
-CONFIG, RESULT, CHECKPOINTS = "config.yaml", "result.json", "checkpoints"
+CONFIG, RESULT = "config.yaml", "result.json"
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 PICTURES = "pictures"  # the last ones drawn
 LOCK = "lock.tmp"  # of a process at work there; no part of a run, like all that ends so
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
@@ -108,7 +109,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / CHECKPOINTS
+        self.checkpoints, self.snapshots = path / CHECKPOINTS, path / SNAPSHOTS
         self.events = Events(path / EVENTS)
 
     @classmethod
@@ -126,6 +127,7 @@ class RunFolder:
     def clear(self, config: RunConfig) -> None:
         """Make it the folder of a run at its very beginning."""
         checkpoint.drop_after(self.checkpoints, -1)
+        snapshots.drop_after(self.snapshots, -1)
         for name in (METRICS, TRAINING):
             (self.path / name).write_bytes(b"")
         self.events.cut(0)
@@ -139,7 +141,7 @@ class RunFolder:
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it)")
         for name in (CONFIG, METRICS, TRAINING, RESULT, EVENTS):
             check_plain(path / name)
-        for name in (CHECKPOINTS, PICTURES):
+        for name in (CHECKPOINTS, PICTURES, SNAPSHOTS):
             if (path / name).is_symlink():
                 raise UserError(f"{path / name}: is not a plain folder")
         return cls(path)

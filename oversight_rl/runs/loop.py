@@ -29,7 +29,7 @@ from torch import Tensor
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import writing
-from oversight_rl.runs import checkpoint
+from oversight_rl.runs import checkpoint, snapshots
 from oversight_rl.runs.experiment import LOG_EVERY, Experiment, experiment_of
 from oversight_rl.runs.folder import CONFIG, PICTURES, RunFolder, check_free, locked
 from oversight_rl.runs.rows import Facts, Row
@@ -37,6 +37,7 @@ from oversight_rl.settings import RunConfig
 from oversight_rl.terminal import fixed, say
 
 DRAWN = 2  # times before the end
+SNAPSHOTS = 50  # at least, where there are as many evaluations, and at most twice as many
 WIDE, WIDEST = 72, 110  # columns of a terminal that has room for more
 
 
@@ -250,6 +251,7 @@ class _Training:
         tables = self._found(self.runs.evaluate)
         for folder, rows in zip(self.folders, tables, strict=True):
             folder.log_rows(self.learner.updates, rows, type(self.runs))
+        self._keep_snapshots()
         note = self._note(tables)
         self.progress.update(self.task, note=note)
         if self.tells:
@@ -286,6 +288,14 @@ class _Training:
             for name, words in self.runs.texts(run).items() if config.pictures else ():
                 folder.text(f"texts/{name}", self.learner.updates, words)
 
+    def _keep_snapshots(self) -> None:
+        n, total, every = self.learner.updates, self.learner.total, self.config.evaluation.every
+        if n != total and n // every % max(1, total // every // SNAPSHOTS):
+            return
+        for run, (config, folder) in enumerate(zip(self.runs.configs, self.folders, strict=True)):
+            if config.pictures and (tensors := self.runs.snapshot(run)):
+                snapshots.save(folder.snapshots, self.learner.updates, tensors)
+
     def _save(self) -> None:
         for run, folder in enumerate(self.folders):
             steps, states = self.learner.env_steps, self.learner.state(run)
@@ -310,6 +320,7 @@ class _Training:
         self.seconds = float(np.mean([facts["wall_seconds"] for _, facts in saved]))
         for folder, (_, facts) in zip(self.folders, saved, strict=True):
             checkpoint.drop_after(folder.checkpoints, newest)
+            snapshots.drop_after(folder.snapshots, newest)
             folder.rewind(facts.get("logged"))
         return True
 

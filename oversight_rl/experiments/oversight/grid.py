@@ -120,6 +120,9 @@ class GridRuns(OversightRuns):
             "rollouts": side_by_side(rollouts(agent, world, policies[:MOST_POLICIES])),
         }
 
+    def snapshot(self, run: int) -> dict[str, Tensor]:
+        return {name: parameter[run] for name, parameter in self.deployed.named_parameters()}
+
     @classmethod
     def blank(cls, config: Config) -> Agent:
         with torch.device("meta"):  # parameters take no memory yet
