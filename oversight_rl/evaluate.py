@@ -38,8 +38,7 @@ def evaluate(
         run_dir: A run folder, a folder of runs by seed, or an exported policy file.
         steer: Policies: mixture, an expert's name, NAME=WEIGHT,NAME=WEIGHT (a blend) or
             without:NAME (an ablation). Default: the mixture and each expert.
-        oversight: Levels in [0, 1] at deployment: the chance that a square is flagged, where the
-            overseer watches it. Default: the training level.
+        oversight: Levels in [0, 1] at deployment; default: the training level.
         greedy: Take the likeliest action always.
         temperature: Divides the logits, from 0.001 to 1000; below 1 is greedier.
         json: File to write the rows to.
