@@ -946,6 +946,7 @@ def test_every_preset_loads(path):
     if "grid" in read_yaml(path):
         runs = plan(load_sweep(path), Path("runs"))
         expected = {"compare": len(METHODS) * 6 * 8, "compare_quick": 4 * 2 * 8}
+        expected |= {"compare_overseers": (7 * 2 + 2 + 1) * 8 * 8}
         expected |= {"compare_minigrid": 7 * 5, "compare_four_rooms": 4 * 5}
         expected |= {"stories_sweep": 4 * 3 * 5, "stories_methods": 8 * 5}
         expected |= {"compare_digits": 4 * 3 * 5}
