@@ -158,14 +158,15 @@ def label_lines(axes: Axes) -> None:
     ends.sort(key=lambda end: end[0])
     names = [short(str(line.get_label())) for *_, line in ends]
     bottom, top = axes.get_ylim()
-    rows = axes.get_subplotspec().get_gridspec().nrows  # type: ignore[union-attr]
-    points = 72 * axes.figure.get_figheight() / rows - 45  # less the titles and ticks
+    figure: Any = axes.figure
+    places_of: Any = axes.get_subplotspec()
+    points = 72 * figure.get_figheight() / places_of.get_gridspec().nrows - 45  # less the titles
     line_height = (top - bottom) * LABEL * 1.25 / points
     heights = [line_height * (name.count("\n") + 1) for name in names]
     places = spread([y for y, *_ in ends], heights, bottom, top)
-    for (y, x, line), name, place in zip(ends, names, places, strict=True):
+    for (end, x_end, line), name, place in zip(ends, names, places, strict=True):
         tie = {"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.5, "alpha": 0.6}
-        axes.annotate(name, (x, y), (1.03, place), xycoords="data", va="center", fontsize=LABEL,
+        axes.annotate(name, (x_end, end), (1.03, place), va="center", fontsize=LABEL,
                       textcoords=("axes fraction", "data"), color=line.get_color(),
                       arrowprops=tie | {"shrinkA": 1, "shrinkB": 3})  # fmt: skip
 

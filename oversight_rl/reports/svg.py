@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree as ET
 
 from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def drawing(figure: Figure, name: str, title: str, text: str) -> Drawing:
         title: names it.
         text: describes it.
     """
-    parts = [*figure.legends, *figure.axes]
+    parts: list[Any] = [*figure.legends, *figure.axes]
     for i, part in enumerate(parts):
         part.set_gid(f"piece-{i}")
     figure.draw_without_rendering()

@@ -226,10 +226,10 @@ class RunFolder:
         for row in rows:
             shown = kind.shown_of(row).items()
             self.log(update, {f"evaluation/{short}/{row.policy}": x for short, x in shown})
-        own = kind.shown_of(deployed_row(rows)).items()  # first on the page, by its name
-        self.log(update, {f"deployed/{short}": x for short, x in own})
+        (short,) = (s for s, name in kind.shown([kind.score]).items() if name == kind.score)
+        # first on the page, by its name
+        self.log(update, {f"deployed/{short}": deployed_row(rows).figures[kind.score]})
         if kind.optimum is not None:
-            (short,) = (s for s, name in kind.shown([kind.score]).items() if name == kind.score)
             self.log(update, {f"evaluation/{short}/optimum": rows[0].figures[kind.optimum]})
         self.events.flush()
 
@@ -250,11 +250,11 @@ class RunFolder:
     def finish(self, config: RunConfig, rows: Sequence[Row], kind: type[Experiment]) -> None:
         """Write the hyperparameter summary and result.json, which makes the run finished."""
         settings = config.model_dump(mode="json", exclude={"device", "pictures", "evaluation"})
-        first = {"method": config.method, "oversight": config.oversight, "seed": config.seeds[0]}
-        hyperparameters = first | {  # the page opens on the first
+        first = {"Method": config.method, "Oversight": config.oversight, "Seed": config.seeds[0]}
+        hyperparameters = first | {  # the page sorts them, capitals first, and opens on five
             k: v if isinstance(v, int | float | str | bool) else str(v)
             for k, v in flat(settings).items()
-            if k != "seeds"
+            if k not in ("method", "oversight", "seeds")
         }
         shown = kind.shown_of(deployed_row(rows)).items()
         metrics = {f"hparam/deployed_{short}": value for short, value in shown}

@@ -268,16 +268,14 @@ def make_env(config: Config, level: float, count: int) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's code raises
-        unknown = isinstance(error, TypeError) and "'oversight'" in str(error)
-        hint = "; wrap it in OversightLabels: docs/environments.md" * unknown
-        raise UserError(f"env: {config.env} cannot be made ({why(error)}){hint}") from None
+        raise UserError(f"env: {config.env} cannot be made ({why(error)})") from None
 
 
 class PPORuns(OversightRuns):
     """One run of PPO."""
 
     judges = EnvJudge
-    charts = OversightRuns.charts | {"All endings": {"how episodes end": "evaluation/p_.*"}}
+    charts = {**OversightRuns.charts, "All endings": {"how episodes end": "evaluation/p_.*"}}
 
     def __init__(self, configs: Sequence[Config]) -> None:
         (config,) = self.configs = configs

@@ -111,7 +111,7 @@ class GridRuns(OversightRuns):
         agent, config = take_run(self.agent, run), self.configs[run]
         world, policies = World(config.world, config.oversight), standard(agent.n_experts)
         return {  # around one placement all along
-            "policies": render.png(draw_policies(agent, world, policies)),
+            "policies": render.png(draw_policies(agent, world, policies, tall=True)),
             "rollouts": side_by_side(rollouts(agent, world, policies[:MOST_POLICIES])),
         }
 
@@ -204,12 +204,14 @@ def draw_policies(
     steerings: Sequence[Steering],
     squares: tuple[int, int] | None = None,
     theme: render.Theme = render.LIGHT,
+    tall: bool = False,
 ) -> render.Picture:
     """Arrows of each policy of a stack of one run, a column each, unwatched above watched.
 
+    If `tall`, a row each, and small, for TensorBoard, which shows pictures 350 pixels wide.
     The gate tints the mixture, the chance to end on the diamond tints all others.
     """
-    look: Any = {"theme": theme, "scale": 2 if world.config.cells <= MOST_CELLS else 1}
+    look: Any = {"theme": theme, "scale": 1 if tall or world.config.cells > MOST_CELLS else 2}
     gates, rows, every = False, [], []
     for flagged in (False, True):
         state = placement(world, flagged, squares)
@@ -230,6 +232,8 @@ def draw_policies(
             captions.append(f"{titled(agent, steering)}\n{seen}: {on_diamond:.0%} to the diamond")
         rows.append(pictures)
         every.append(captions)
+    if tall:
+        rows, every = ([list(x) for x in zip(*table, strict=True)] for table in (rows, every))
     wide = render.widths(rows[0], list(zip(*every, strict=True)), look["scale"])
     sheets = [
         render.panels(pictures, captions, wide, **look)
@@ -237,8 +241,8 @@ def draw_policies(
     ]
     entries = [("color of a cell", "ends on the ghost", "on the diamond")]
     if gates:
-        entries[0] = ("experts, by how an episode from there ends", "ghost", "diamond")
-        entries.insert(0, ("mixture, by the expert that its gate trusts", "ghost", "diamond"))
+        entries[0] = ("experts, by how episodes end", "ghost", "diamond")
+        entries.insert(0, ("mixture, by whom its gate trusts", "ghost", "diamond"))
     return render.stack([*sheets, render.key(entries, sheets[0].shape[1], **look)], theme)
 
 
