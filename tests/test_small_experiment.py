@@ -88,8 +88,8 @@ def test_sweeps_and_reports_take_it(tmp_path, capsys):
     for word in ("diamond", "ghost", "routing", "return"):
         assert word not in text
     drawn = {file.stem for file in (out / "figures").iterdir()}
-    assert drawn == {"scores", "learning", "improvement"}
-    assert text.count("<svg") == 3
+    assert drawn == {"headline", "scores", "learning", "improvement"}
+    assert text.count('role="img"') == 5  # learning has a panel for each level
 
 
 def east(found):

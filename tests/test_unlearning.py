@@ -303,10 +303,10 @@ def forgetful(run, method):
 def test_what_is_routed_goes_with_its_units(learned):
     run = learned["routing"]
     before, after = losses(run.model, run.corpus), losses(forgetful(run, "routing"), run.corpus)
-    assert after[0] > before[0] + 0.5
+    assert after[0] > before[0] + 0.3
     assert after[1] < before[1] + 0.2
     base = losses(learned["base"].model, run.corpus)
-    assert after[0] > base[0] + 0.5
+    assert after[0] > base[0] + 0.3
     assert after[1] < base[1] + 0.2
     with torch.no_grad(), run.router.ablate("added"):
         switched_off = story_losses(run.model, run.corpus.judged[:20], OPENING)

@@ -287,9 +287,7 @@ def make_env(config: Config, level: float, count: int) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a stranger's code raises
-        unknown = isinstance(error, TypeError) and "'oversight'" in str(error)
-        hint = "; wrap it in OversightLabels: docs/environments.md" * unknown
-        raise UserError(f"env: {config.env} cannot be made ({why(error)}){hint}") from None
+        raise UserError(f"env: {config.env} cannot be made ({why(error)})") from None
 
 
 class PPORuns(OversightRuns):

@@ -127,7 +127,8 @@ REPORT = Report(
     columns,
     score="forgetting",
     about="Forgetting: loss on the topic to forget less that on the others, in nats for each word; "
-    "0 is a model that knows both alike, or neither.",
+    "0 is a model that knows both alike, or neither. What comes back at once, relearning "
+    "shows, not this.",
     reference="base",
     question="Which method makes a language model forget a topic, and nothing else, if only a "
     "share of the stories is labeled?",
