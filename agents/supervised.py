@@ -70,7 +70,7 @@ class SupervisedLearner(Learner, Generic[Batch]):
         for group in self.optimizer.param_groups:
             group["lr"] = at(self.learning_rate, progress)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(self.seed, self.updates))
+            _seed(self.seed, self.updates)
             batch = self.draw(self.updates)
             self.optimizer.zero_grad()
             self.losses = {k: x.detach() for k, x in self.backward(batch, progress).items()}
@@ -101,6 +101,9 @@ def _is_count(name: str) -> bool:
     return name.startswith("adam.step.")
 
 
-def _seed(*numbers: int) -> int:
-    """A seed that follows from numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def _seed(*numbers: int) -> None:
+    """Seed torch's generators; `torch.manual_seed` takes 0.4 ms, for a trace of its caller."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)

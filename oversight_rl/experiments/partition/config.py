@@ -51,7 +51,8 @@ class PartitionSettings(Settings):
     correlation: NonNegative = 0.1
     """Weight of the mean size of correlations between units of different parts."""
     certificate_steps: int = Field(1000, ge=1, le=10**6)
-    """Training steps of the fresh decoders that say what is in a part."""
+    """Training steps of the fresh decoders that say what is in a part; a quarter of them while
+    training goes on."""
 
 
 Groups = Annotated[

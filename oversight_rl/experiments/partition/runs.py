@@ -19,6 +19,7 @@ from oversight_rl.runs.experiment import Experiment
 from oversight_rl.runs.rows import Facts, Row
 
 SIDE = 40  # pixels of a drawn image, at least
+EARLIER = 4  # times fewer steps of fresh decoders, before training has ended
 SHOWN = 10  # images in a picture, of as many classes
 
 
@@ -72,6 +73,8 @@ class Partition(Experiment):
         if self.judged != self.learner.updates:  # seconds of training of fresh decoders
             self.judged = self.learner.updates
             groups, steps = self.config.groups, self.config.partition.certificate_steps
+            if self.learner.updates < self.learner.total:
+                steps = -(-steps // EARLIER)
             self.viewers = viewers(self.model, groups, self.train, steps)
             self.found = judge(self.viewers, groups, self.train, self.test)
         rows = [
