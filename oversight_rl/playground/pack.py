@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oversight_rl.agents.networks import Agent
+from oversight_rl.agents.networks import Agent, FirstLayer, Linear
 
 STEPS = 1023
 COARSE = 32
@@ -38,7 +38,7 @@ class Packed:
 def tensors_of(agent: Agent) -> dict[str, Tensor]:
     """The parameters of one run's agent, with what can be composed beforehand composed."""
     net = agent.prepare()
-    layers = [net.first, *agent.trunks[1:]]
+    layers: list[FirstLayer | Linear] = [net.first, *agent.trunks[1:]]
     found = {"head.bias": agent.head.bias, "out.weight": net.out_weight, "out.bias": net.out_bias}
     for depth, layer in enumerate(layers):
         found |= {f"trunk{depth}.weight": layer.weight, f"trunk{depth}.bias": layer.bias}

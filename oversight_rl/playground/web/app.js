@@ -9,7 +9,7 @@ const STEP_MS = 190, PAUSE_MS = 650, SEED = 7;
 const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 const percent = (p) => `${p > 0 && p < 0.005 ? "<1" : p < 1 && p > 0.995 ? ">99" : Math.round(100 * p)}%`;
-const number = (x, digits = 2) => `${x < 0 ? "−" : ""}${Math.abs(x).toFixed(digits)}`;
+const number = (x, digits = 2) => `${x < -0.5 * 10 ** -digits ? "−" : ""}${Math.abs(x).toFixed(digits)}`;
 
 /** A new element with text and children; nothing is ever read as HTML. */
 function make(name, { text, ...attributes } = {}, ...children) {
