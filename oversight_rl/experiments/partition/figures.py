@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from oversight_rl.experiments.partition.evaluation import CONSTANT, WHOLE
+from oversight_rl.reports.colors import INK
 from oversight_rl.reports.figures import (
     IMPROVEMENT,
-    INK,
     SCORES,
     draw_levels,
+    legend_above,
     new_panels,
-    shared_legend,
 )
 from oversight_rl.reports.gather import Found, Part, Report
 
@@ -45,7 +45,7 @@ def certificates(found: Found) -> Figure:
                           textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
         axes.set_xlabel("share of images that are labeled")
         axes.set_title(title)
-    shared_legend(figure, panels)
+    legend_above(figure, panels)
     return figure
 
 
