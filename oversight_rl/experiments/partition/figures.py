@@ -14,7 +14,7 @@ from oversight_rl.reports.figures import (
     IMPROVEMENT,
     SCORES,
     draw_levels,
-    label_lines,
+    legend_above,
     new_panels,
 )
 from oversight_rl.reports.gather import Found, Part, Report
@@ -45,7 +45,7 @@ def certificates(found: Found) -> Figure:
                           textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
         axes.set_xlabel("share of images that are labeled")
         axes.set_title(title)
-        label_lines(axes)
+    legend_above(figure, panels)
     return figure
 
 
