@@ -229,7 +229,9 @@ def headline(found: Found) -> Figure:
             draw_levels(found, axes, name, faint=True)
             axes.get_lines()[-1].set_label(f"_{name}")  # unnamed
     draw_scores(found, axes, best)
-    axes.set_ylim(top=max(axes.get_ylim()[1], 1.0 if found.optimum <= 1 else 0.0))
+    bottom, top = axes.get_ylim()
+    if np.isfinite(found.optimum):  # room for its name
+        axes.set_ylim(top=max(top, found.optimum + 0.08 * (found.optimum - bottom)))
     label_lines(axes)
     return figure
 
