@@ -16,7 +16,6 @@ from torch import Tensor
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE, Steering, expert_names, keep, standard
-from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import FLAGS, UserError
 from oversight_rl.envs.world import State, World
 from oversight_rl.experiments.oversight.config import Config
@@ -64,8 +63,7 @@ def _recording(folder: RunFolder, config: Config, history: bool) -> dict[str, An
     """Episodes of each policy on the same starts, as an animation, and what it returned."""
     saved = read_run(folder)
     policies = standard(*saved.kind.names(saved.agent))
-    with on_threads(config.threads):
-        film = saved.pictures(policies).get("rollouts")
+    film = saved.pictures(policies).get("rollouts")
     if film is None:
         raise UserError(f"{folder.path}: {config.env} draws no pictures of itself")
     rows = [row for row in (folder.result() if folder.finished else []) if not row.greedy]

@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
 from oversight_rl.files import as_text, write_atomically, writing
 from oversight_rl.playground.gather import run_of
@@ -27,7 +28,8 @@ def write(paths: Sequence[Path], out: Path) -> None:
     folders = [folder for path in paths for folder in open_runs(path)]
     if len(folders) > MOST_RUNS:
         raise UserError(f"a page holds {MOST_RUNS} runs at most, got {len(folders)}")
-    runs = [run_of(folder, history=len(folders) <= MOST_HISTORIES) for folder in folders]
+    with on_threads(1):  # networks are small, and threads that wait for each other crawl
+        runs = [run_of(folder, history=len(folders) <= MOST_HISTORIES) for folder in folders]
     for i, run in enumerate(runs):  # runs that are alike but for settings are told apart by folder
         if any(run["name"] == other["name"] for other in runs[:i]):
             run["name"] += f" ({as_text(folders[i].path.name)})"
