@@ -41,11 +41,13 @@ def _family(color: str, *names: str) -> dict[str, Style]:
 
 
 STYLES = {
-    **_family(ROUTING, "routing", "contrastive_routing", "imputed_routing"),
+    **_family(
+        ROUTING, "routing", "contrastive_routing", "imputed_routing", "imputed_routing_plain"
+    ),
     **_family(ABLATION, "no_routing", "no_gate", "random_module"),
     **_family(NAIVE, "naive", "naive_early_stop", "naive_oracle_stop"),
     **_family(FILTERING, "filtering", "filtering_hidden_flag", "oracle_filtering"),
-    **_family(REWARD_MODEL, "reward_model"),
+    **_family(REWARD_MODEL, "reward_model", "reward_model_plain"),
     **_family(WEIGHTING, "ipw_hidden_flag"),
     **_family(ORACLE, "oracle"),
     "routing_mixed": Style(ROUTING, ":", "D"),
