@@ -415,5 +415,5 @@ def test_a_name_that_is_a_script_does_nothing(shown, runs, tmp_path):
     shown.open(out, "#" + HIT)
     shown.wait("sums")
     assert shown.run("typeof window.hit") == "undefined"
-    assert shown.run("document.images.length") == 0
+    assert shown.run("[...document.images].map(({ id }) => id)") == ["film"]
     assert f" evaluate '{hostile}' --steer" in shown.run("$('command').textContent")
