@@ -19,15 +19,15 @@ from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.runs.rows import Facts
 
 DOCS = Path(__file__).parent.parent / "docs" / "playground.html"
-SMALL = ["--device", "cpu", "--pictures", "--agent.hidden", "12", "10", "--reinforce.updates", "10"]
+SMALL = ["--device", "cpu", "--agent.hidden", "12", "10", "--reinforce.updates", "10"]
 SMALL += ["--reinforce.worlds", "64", "--reinforce.steps", "8", "--evaluation.every", "10"]
 SMALL += ["--world.rows", "3", "--world.cols", "4", "--evaluation.oversight", "0.1"]
 KINDS = {
     "routing": ["--agent.experts", "3"],
     "contrastive_routing": ["--agent.gate-conv", "--agent.value-activation", "none"],
-    "no_gate": ["--world.ghost-oversight", "0.5"],
-    "naive": [],
-    "filtering_hidden_flag": [],
+    "no_gate": ["--world.ghost-oversight", "0.5", "--no-pictures"],  # and no history
+    "naive": ["--no-pictures"],
+    "filtering_hidden_flag": ["--no-pictures"],
 }
 ELSEWHERE = ["--algo", "ppo", "--env", "MiniGrid-DiamondGhost-5x5-v0", "--device", "cpu"]
 ELSEWHERE += ["--ppo.updates", "1", "--ppo.worlds", "4", "--ppo.steps", "8", "--no-pictures"]
@@ -415,5 +415,5 @@ def test_a_name_that_is_a_script_does_nothing(shown, runs, tmp_path):
     shown.open(out, "#" + HIT)
     shown.wait("sums")
     assert shown.run("typeof window.hit") == "undefined"
-    assert shown.run("document.images.length") == 0
+    assert shown.run("[...document.images].map(({ id }) => id)") == ["film"]
     assert f" evaluate '{hostile}' --steer" in shown.run("$('command').textContent")

@@ -288,4 +288,57 @@ function drawMoment() {
   $("now")?.setAttribute("d", `M${along(at, Number($("curve").dataset.last))},${CURVE.top}V${CURVE.height - CURVE.bottom}`);
 }
 
+// ---- beginning
+
+function setWorld() {
+  world = new World(current().world, current().discount);
+  cache.clear();
+  shownAs = "";
+  looked = null;
+}
+
+/** Show the current run from its beginning. */
+function enter() {
+  if (!current().film) {
+    setWorld();
+    begin();
+  }
+  show();
+}
+
+function open() {
+  readAddress();
+  show();
+}
+
+function show() {
+  const run = current(), recorded = Boolean(run.film);
+  $("lead").textContent = lead(run);
+  $("run").value = state.run;
+  $("recorded").hidden = !recorded;
+  for (const id of ["live", "try", "tour", "story"]) $(id).hidden = recorded;
+  if (recorded) {
+    showFilm(run);
+    keepAddress();
+    return;
+  }
+  radios("compare", Object.fromEntries(modes().map((mode) => [mode, LABELS[mode]])));
+  radios("tint", Object.fromEntries(Object.entries(TINTS).filter(([name]) => name !== "gate" || run.net.gate)));
+  layTour();
+  drawCurve();
+  sums = null;
+  set({});
+}
+
+async function start() {
+  for (const run of runs.filter(({ film }) => !film))
+    run.agents = unpack(await inflate(run.data), run.layout, run.moments, run.coarse).map((tensors) => new Agent(tensors, run.net));
+  runs.forEach((run, i) => $("run").append(make("option", { value: i, text: run.name })));
+  $("which").hidden = runs.length === 1;
+  startWorker();
+  listen();
+  open();
+  document.body.dataset.ready = "yes";
+}
+
 start();
