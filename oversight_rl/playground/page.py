@@ -32,7 +32,7 @@ def write(paths: Sequence[Path], out: Path) -> None:
     for i, run in enumerate(runs):  # runs that are alike but for settings are told apart by folder
         if any(run["name"] == other["name"] for other in runs[:i]):
             run["name"] += f" ({as_text(folders[i].path.name)})"
-    page = render(runs, as_text(paths[0].resolve().name))
+    page = render(runs, as_text(paths[0].absolute().name))
     with writing(out):
         write_atomically(out, page.encode())
 
