@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-
-import jinja2
-from markupsafe import Markup
 
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.envs.settings import UserError
@@ -33,7 +32,7 @@ def write(paths: Sequence[Path], out: Path) -> None:
     for i, run in enumerate(runs):  # runs that are alike but for settings are told apart by folder
         if any(run["name"] == other["name"] for other in runs[:i]):
             run["name"] += f" ({as_text(folders[i].path.name)})"
-    page = render(runs, as_text(paths[0].resolve().name))
+    page = render(runs, as_text(paths[0].absolute().name))
     with writing(out):
         write_atomically(out, page.encode())
 
@@ -56,11 +55,10 @@ def render(runs: Sequence[object], title: str) -> str:
         ]
     )
     data = json.dumps({"runs": runs}, allow_nan=False).replace("<", "\\u003c")
-    inline = {"style": style, "core": core, "worker": worker, "app": app, "data": data}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(source["page.html.j2"]).render(
-        title=title, policy=Markup(policy), **{name: Markup(text) for name, text in inline.items()}
-    )
+    filled = {"style": style, "core": core, "worker": worker, "app": app, "data": data}
+    filled |= {"title": html.escape(title), "policy": policy}
+    # each place once, so that nothing within what is filled in is taken for one
+    return re.sub(r"\{\{ (\w+) \}\}", lambda place: filled[place[1]], source["page.html"])
 
 
 def _hash(text: str) -> str:
