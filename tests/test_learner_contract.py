@@ -119,6 +119,9 @@ class Climb:
 
     exact, points = True, {"height"}
 
+    def __str__(self):
+        return "climb"
+
     def __call__(self, runs=range(3), seed=0):
         config = ClimbConfig(oversight=0.9, climb=ClimberConfig(updates=8))
         return Climber(config, [seed + run for run in runs])
