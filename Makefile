@@ -19,7 +19,7 @@ test: .venv/.installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/python tests/structure.py
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov --numprocesses 2 --dist loadfile
 
 lowest: .venv/.installed-dev
 	$(BIN)/python benchmarks/lowest.py

@@ -37,16 +37,17 @@ COMMON = ["--device", "cpu", "--no-pictures", "--evaluation.every", "1", "--over
 COMMON += ["--evaluation.oversight", "0.1", "--evaluation.episodes", "16", "--agent.hidden", "4"]
 COMMON += ["--labels.recall", "0.9", "--labels.error", "0.1", "--agent.experts", "3"]
 GRID = ["--world.rows", "2", "--world.cols", "3", "--world.spurious-oversight", "0.2"]
-GRID += ["--world.diamond-oversight", "0.8", "--world.ghost-oversight", "0.9"]
+GRID += ["--labels.shares", "0.8", "0.9"]
 GRID += ["--reinforce.worlds", "16", "--reinforce.steps", "4", "--reinforce.updates", "2"]
 GRID += ["--reinforce.gate-replay", "8", "--agent.value-activation", "none", "--agent.gate-conv"]
 GRID += ["--reinforce.reward-model-sees-flags", "--agent.biases", "zero"]
+LATE = ["--labels.budget", "1000", "--labels.delay", "3"]
 MINIGRID = ["--algo", "ppo", "--env", "MiniGrid-DiamondGhost-5x5-v0", "--ppo.updates", "2"]
 MINIGRID += ["--env-settings", "lava", "1", "reward", "ground_truth", "max_steps", "12"]
 MINIGRID += ["--ppo.worlds", "4", "--ppo.steps", "8", "--ppo.batch-size", "16"]
 MINIGRID += ["--ppo.gate-replay", "8", "--ppo.label-reach", "12"]
 RUNS = {  # between them they save all there is to save
-    "imputed_routing": [*GRID, "--method", "imputed_routing"],
+    "imputed_routing": [*GRID, "--method", "imputed_routing", *LATE],
     "naive_early_stop": [*GRID, "--method", "naive_early_stop"],
     "ppo": MINIGRID,
 }

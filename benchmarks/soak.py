@@ -53,6 +53,8 @@ VARIANTS = [  # what is killed: between them they keep all that is kept between 
     [*SMALL_PPO, "--method", "oracle"],
     [*SMALL, "--method", "oracle_filtering", "--on-nan", "skip"],
     [*SMALL_PPO, "--method", "naive", "--on-nan", "skip", "--ppo.label-reach", "20"],
+    [*SMALL, "--method", "reward_model_plain", "--overseer", "ghosts_only"],
+    [*SMALL, "--method", "routing", "--overseer", "budget", "--labels.delay", "20"],
 ]
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.truncate"}
 SPEED = "training/env_steps_per_second"  # a time, so never the same twice

@@ -267,7 +267,7 @@ class DiamondGhostEnv(MiniGridEnv):
             for i, j, other in every
             if isinstance(other, Square) and other.type != square.type
         )
-        return int(min(others))
+        return int(min(others, default=self.width + self.height))
 
 
 class SymbolicObservation(gym.ObservationWrapper[NDArray[np.uint8], Any, Any]):

@@ -363,12 +363,12 @@ def test_a_report_says_what_parts_know(data, tmp_path, capsys):
     for method in ("routed", "not_routed"):
         args = flags(data, **{"partition.updates": 2}, method=method)
         train([*args, "--no-pictures", "--run-dir", str(tmp_path / "runs" / method)])
-    found, _ = page.write(tmp_path / "runs")
+    (found,) = (each.found for each in page.write(tmp_path / "runs"))
     assert found.names == ["routed", "not_routed"]
     table = pd.read_csv(tmp_path / "runs" / "summary.csv")
     assert {"own_error", "foreign_error", "leakage", "p_own_class"} <= set(table)
     drawn = {path.stem for path in (tmp_path / "runs" / "figures").iterdir()}
-    assert drawn == {"scores", "certificates", "improvement"}
+    assert drawn == {"headline", "scores", "certificates", "improvement"}
     text = (tmp_path / "runs" / "report.html").read_text()
     assert "What parts know" in text
     assert "diamond" not in text

@@ -90,7 +90,7 @@ def test_one_adapter_is_removed_and_the_other_merged():
              2: Rule(["kept", "quarantine"])}  # fmt: skip
     router = Router(model, {"kept": kept, "quarantine": quarantine}, rules)
     ids = torch.tensor([0, 1, 2, 0, 1, 2])
-    assert router.check(WORDS, ids, next_word) < 1e-5
+    assert router.check(next_word, WORDS, ids) < 1e-5
     with router.labels(ids):
         next_word(model, WORDS).mean().backward()
     assert not model.head.weight.grad.any()
@@ -269,7 +269,7 @@ REFUSED = {
     ),
     "labels in words": (
         lambda: Router(Transformer(), {"part": Region(params=["head.*"])}, {"keep": Rule()}),
-        r"by labels that are ints, got \['keep'\]",
+        r"rules must be given by labels that are ints, like \{0: ",
     ),
     "a weight that is no number": (
         lambda: Router(
@@ -352,7 +352,7 @@ def test_batch_norm_mixes_samples_unless_it_keeps_its_statistics():
         with pytest.raises(ValueError, match="'1' is a BatchNorm1d, which mixes the samples"):
             use()
     model[1].eval()
-    assert router.check(batch, ids, loss_fn) < 1e-6
+    assert router.check(loss_fn, batch, ids) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 
 from oversight_rl.agents.steering import parse
 from oversight_rl.cli import main, train
+from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.evaluation import Evaluator
@@ -25,7 +26,7 @@ SMALL += ["--world.rows", "3", "--world.cols", "4", "--evaluation.oversight", "0
 KINDS = {
     "routing": ["--agent.experts", "3"],
     "contrastive_routing": ["--agent.gate-conv", "--agent.value-activation", "none"],
-    "no_gate": ["--world.ghost-oversight", "0.5", "--no-pictures"],  # and no history
+    "no_gate": ["--labels.shares", "1", "0.5", "--no-pictures"],  # and no history
     "naive": ["--no-pictures"],
     "filtering_hidden_flag": ["--no-pictures"],
 }
@@ -122,7 +123,7 @@ def test_sums_over_all_starts_are_exact(shown, page, method):
     ]
     policies = [parse(text, k).with_options(greedy, t) for text, t, greedy in asked]
     levels = [0.0, 0.3, 1.0]
-    evaluator = Evaluator(config, run["discount"])
+    evaluator = Evaluator(config, run["discount"], labels=Labels(shares=run["shares"]))
     (rows,) = evaluator.evaluate(
         agent.prepare(), [Facts("x", 0, 0.1)], policies, [levels], "diamond"
     )
@@ -135,8 +136,7 @@ def test_sums_over_all_starts_are_exact(shown, page, method):
         " const all = new Everywhere(run.agents.at(-1), w); while (all.done < 1) all.fill(50);"
         f" return {json.dumps(steerings)}.map((how) => {json.dumps(levels)}.map((level) => {{"
         " const sums = all.sums(how, 0);"
-        " const { diamond_oversight: d, ghost_oversight: g } = run.world;"
-        " const weights = flagWeights(d ?? level, g ?? level);"
+        " const weights = flagWeights(...run.shares.map((share) => share * level));"
         " return ['value', 'pDiamond', 'pGhost', 'steps'].map((name) =>"
         " sums[name].reduce((sum, x, f) => sum + x * weights[f], 0)); })); })()"
     )

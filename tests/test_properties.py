@@ -133,6 +133,7 @@ def test_outcomes_and_returns_of_any_window(steps, n, method, discount, bootstra
         action=kind,
         uniform=torch.full(kind.shape, 0.5),
         value_after=torch.linspace(-1, 1, n)[None],
+        acts=(slice(None),),
     )
     config = ReinforceConfig(discount=discount, bootstrap=bootstrap)
     experts = 1 if METHODS[method].policy.experts == "one" else 2

@@ -35,7 +35,7 @@ LEVELS, SEEDS = (0.01, 0.1), range(5)
 RETURNS = {  # by method: mean return at the two levels
     "routing": (0.5, 0.7),
     "naive": (0.2, 0.75),
-    "reward_model": (0.8, 0.85),
+    "reward_model_plain": (0.8, 0.85),
     "ipw_hidden_flag": (0.9, 0.9),
 }
 
@@ -78,7 +78,7 @@ def make_run(path, method, level, seed, value, settings=None, behaviors=("diamon
         if len(policies) > 1:
             kinds = (f"labeled_{first}", f"labeled_{second}", "unlabeled")
             points |= {f"gate/{kind}": 0.5 for kind in kinds}
-        if method == "reward_model":
+        if method == "reward_model_plain":
             columns = [column for column, _ in figures.REWARD_MODEL.values()]
             points |= dict(zip(columns, (0.99, 0.9, 0.01, 0.123), strict=True))
         folder.log_training(update, points)
@@ -148,7 +148,7 @@ def test_the_summary_holds_the_statistics(runs, capsys):
     paper = table.set_index(["method", "train_oversight"])["paper_window_return"]
     assert paper["routing", 0.1] == 0.51
     assert paper["naive", 0.01] == 0.02
-    assert np.isnan(paper["reward_model", 0.1])
+    assert np.isnan(paper["reward_model_plain", 0.1])
     assert set(table[table.method == "ipw_hidden_flag"]["assumes"]) == {"hidden flags"}
     said = capsys.readouterr().out
     assert "note:" not in said  # nothing is missing
@@ -159,14 +159,15 @@ def test_the_verdict_says_who_wins(runs):
     """Returns differ by more than the spread of seeds."""
     outcome = verdict.verdict(gather(runs))
     assert outcome.lines == [
-        "With labels alone, by IQM of the return: reward_model wins at 1% (0.80) and 10% (0.85).",
+        "With labels alone, by IQM of the return: reward_model_plain wins at 1% (0.80) and "
+        "10% (0.85).",
         "With more: hidden flags, ipw_hidden_flag has no rival at 1% (0.90, +0.10) and "
         "10% (0.90, +0.05).",
-        "Where it flips: with labels alone nowhere (never beaten: reward_model).",
+        "Where it flips: with labels alone nowhere (never beaten: reward_model_plain).",
     ]
     assert outcome.grid.set_index("method").T.to_dict("list") == {
         "routing": ["labels", "loss", "loss"],
-        "reward_model": ["labels", "win", "win"],
+        "reward_model_plain": ["labels", "win", "win"],
         "naive": ["labels", "loss", "loss"],
         "ipw_hidden_flag": ["hidden flags", "sole", "sole"],
     }
@@ -188,7 +189,7 @@ def test_the_verdict_is_the_same_on_the_page_and_in_the_terminal(runs, capsys):
 
 def test_the_verdict_says_where_it_flips(runs):
     for level in LEVELS:
-        shutil.rmtree(runs / f"reward_model-{level}")
+        shutil.rmtree(runs / f"reward_model_plain-{level}")
     outcome = verdict.verdict(gather(runs))
     assert "routing wins at 1% (0.50); naive wins at 10% (0.75)" in outcome.lines[0]
     assert outcome.lines[2] == (
@@ -198,19 +199,21 @@ def test_the_verdict_says_where_it_flips(runs):
 
 def test_one_run_ranks_nobody(runs):
     for seed in (1, 2, 3, 4):
-        shutil.rmtree(runs / "reward_model-0.1" / f"seed_{seed}")
+        shutil.rmtree(runs / "reward_model_plain-0.1" / f"seed_{seed}")
     outcome = verdict.verdict(gather(runs))
-    assert outcome.lines[0].endswith("too few seeds to rank, reward_model leads at 10% (0.83).")
+    assert outcome.lines[0].endswith(
+        "too few seeds to rank, reward_model_plain leads at 10% (0.83)."
+    )
     at_ten = dict(zip(outcome.grid["method"], outcome.grid["10%"], strict=True))
     assert at_ten == {
-        "routing": "too few", "naive": "too few", "reward_model": "too few",
+        "routing": "too few", "naive": "too few", "reward_model_plain": "too few",
         "ipw_hidden_flag": "sole",
     }  # fmt: skip
 
 
 def test_improvement_is_the_share_of_pairs_won(runs):
     table = tables.improvement(gather(runs))
-    assert table.loc["reward_model", "routing"] == 1.0
+    assert table.loc["reward_model_plain", "routing"] == 1.0
     assert table.loc["routing", "naive"] == pytest.approx((1 + 0) / 2, abs=0.01)
     assert np.isnan(table.loc["naive", "naive"])
     off = ~np.eye(len(table), dtype=bool)
@@ -267,7 +270,10 @@ def test_marks_say_their_values(written):
     assert "routing, as published, at 10%: 0.51" in told
     text = (written / "figures" / "endings_by_flag.svg").read_text()
     assert "naive at 10%: diamond, not flagged 55.0%" in text
-    assert "reward_model beats routing: 1.00" in (written / "figures/improvement.svg").read_text()
+    assert (
+        "reward_model_plain beats routing: 1.00"
+        in (written / "figures/improvement.svg").read_text()
+    )
 
 
 def test_from_a_number_to_runs_and_what_they_show(runs):
@@ -292,7 +298,7 @@ def test_from_a_number_to_runs_and_what_they_show(runs):
 
 def test_methods_are_ranked_within_what_they_assume(written):
     assert tables.ranked(gather(written)) == {
-        "labels": ["reward_model", "routing", "naive"],
+        "labels": ["reward_model_plain", "routing", "naive"],
         "hidden flags": ["ipw_hidden_flag"],
     }
 
@@ -346,7 +352,7 @@ def test_what_is_missing_is_said_and_the_rest_reported(runs, capsys):
     (runs / "routing-0.1" / "seed_2" / "config.yaml").write_text("method: rooting")
     (runs / "routing-0.01" / "seed_4" / "metrics.csv").write_text('update\n"')
     for seed in (1, 2, 3, 4):
-        shutil.rmtree(runs / "reward_model-0.1" / f"seed_{seed}")
+        shutil.rmtree(runs / "reward_model_plain-0.1" / f"seed_{seed}")
     shutil.rmtree(runs / "ipw_hidden_flag-0.1")
     old = runs / "naive-0.01" / "seed_0" / "config.yaml"
     old.write_text(re.sub("commit: .*", "commit: 0123abc", old.read_text()))
@@ -359,7 +365,7 @@ def test_what_is_missing_is_said_and_the_rest_reported(runs, capsys):
         "routing-0.1/seed_2 cannot be read and is left out",
         "routing-0.01/seed_4 cannot be read and is left out",
         "naive at 0.01 lacks seeds 3.",
-        "reward_model at 0.1 lacks seeds 1, 2, 3, 4; one seed has no interval",
+        "reward_model_plain at 0.1 lacks seeds 1, 2, 3, 4; one seed has no interval",
         "ipw_hidden_flag has no run at oversight 0.1",
         "2 different versions",
         "naive-0.01/seed_1 repeats again",
@@ -368,8 +374,8 @@ def test_what_is_missing_is_said_and_the_rest_reported(runs, capsys):
         assert line in " ".join(read_page(runs).text), line
     assert "Traceback" not in said
     table = pd.read_csv(runs / "summary.csv").set_index(["method", "train_oversight"])
-    assert table.loc[("reward_model", 0.1), "n_seeds"] == 1
-    assert np.isnan(table.loc[("reward_model", 0.1), "ci_low"])
+    assert table.loc[("reward_model_plain", 0.1), "n_seeds"] == 1
+    assert np.isnan(table.loc[("reward_model_plain", 0.1), "ci_low"])
     assert table.loc[("routing", 0.1), "n_seeds"] == 3
 
 

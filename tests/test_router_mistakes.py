@@ -11,7 +11,8 @@ from oversight_rl.agents.routing import Region, Router, Rule, expand
 
 
 def test_copies_of_a_routed_model_are_models_of_their_own():
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     region = Region(units={"0": range(2)})
     x, ids = torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
     with Router(model, {"a": region}, {0: Rule(["rest"], ["a"])}) as router:

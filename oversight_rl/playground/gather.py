@@ -16,7 +16,8 @@ from torch import Tensor
 from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE, Steering, expert_names, keep, standard
-from oversight_rl.envs.settings import FLAGS, UserError
+from oversight_rl.envs.overseers import rate
+from oversight_rl.envs.settings import BEHAVIORS, FLAGS, UserError
 from oversight_rl.envs.world import State, World
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
@@ -96,9 +97,12 @@ def _agents(folder: RunFolder, config: Config, history: bool) -> dict[str, Any]:
     return {
         "summary": METHODS[config.method].summary,
         "world": config.world.model_dump(),
+        "shares": [rate(config.labels.shares, behavior) for behavior in range(len(BEHAVIORS))],
         "discount": discount,
         "optimum": None if math.isnan(optimum) else optimum,
-        "sums": FLAGS * cells**3 <= MOST_STATES and not config.world.spurious_oversight,
+        "sums": FLAGS * cells**3 <= MOST_STATES
+        and not config.world.spurious_oversight
+        and config.labels.region == "all",
         "names": names,
         "net": {
             "experts": agent.n_experts,

@@ -97,7 +97,7 @@ function askSums() {
   $("worst").disabled = true;
   waiting = null;
   if (!run.sums) {
-    $("world-more").textContent = "This world has too many states to sum up in a browser; oversight-rl evaluate does.";
+    $("world-more").textContent = "What happens from all starts of this world is not summed up in a browser; oversight-rl evaluate does it.";
     return;
   }
   const { moment, flags } = state;
@@ -110,8 +110,8 @@ function whenSummed(act) {
 
 function drawSums() {
   if (!sums) return;
-  const { world: own, optimum } = current(), { level } = state;
-  const weights = flagWeights(own.diamond_oversight ?? level, own.ghost_oversight ?? level);
+  const { shares, optimum } = current(), { level } = state;
+  const weights = flagWeights(level * shares[0], level * shares[1]);
   const mean = (values) => values.reduce((sum, x, f) => sum + x * weights[f], 0);
   const rows = summed().map(([name], i) => {
     const [value, d, g] = [sums[i].value, sums[i].pDiamond, sums[i].pGhost].map(mean);
