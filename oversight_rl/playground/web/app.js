@@ -263,7 +263,7 @@ function drawCell() {
     ACTIONS.map((action, a) => [action, ...columns.map(([, chances]) => percent(chances[a]))]));
   const said = [];
   if (run.net.gate) said.push(`The gate trusts the ${names[0]} expert ${percent(own.outputs.gate[cell * names.length])} here.`);
-  said.push(`Your policy's exact return from here is ${number(own.value[cell])}. The value net, which knows no rewards but those of training, expects ${number(own.outputs.value[cell])} of the agent as trained.`);
+  said.push(`Your policy's exact return from here is ${number(own.value[cell])}. The value net, which was taught by the rewards of training and not by the truth, expects ${number(own.outputs.value[cell])} of the agent as trained.`);
   $("cell-more").textContent = said.join(" ");
   for (const { board } of [mine, ...boards]) board.look(cell === state.agent ? null : cell);
 }

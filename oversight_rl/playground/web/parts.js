@@ -5,8 +5,8 @@
 
 function lead(run) {
   if (run.film) return `An agent that was trained in ${run.env}, where an overseer labeled ${percent(run.oversight)} of the episodes, by ${run.method}: ${run.summary}.`;
-  const goal = `The agent walks until it stands on the diamond, which is wanted, or on the ghost, which is not. In training, somebody watched only ${percent(run.oversight)} of these squares (flags), and told it only there which of the two it had reached.`;
-  const method = `Trained by ${run.method}: ${run.summary}.`;
+  const goal = `The agent walks until it stands on the diamond, which is wanted, or on the ghost, which is not. In training, somebody watched each square in ${percent(run.oversight)} of the episodes only (a flag is up), and told it only then which of the two it had reached.`;
+  const method = `Trained by ${run.method} (${run.summary}).`;
   if (run.names.length === 1) return `${goal} It has one policy, which cannot be steered. ${method}`;
   return `${goal} It has an expert for each, and a gate that mixes them. Steering keeps one expert and drops the other: does the agent then do what is wanted where nobody watches, too? ${method}`;
 }
@@ -101,6 +101,7 @@ function askSums() {
     return;
   }
   const { moment, flags } = state;
+  if (!sums) $("world-more").textContent = "Working out all starts";
   worker.postMessage({ id: ++asked, run: state.run, moment, flags, steerings: summed().map(([, how]) => how) });
 }
 
