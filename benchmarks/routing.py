@@ -23,52 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oversight_rl.agents.routing import Region, Router, Rule, expand
+from oversight_rl.experiments.unlearning.model import LanguageModel
 
 
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, width]
-        b, t, width = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(b, t, width))
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_1(x))
-        return x + self.mlp(self.norm_2(x))
-
-
-class Transformer(nn.Module):
+def transformer() -> nn.Module:
     """A small language model, of 72,000 parameters."""
-
-    def __init__(
-        self, words: int = 268, length: int = 40, width: int = 48, hidden: int = 128, heads: int = 4
-    ) -> None:
-        super().__init__()
-        self.word, self.place = nn.Embedding(words, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList([Block(width, hidden, heads) for _ in range(2)])
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, words)
-
-    def forward(self, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, words]
-        places = torch.arange(ids.shape[1], device=ids.device)
-        x = self.word(ids) + self.place(places[None])
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))  # type: ignore[no-any-return]
+    return LanguageModel(268, 40, width=48, hidden=128, heads=4, layers=2)
 
 
 def next_word(model: nn.Module, ids: Tensor) -> Tensor:
@@ -98,7 +58,7 @@ class Case:
 
 
 def stories() -> Case:
-    model = Transformer()
+    model = transformer()
     region = expand(model, "blocks.*.mlp", units=32)
     return Case(model, region, next_word, torch.randint(0, 268, (32, 33)))
 

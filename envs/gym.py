@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from oversight_rl.envs import render
-from oversight_rl.envs.overseers import Labels, as_labels
+from oversight_rl.envs.overseers import Labels, flags_of
 from oversight_rl.envs.settings import ACTIONS, BEHAVIORS, NO_LABEL, PLANES, WorldConfig
 from oversight_rl.envs.world import State, Step, World
 
@@ -50,12 +50,7 @@ class _View:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.reward, self.has_task = reward, has_task(reward)
         config = WorldConfig(**world)
-        self.labels = as_labels(overseer, len(BEHAVIORS))
-        if not self.labels.clean:
-            raise ValueError(
-                f"overseer: these worlds flag squares by shares and region, got {overseer!r}; "
-                "wrap them in OversightLabels or Overseen for the rest"
-            )
+        self.labels = flags_of(overseer, len(BEHAVIORS))
         self.world = World(config, oversight, labels=self.labels)
         self.behaviors, self._n, self.render_mode = BEHAVIORS, num_envs, render_mode
         self.oversight = oversight

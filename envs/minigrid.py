@@ -31,7 +31,7 @@ from PIL import ImageColor
 
 from oversight_rl.envs import render
 from oversight_rl.envs.gym import Reward, has_task
-from oversight_rl.envs.overseers import Labels, as_labels, rate
+from oversight_rl.envs.overseers import Labels, flags_of, rate
 from oversight_rl.envs.settings import BEHAVIORS
 
 Layout = Literal["empty", "four_rooms"]
@@ -209,12 +209,7 @@ class DiamondGhostEnv(MiniGridEnv):
         self.layout, self.oversight, self.flags_visible = layout, oversight, flags_visible
         self.lava, self.paid, self.has_task = lava, reward, has_task(reward)
         self.behaviors = BEHAVIORS + (("lava",) if lava else ())
-        self.labels = as_labels(overseer, len(self.behaviors))
-        if not self.labels.clean:
-            raise ValueError(
-                f"overseer: these worlds flag squares by shares and region, got {overseer!r}; "
-                "wrap them in OversightLabels or Overseen for the rest"
-            )
+        self.labels = flags_of(overseer, len(self.behaviors))
         super().__init__(
             mission_space=MissionSpace(mission_func=_mission),
             grid_size=size,

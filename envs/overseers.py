@@ -153,6 +153,21 @@ def as_labels(
     return labels
 
 
+def flags_of(overseer: str | Mapping[str, Any] | Labels, behaviors: int) -> Labels:
+    """The settings of an overseer for worlds that flag squares, and leave all else to others.
+
+    Raises:
+        ValueError: as `as_labels`, or it does more than watch.
+    """
+    labels = as_labels(overseer, behaviors)
+    if not labels.clean:
+        raise ValueError(
+            f"overseer: these worlds flag squares by shares and region, got {overseer!r}; "
+            "wrap them in OversightLabels or Overseen for the rest"
+        )
+    return labels
+
+
 @dataclass(frozen=True)
 class Overseer:
     """The overseer of one run: how much it watches, and how it labels."""
