@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from routing import Transformer, next_word
+from routing import next_word, transformer
 from torch import nn
 
 from oversight_rl.agents.routing import Region, Router, Rule, expand, merge
@@ -43,7 +43,7 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("how", [{"units": 32}, {"rank": 8}])
 def test_what_is_added_changes_nothing_and_is_removed_again(how):
-    model = Transformer()
+    model = transformer()
     before, names = model(WORDS), [name for name, _ in model.named_parameters()]
     region = expand(model, "blocks.*.mlp", **how, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(WORDS), before, rtol=0, atol=1e-6)
@@ -57,7 +57,7 @@ def test_what_is_added_changes_nothing_and_is_removed_again(how):
         assert not torch.allclose(model(WORDS), off, atol=1e-3)
     torch.testing.assert_close(small(WORDS), off)
     assert sum(p.numel() for p in small.parameters()) == sum(
-        p.numel() for p in Transformer().parameters()
+        p.numel() for p in transformer().parameters()
     )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
     sizes = small.blocks[0].mlp[0].out_features, small.blocks[0].mlp[2].in_features
@@ -81,7 +81,7 @@ def test_units_of_a_gated_mlp():
 
 
 def test_one_adapter_is_removed_and_the_other_merged():
-    model = Transformer()
+    model = transformer()
     names = [name for name, _ in model.named_parameters()]
     kept = expand(model, "blocks.*", rank=2)
     quarantine = expand(model, "blocks.*", rank=3)
@@ -108,7 +108,7 @@ def test_what_cannot_be_removed_is_refused():
 
 
 def test_switched_off_until_restored():
-    model = trained(Transformer())
+    model = trained(transformer())
     before = copy.deepcopy(model.state_dict())
     router = Router(model, {"part": Region(heads={"blocks.0.attention": [2]})}, FORGET)
     ablation = router.ablate("part")
@@ -141,7 +141,7 @@ def momenta(optimizer, model):
                                               ("adamw", "backward")])  # fmt: skip
 def test_masked_entries_do_not_move_and_others_move_as_ever(name, engine):
     """After both parts have gained momentum, by plain steps that a twin takes, too."""
-    model = Transformer()
+    model = transformer()
     region = expand(model, "blocks.*.mlp", units=4)
     twin = copy.deepcopy(model)
     router = Router(model, {"part": region}, FORGET)
@@ -190,7 +190,7 @@ def test_masked_entries_do_not_move_and_others_move_as_ever(name, engine):
 
 
 def test_closing_takes_the_optimizers_hooks_away():
-    model = Transformer()
+    model = transformer()
     router = Router(model, {"part": Region(units={"blocks.*.mlp": [0]})}, FORGET)
     optimizer = router.optimizer(torch.optim.SGD(model.parameters(), 0.1))
     assert optimizer._optimizer_step_pre_hooks
@@ -215,21 +215,21 @@ class Tied(nn.Module):
 
 REFUSED = {
     "a glob that fits nothing": (
-        lambda: Router(Transformer(), {"part": Region(units={"block.*.mlp": [0]})}, FORGET),
+        lambda: Router(transformer(), {"part": Region(units={"block.*.mlp": [0]})}, FORGET),
         r"no module fits 'block\.\*\.mlp'; did you mean 'blocks\.\*\.mlp'",
     ),
     "a parameter that is not there": (
-        lambda: Router(Transformer(), {"part": Region(params=["head.wait"])}, FORGET),
+        lambda: Router(transformer(), {"part": Region(params=["head.wait"])}, FORGET),
         r"no parameter fits 'head\.wait'; did you mean 'head\.weight'",
     ),
     "units past the end": (
         lambda: Router(
-            Transformer(), {"part": Region(units={"blocks.*.mlp": slice(120, 130)})}, FORGET
+            transformer(), {"part": Region(units={"blocks.*.mlp": slice(120, 130)})}, FORGET
         ),
         r"units of 'blocks\.0\.mlp': slice\(120, 130, None\) goes past the end, there are 128",
     ),
     "heads past the end": (
-        lambda: Router(Transformer(), {"part": Region(heads={"blocks.*.attention": [4]})}, FORGET),
+        lambda: Router(transformer(), {"part": Region(heads={"blocks.*.attention": [4]})}, FORGET),
         "goes past the end, there are 4",
     ),
     "units of what has none": (
@@ -237,12 +237,12 @@ REFUSED = {
         "a GRU has none",
     ),
     "heads of what has none": (
-        lambda: Router(Transformer(), {"part": Region(heads={"blocks.0.mlp": [0]})}, FORGET),
+        lambda: Router(transformer(), {"part": Region(heads={"blocks.0.mlp": [0]})}, FORGET),
         "a Sequential is no attention",
     ),
     "overlap": (
         lambda: Router(
-            Transformer(),
+            transformer(),
             {"part": Region(units={"blocks.*.mlp": slice(0, 9)}),
              "b": Region(units={"blocks.1.mlp": [8]})},
             FORGET,
@@ -250,30 +250,30 @@ REFUSED = {
         r"regions 'part' and 'b' overlap in 'blocks\.1\.mlp\.0\.weight'",
     ),
     "a region called rest": (
-        lambda: Router(Transformer(), {"rest": Region(params=["head.*"])}, FORGET),
+        lambda: Router(transformer(), {"rest": Region(params=["head.*"])}, FORGET),
         "choose another name",
     ),
     "a rule without its region": (
-        lambda: Router(Transformer(), {"part": Region(params=["head.*"])}, {0: Rule(["parts"])}),
+        lambda: Router(transformer(), {"part": Region(params=["head.*"])}, {0: Rule(["parts"])}),
         "no region 'parts'; did you mean 'part'",
     ),
     "trained and switched off": (
         lambda: Router(
-            Transformer(), {"part": Region(params=["head.*"])}, {0: Rule(["part"], ["part"])}
+            transformer(), {"part": Region(params=["head.*"])}, {0: Rule(["part"], ["part"])}
         ),
         "cannot be both",
     ),
     "no rules": (
-        lambda: Router(Transformer(), {"part": Region(params=["head.*"])}, {}),
+        lambda: Router(transformer(), {"part": Region(params=["head.*"])}, {}),
         "by labels that are ints",
     ),
     "labels in words": (
-        lambda: Router(Transformer(), {"part": Region(params=["head.*"])}, {"keep": Rule()}),
+        lambda: Router(transformer(), {"part": Region(params=["head.*"])}, {"keep": Rule()}),
         r"rules must be given by labels that are ints, like \{0: ",
     ),
     "a weight that is no number": (
         lambda: Router(
-            Transformer(), {"part": Region(params=["head.*"])}, {0: Rule({"part": float("nan")})}
+            transformer(), {"part": Region(params=["head.*"])}, {0: Rule({"part": float("nan")})}
         ),
         "weight of 'part' must be finite, got nan",
     ),
@@ -282,7 +282,7 @@ REFUSED = {
         r"'head\.weight' is tied to 'embedding\.weight'.* other end",
     ),
     "parameters on edges": (
-        lambda: Router(Transformer(), {"part": Region(params=["head.*"])}, FORGET, on="edges"),
+        lambda: Router(transformer(), {"part": Region(params=["head.*"])}, FORGET, on="edges"),
         "give it units or heads",
     ),
     "compiled": (
@@ -296,10 +296,10 @@ REFUSED = {
         "'0' is compiled already",
     ),
     "expanded where there is no mlp": (
-        lambda: expand(Transformer(), "blocks.*.attention", units=2),
+        lambda: expand(transformer(), "blocks.*.attention", units=2),
         r"'blocks\.0\.attention', a Attention, is no MLP",
     ),
-    "expanded by nothing": (lambda: expand(Transformer(), "blocks.*.mlp"), "must be positive"),
+    "expanded by nothing": (lambda: expand(transformer(), "blocks.*.mlp"), "must be positive"),
     "expanded where it is tied": (lambda: expand(Tied(), "head", rank=2), "is tied"),
 }  # fmt: skip
 
@@ -330,7 +330,7 @@ LABELS = {
 @pytest.mark.parametrize("what", LABELS)
 def test_labels_are_refused(what):
     ids, says = LABELS[what]
-    model = Transformer()
+    model = transformer()
     with Router(model, {"part": Region(units={"blocks.*.mlp": [0]})}, FORGET) as router:
         with pytest.raises(ValueError, match=says), router.labels(ids):
             model(WORDS)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from routing import Transformer, next_word
+from routing import next_word, transformer
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oversight_rl.agents.routing import Region, Router, Rule
+from oversight_rl.experiments.unlearning.model import LanguageModel
 
 WEIGHTS = {0: 0.0, 1: 1.0, 2: 0.3, 3: -0.75}
 RULES = {label: Rule({"part": w, "rest": 1 - w / 3}) for label, w in WEIGHTS.items()}
@@ -101,7 +103,7 @@ CASES = {
         },
     ),
     "transformer": (
-        Transformer,
+        transformer,
         Region(units={"blocks.*.mlp": slice(100, 128)}, heads={"blocks.1.attention": [3]}),
         {
             **{f"blocks.{i}.mlp.0.{p}": (slice(100, 128),) for i in (0, 1)
@@ -117,7 +119,7 @@ CASES = {
 
 def data(model):
     ids = torch.tensor([0, 1, 2, 3, 0, 2, 1, 3])[:B]
-    if isinstance(model, Transformer):
+    if isinstance(model, LanguageModel):
         return next_word, torch.randint(0, 268, (B, 9)), ids
     return squares, (torch.randn(B, 6), torch.randn(B, 3)), ids
 
@@ -132,7 +134,8 @@ def per_sample(model, loss_fn, batch):
             lambda *x: functional_call(model, parameters, x, tie_weights=False), one
         ).sum()
 
-    return vmap(grad(loss), (None, 0))(parameters, batch)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no batching rule
+        return vmap(grad(loss), (None, 0))(parameters, batch)
 
 
 def expected(model, loss_fn, batch, weights, entries, samples=None):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from gymnasium import spaces
-from routing import Transformer, next_word
+from routing import next_word, transformer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from test_router import (
     ALL,
@@ -193,7 +193,7 @@ def test_chances_of_labels_weight_what_the_rules_say():
 
 
 def test_what_a_label_switches_off_is_as_if_it_were_zero():
-    model = Transformer()
+    model = transformer()
     ids = torch.arange(B) % 3
     batch = torch.randint(0, 268, (B, 9))
     region = Region(units={"blocks.*.mlp": slice(0, 99)}, heads={"blocks.0.attention": [1]},
@@ -287,7 +287,7 @@ def test_under_torch_func():
         torch.testing.assert_close(single[name].mean(0), wanted[name], rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("make", [mlp, cnn, Transformer])
+@pytest.mark.parametrize("make", [mlp, cnn, transformer])
 def test_autocast_is_as_exact_as_without_routing(make):
     torch.set_default_dtype(torch.float32)
     model = make()
