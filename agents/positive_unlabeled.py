@@ -41,8 +41,10 @@ def loss_of_endings(
     """
     never = never_labeled(chances, labels.counts())
     share = shares(chances, endings.counts(), endings.known)
-    if bool(chances.isnan().any()):
-        share = torch.where(chances.isnan(), estimated_shares(labeled, every), share)
+    unknown = chances.isnan()
+    if bool((unknown & never.any(-1, keepdim=True)).any()):
+        share = torch.where(unknown, estimated_shares(labeled, every), share)
+    share = share.nan_to_num(0.0)  # of runs in which nobody looks at it, whose gradient is 0 then
     own = labeled.log_chances.gather(-1, labeled.label[..., None]).squeeze(-1)
     plain = -(own * labeled.weight).mean(-1)
     return torch.where(never.any(-1), non_negative_risk(labeled, every, share, never), plain)

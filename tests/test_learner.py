@@ -95,7 +95,9 @@ def exact_returns(learner, level):
 def make_reward_model(runs=1, sees_flags=False):
     generators = [torch.Generator().manual_seed(10 + r) for r in range(runs)]
     chances = torch.full((runs, 2), 0.5)
-    return RewardModel(runs, World(WorldConfig(rows=3, cols=3)), sees_flags, chances, generators)
+    model = RewardModel(runs, World(WorldConfig(rows=3, cols=3)), sees_flags, chances, generators)
+    model.believed = 1
+    return model
 
 
 def loss_of(agent, rollout, targets, mask):
@@ -673,6 +675,7 @@ def test_worlds_are_shared_out():
 def practiced(**settings):
     """A learner of imputed routing after an update, and the next window."""
     learner = tiny("imputed_routing", solo_share=0.75, worlds=16, **settings)
+    learner.reward_model.believed = 1
     learner.update()
     rollout, _ = collect(
         learner.agent, learner.world, learner.worlds, learner._draw(8), learner.acts

@@ -164,3 +164,47 @@ def test_a_plain_reward_model_is_believed_by_and_by():
     for trust in (0.0, 0.5, 1.0, 1.0):
         assert float(model.trust) == trust
         model.remember(final, behavior, torch.ones_like(behavior, dtype=torch.bool))
+
+
+def test_a_reward_model_that_knows_flags_is_believed_after_fewer_labels():
+    model = model_of(torch.full((1, 2), 0.5))
+    final, behavior = endings(25, 9)
+    for trust in (0.0, 0.5, 1.0, 1.0):
+        assert float(model.trust) == trust
+        model.remember(final, behavior, torch.ones_like(behavior, dtype=torch.bool))
+
+
+def test_a_plain_reward_model_leaves_out_what_tells_labeled_endings_apart():
+    """Flags do, whatever their place among the inputs, and no other input does."""
+    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
+    model = PlainRewardModel((16,), 1, world, torch.full((1, 2), 0.1), generators)
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(8))
+    to = torch.cat([order.argsort(), torch.tensor([36])])
+    model.remember(*flagged_endings(4000, 0.1, to))
+    assert set(model.telling[0].nonzero()[:, 0].tolist()) == set(to[27:36].tolist())
+
+
+def test_a_plain_reward_model_is_right_about_endings_without_flags():
+    """Where ghosts alone are labeled, and so flagged, flags would tell all that labels say."""
+    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
+    model = PlainRewardModel((64,), 1, world, torch.tensor([[0.0, 0.2]]), generators)
+    generator = torch.Generator().manual_seed(3)
+    final, label, ended = flagged_endings(4000, 0.2, torch.arange(37))
+    model.remember(final, torch.where(label == 1, label, NO_LABEL), ended)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        model.loss(torch.rand(1, 1024, generator=generator)).sum().backward()
+        optimizer.step()
+    fresh, truth = endings(1000, 5)
+    assert ((model(fresh) > 0) == (truth == 0)).float().mean() > 0.95
+
+
+def flagged_endings(count, level, to):
+    """Endings whose squares show flags with some chance, labeled where their own square does."""
+    final, behavior = endings(count, 4)
+    flags = torch.rand(1, count, 2, generator=torch.Generator().manual_seed(5)) < level
+    cells = final[..., 1:3] % 9 + 27
+    final = torch.cat([final[..., :3], torch.where(flags, cells, 36)], dim=-1)
+    own = torch.where(behavior == 1, flags[..., 0], flags[..., 1])
+    return to[final], torch.where(own, behavior, NO_LABEL), torch.ones_like(own)

@@ -108,7 +108,8 @@ class ReinforceLearner(Learner):
         self.selected = None if self.deploys == "last" else Selected(self.agent)
         self.kept = {} if self.selected is None else self.selected.state_dict(prefix="selected.")
         self.kept |= modules.named_buffers()
-        self._asks = self.overseeing.labels.asks == "learner" and self.reward_model is not None
+        asks = self.reward_model is not None and self.reward_model.asks
+        self._asks = asks and self.overseeing.labels.asks == "learner"
         self.latest: tuple[Rollout, Targets, Loss] | None = None
 
     def _new_reward_model(
@@ -253,13 +254,15 @@ class ReinforceLearner(Learner):
         found |= {f"world.{name}": (0, 1) for name in FLAGS}
         found["world.time"] = 0, self.world.config.max_steps - 1
         found["generator"] = 0, 255  # bytes; torch looks further
-        for name in self.kept:
+        for name, tensor in self.kept.items():
             if name.endswith("memory.observation"):
                 found[name] = 0, self.world.inputs
             elif name.endswith("memory.label"):  # of all endings, one more: those without
                 found[name] = 0, len(BEHAVIORS) - 1 + name.endswith("every_memory.label")
             elif name.endswith("memory.count"):
                 found[name] = 0, self.updates * self.steps
+            elif isinstance(self.reward_model, PlainRewardModel) and not tensor.is_floating_point():
+                found.setdefault(name, (0, self.updates * self.steps * self.world.n_active))
         if self.selected is not None:
             found["selected.update"] = 0, self.updates
         if self.overseeing.remembers:

@@ -79,7 +79,8 @@ class Overseeing(nn.Module):
             rollout: a window.
             methods: of the runs.
             update: how many there were before.
-            doubt: where overseers label what is asked for: what the learner knows least of.
+            doubt: where overseers label what is asked for: what the learner knows least of; it
+                asks by chance times that.
         """
         hard = None if self.labels.near is None else self.close(rollout)
         label = labels(rollout.seen, rollout.truth, rollout.uniform, methods, hard)
@@ -106,7 +107,7 @@ class Overseeing(nn.Module):
         if self.labels.asks != "nobody":
             budget = math.ceil(budget * min(1.0, (update + 1) / (ASKING * self.updates)))
             chance = rollout.uniform * COARSE % 1
-            order = (chance if doubt is None else doubt(rollout)).flatten(1)
+            order = (chance if doubt is None else chance * doubt(rollout)).flatten(1)
         order = torch.where(wanted.flatten(1), order.double(), -torch.inf)
         rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1).view_as(wanted)
         return wanted & (rank < (budget - self.spent)[:, None, None])

@@ -8,6 +8,7 @@ endings unlike all that it was taught.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,9 @@ from oversight_rl.envs.world import World
 LESSON = 1024
 """Remembered endings that an update learns from."""
 HIDDEN = 64
-BELIEVED = 500
-"""Labeled endings after which a model is believed altogether that is told nothing."""
+OFTENER, BEYOND_CHANCE = 1.5, 4.0
+"""How much oftener an input that tells labeled endings apart is on there, at least: a factor, and
+standard errors."""
 FLAGS_FROM = 3  # active inputs of an observation from here on are flags, see `World.active`
 
 
@@ -42,6 +44,11 @@ class RewardModel(nn.Module):
             of them may be 0, the model remembers unlabeled endings too, and learns from them.
         generators: streams to draw the initial parameters from, one per run.
     """
+
+    believed: ClassVar[int] = 50
+    """Labeled endings after which its word counts in full."""
+    asks: ClassVar[bool] = True
+    """Whether its doubt says which labels to ask for, where an overseer can be asked."""
 
     def __init__(
         self,
@@ -68,7 +75,7 @@ class RewardModel(nn.Module):
     @property
     def trust(self) -> Tensor:
         """How much its word counts next to nobody's, by what it was taught: in [0, 1], `[R]`."""
-        return (self.memory.count > 0).float()
+        return (self.memory.count / self.believed).clamp(max=1.0)
 
     def remember(self, final: Tensor, label: Tensor, ended: Tensor) -> None:
         """Keep the endings among B samples; a label below 0 is none. `[R, B]` each."""
@@ -116,13 +123,20 @@ class RewardModel(nn.Module):
 class PlainRewardModel(RewardModel):
     """A reward model that is told nothing: layers as the policy's, on all that the policy sees.
 
-    Flags are inputs like any other. It needs labels on all cells before it is right, and is
-    believed by and by.
+    Flags are inputs like any other to it. But labeled endings are flagged and those that it is
+    asked about are not, so it leaves out the inputs that tell the two apart, whatever they are. It
+    needs labels on all cells before it is right.
 
     Args:
         hidden: units of its layers.
         args: as `RewardModel`, without `sees_flags`.
     """
+
+    believed = 500
+    asks = False  # it doubts what is odd: 500 labels by chance teach more (0.82, 0.50 by its doubt)
+    on_labeled: Tensor  # [R, F + 1] int64, labeled endings that an input was on in
+    on_others: Tensor  # [R, F + 1] int64, the same for other endings
+    others: Tensor  # [R] int64, other endings
 
     def __init__(
         self,
@@ -134,16 +148,38 @@ class PlainRewardModel(RewardModel):
     ) -> None:
         self.sizes = [world.inputs, *hidden]
         super().__init__(runs, world, True, chances, generators)
+        rows = runs, world.inputs + 1  # the last is that of inputs that are off
+        self.register_buffer("on_labeled", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("on_others", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("others", torch.zeros(runs, dtype=torch.int64))
 
     def build(self, runs: int) -> None:
         self.layers = hidden_layers(runs, self.sizes)
         self.out = Linear([runs], self.sizes[-1], 1)
 
+    @torch.no_grad()
+    def remember(self, final: Tensor, label: Tensor, ended: Tensor) -> None:
+        super().remember(final, label, ended)
+        labeled = ended & (label >= 0)
+        others = ended & ~labeled
+        for counts, among in ((self.on_labeled, labeled), (self.on_others, others)):
+            each = among[..., None].expand_as(final)
+            counts.scatter_add_(1, final.flatten(1).long(), each.flatten(1).long())
+        self.others += others.sum(-1)
+
     @property
-    def trust(self) -> Tensor:
-        return (self.memory.count / BELIEVED).clamp(max=1.0)
+    def telling(self) -> Tensor:
+        """Inputs that are on oftener in labeled endings than in others, by far. [R, F + 1] bool"""
+        n, m = (count.clamp(min=1)[:, None] for count in (self.memory.count, self.others))
+        labeled, others = self.on_labeled / n, self.on_others / m
+        pooled = (self.on_labeled + self.on_others) / (n + m)
+        error = (pooled * (1 - pooled).clamp(min=0) * (1 / n + 1 / m)).sqrt()
+        known = ((self.memory.count > 0) & (self.others > 0))[:, None]
+        return known & (labeled > OFTENER * others) & (labeled - others > BEYOND_CHANCE * error)
 
     def forward(self, final: Tensor) -> Tensor:
+        run = torch.arange(len(final), device=final.device)[:, None, None]
+        final = torch.where(self.telling[run, final.long()], self.world.inputs, final)
         return stacked(self.layers, self.out, final).squeeze(-1)
 
 
