@@ -13,6 +13,7 @@ import torch
 
 from oversight_rl.agents.steering import parse
 from oversight_rl.cli import main, train
+from oversight_rl.envs import render
 from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.envs.world import World
@@ -330,6 +331,38 @@ def test_the_tour_ends_where_the_agent_fails(shown):
     assert shown.run(pressed) == ["false", "false", "false", "true"]
     pull(shown, "weight", 0.5)
     assert shown.run(pressed) == ["false"] * 4
+
+
+def test_the_page_opens_in_a_step_of_the_tour_and_marks_it(shown):
+    step = "[...document.querySelectorAll('#tour [aria-pressed=true]')].map((b) => b.textContent)"
+    assert shown.run(step) == ["2. Nobody watches"]
+    shown.run("$('watch-ghost').click(); $('watch-diamond').click()")
+    assert shown.run(step) == ["1. Both squares watched"]
+    shown.run("$('greedy').click()")
+    assert shown.run(step) == []
+
+
+def test_your_policy_stands_once_among_the_sums(shown):
+    rows = "[...$('world').rows].map((row) => [row.cells[0].textContent, row.className])"
+    for weight, mine in ((None, 1), (1, 2), (0, 3)):
+        if weight is not None:
+            pull(shown, "weight", weight)
+        shown.wait("!$('worst').disabled")
+        named = shown.run(rows)
+        assert len(named) == 4
+        assert [i for i, (name, kind) in enumerate(named) if "yours" in name and kind] == [mine]
+    pull(shown, "weight", 0.4)
+    shown.wait("!$('worst').disabled")
+    assert [name for name, _ in shown.run(rows)][1] == "your policy"
+    assert len(shown.run(rows)) == 5
+
+
+def test_the_pieces_have_the_colors_of_the_pictures(shown):
+    shown.prefer(color_scheme="light")
+    style = "getComputedStyle(document.documentElement).getPropertyValue"
+    for name in ("diamond", "ghost", "flag", "agent"):
+        assert shown.run(f"{style}('--{name}').trim()") == getattr(render, name.upper())
+    shown.prefer()
 
 
 def test_episodes_play_and_stop_with_and_without_motion(shown, page):

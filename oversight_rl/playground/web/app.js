@@ -263,7 +263,9 @@ function drawCell() {
     ACTIONS.map((action, a) => [action, ...columns.map(([, chances]) => percent(chances[a]))]));
   const said = [];
   if (run.net.gate) said.push(`The gate trusts the ${names[0]} expert ${percent(own.outputs.gate[cell * names.length])} here.`);
-  said.push(`Your policy's exact return from here is ${number(own.value[cell])}. The value net, which was taught by the rewards of training and not by the truth, expects ${number(own.outputs.value[cell])} of the agent as trained.`);
+  said.push(`Your policy's exact return from here is ${number(own.value[cell])}.`);
+  if (state.tint === "value")
+    said.push(`The value net expects ${number(own.outputs.value[cell])} of the agent as trained: it was taught by the rewards of training, which pay for what nobody watched alike.`);
   $("cell-more").textContent = said.join(" ");
   for (const { board } of [mine, ...boards]) board.look(cell === state.agent ? null : cell);
 }
@@ -324,7 +326,7 @@ function changed(world_too = true) {
   drawControls();
   draw();
   $("story").textContent = tell(mine.found);
-  markTour(-1);
+  markTour(tourStep());
   if (world_too) askSums();
   keepAddress();
 }

@@ -54,7 +54,7 @@ class Board {
     }
     for (let cell = 0; cell < cells; cell++) {
       const [x, y] = this.middle(cell);
-      this.arrows.push(svg("path", { class: "arrow" }, this.svg));
+      this.arrows.push([1, 0].map((likeliest) => svg("path", { class: likeliest ? "arrow" : "arrow other" }, this.svg)));
       this.texts.push(svg("text", { class: "number", x, y: y + 10, "text-anchor": "middle" }, this.svg));
     }
     this.mark = svg("rect", { class: "mark", width: CELL, height: CELL, visibility: "hidden" }, this.svg);
@@ -156,7 +156,8 @@ class Board {
       const shade = square ? null : tint(cell);
       const rect = this.rects[cell];
       rect.style.fill = shade === null ? "" : color(shade);
-      this.arrows[cell].setAttribute("d", square || !chances ? "" : this.arrowsFrom(cell, chances));
+      const arrows = square || !chances ? ["", ""] : this.arrowsFrom(cell, chances);
+      arrows.forEach((path, i) => this.arrows[cell][i].setAttribute("d", path));
       const words = text && !square ? text(cell) : "";
       if (this.texts[cell].textContent !== words) this.texts[cell].textContent = words;
     }
@@ -177,20 +178,23 @@ class Board {
     return `${name}, ${place}, ${watched}; arrow keys move it, space watches it or not`;
   }
 
+  /** Paths of the likeliest move's arrow and of all others, which start apart from each other. */
   arrowsFrom(cell, chances) {
     const [x, y] = this.middle(cell), A = ACTIONS.length;
-    let path = "";
-    for (let a = 0; a < A; a++) {
-      const p = chances[cell * A + a], [dx, dy] = STEPS[a];
-      if (p < 0.02) continue;
-      const tx = x + dx * 46 * p, ty = y + dy * 46 * p;
-      path += `M${x},${y}L${tx.toFixed(1)},${ty.toFixed(1)}`;
-      if (p > 0.15) {
+    const moves = Array.from(STEPS.keys()), p = moves.map((a) => chances[cell * A + a]);
+    const best = p.indexOf(Math.max(...p)), paths = ["", ""];
+    for (const a of moves) {
+      if (p[a] < 0.02) continue;
+      const [dx, dy] = STEPS[a], from = 7, to = from + 38 * p[a];
+      const tx = x + dx * to, ty = y + dy * to;
+      let path = `M${x + dx * from},${y + dy * from}L${tx.toFixed(1)},${ty.toFixed(1)}`;
+      if (p[a] > 0.15) {
         const wing = (side) => `${(tx - dx * 11 + side * dy * 9).toFixed(1)},${(ty - dy * 11 + side * dx * 9).toFixed(1)}`;
         path += `M${wing(1)}L${tx.toFixed(1)},${ty.toFixed(1)}L${wing(-1)}`;
       }
+      paths[a === best ? 0 : 1] += path;
     }
-    return path;
+    return paths;
   }
 
   look(cell) {
