@@ -59,7 +59,7 @@ ROUTING = Method(
     adds="units",
     rules=PARAMETERS,
     labeled_first=True,
-    quiet=0.25,
+    quiet=0.1,
     forgets="ablation",
 )
 METHODS: dict[str, Method] = {
