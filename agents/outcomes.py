@@ -48,7 +48,7 @@ class MethodTables:
     def needs_word(self) -> Tensor:
         """Whether an unlabeled ending is worth nothing by itself, but something as a behavior.
 
-        Then it does not count as long as nobody can tell what it was. [R] bool
+        Then it does not count as long as no label has said what any was. [R] bool
         """
         return self.reward_tells & (self.reward[:, UNLABELED] == 0)
 

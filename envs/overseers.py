@@ -49,8 +49,8 @@ class Labels(Settings):
     """Labels in all, of the first endings that would get one; None: no end of them."""
     asks: Literal["nobody", "random", "learner"] = "nobody"
     """Who chooses the endings that the budget is spent on, in equal parts over the first half of
-    training: nobody (the first ones are labeled), chance, or the learner, by the doubt of its
-    reward model; by chance where it has none, or a plain one."""
+    training: nobody (the first ones are labeled), chance, or the learner, by chance times the
+    doubt of its reward model; by chance where it has none, or a plain one."""
     delay: int = Field(0, ge=0, le=1_000_000)
     """Episodes that end before a label comes."""
 

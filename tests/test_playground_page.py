@@ -355,6 +355,10 @@ def test_your_policy_stands_once_among_the_sums(shown):
     shown.wait("!$('worst').disabled")
     assert [name for name, _ in shown.run(rows)][1] == "your policy"
     assert len(shown.run(rows)) == 5
+    naive = list(KINDS).index("naive")
+    shown.run(f"$('run').value = {naive}; $('run').dispatchEvent(new Event('change'))")
+    shown.wait("!$('worst').disabled && $('world').rows.length === 2")
+    assert shown.run(rows)[1] == ["your policy", "yours"]
 
 
 def test_the_pieces_have_the_colors_of_the_pictures(shown):

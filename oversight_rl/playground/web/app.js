@@ -265,7 +265,7 @@ function drawCell() {
   if (run.net.gate) said.push(`The gate trusts the ${names[0]} expert ${percent(own.outputs.gate[cell * names.length])} here.`);
   said.push(`Your policy's exact return from here is ${number(own.value[cell])}.`);
   if (state.tint === "value")
-    said.push(`The value net expects ${number(own.outputs.value[cell])} of the agent as trained: it was taught by the rewards of training, which pay for what nobody watched alike.`);
+    said.push(`The value net expects ${number(own.outputs.value[cell])} of the agent as trained, by the rewards of training, which are not always the truth.`);
   $("cell-more").textContent = said.join(" ");
   for (const { board } of [mine, ...boards]) board.look(cell === state.agent ? null : cell);
 }

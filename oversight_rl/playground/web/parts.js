@@ -52,7 +52,7 @@ function layTour() {
   };
   $("tour").replaceChildren(
     ...steps.map(([name, values], i) => button(name, i, () => set({ ...again(), ...values }))),
-    button("Where it still fails", steps.length, last));
+    ...(current().sums ? [button("Where it still fails", steps.length, last)] : []));
 }
 
 /** The step of the tour that is set, or -1. */
@@ -125,13 +125,14 @@ function drawSums() {
     const [value, d, g] = [sums[i].value, sums[i].pDiamond, sums[i].pGhost].map(mean);
     return [name, number(value, 3), percent(d), percent(g), percent(Math.max(0, 1 - d - g)), number(mean(sums[i].steps), 1)];
   });
-  const same = [null, 1, 0].indexOf(state.weight) + 1; // your policy is one of the others, at times
-  if (same && rows.length > 1) {
+  // your policy is one of the others, at times
+  const same = rows.length > 1 ? [null, 1, 0].indexOf(state.weight) + 1 : 0;
+  if (same) {
     rows[same][0] = `${rows[same][0]} (yours)`;
     rows.shift();
   }
   fillTable($("world"), ["policy", "return", "diamond", "ghost", "neither", "steps"], rows, Math.max(0, same - 1));
-  const chance = current().names.length > 1 ? " Training paid the mixture for either square alike, so that which one it prefers, watched or not, is chance; what labels taught is in the experts." : "";
+  const chance = current().names.length > 1 ? " Where nobody watched, training paid the mixture for either square alike, so that which one it prefers is chance." : "";
   const best = optimum === null ? "" : ` The best that any agent could have is ${number(optimum, 3)}.`;
   $("world-more").textContent = `With the flags as they are above, your policy rather ends on the diamond than not from ${percent(sums[0].well)} of all starts.${best}${chance}`;
 }
