@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from scipy import stats
 
 from oversight_rl.cli import main
@@ -23,6 +24,7 @@ from oversight_rl.experiments.oversight import figures
 from oversight_rl.experiments.oversight.config import Config
 from oversight_rl.experiments.oversight.grid import GridRuns
 from oversight_rl.reports import page, tables, verdict
+from oversight_rl.reports.figures import level_axis
 from oversight_rl.reports.figures import spread as spread_apart
 from oversight_rl.reports.gather import gather
 from oversight_rl.runs.folder import RunFolder
@@ -332,6 +334,16 @@ def test_odd_names_are_drawn_in_short_and_without_warnings(tmp_path, recwarn):
     page.write(tmp_path)
     assert not recwarn.list
     assert text in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 1.0])
+def test_one_level_stands_in_the_middle(level, recwarn):
+    axes = Figure().subplots()
+    place = level_axis(axes, [level])(level)
+    low, high = axes.get_xlim()
+    assert low * high == pytest.approx(place**2)
+    assert low < 0.8 * place < 1.25 * place < high  # marks that are shifted are seen, too
+    assert not recwarn
 
 
 def test_figures_show_the_numbers(runs):

@@ -90,6 +90,9 @@ def level_axis(axes: Axes, levels: Sequence[float]) -> Callable[[float], float]:
     lowest = min([level for level in levels if level > 0], default=1.0)
     places = {level: level or lowest / 3 for level in levels}
     axes.set_xscale("log")
+    if len(places) == 1:  # in the middle, however marks are shifted
+        (only,) = places.values()
+        axes.set_xlim(only / 2, only * 2)
     axes.set_xticks(list(places.values()), [percent(level) for level in levels])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("oversight level")
