@@ -112,6 +112,19 @@ def model_of(chances):
     return RewardModel(1, World(WorldConfig(rows=3, cols=3)), False, chances, generators)
 
 
+def plain_model_of(hidden, chances):
+    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
+    return PlainRewardModel(hidden, 1, world, torch.tensor([chances]), generators)
+
+
+def teach(model, generator, updates):
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        model.loss(torch.rand(1, 1024, generator=generator)).sum().backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("labeled", [0, 1])
 @pytest.mark.parametrize("known", [True, False])
 def test_a_reward_model_learns_from_labels_of_one_behavior(labeled, known):
@@ -120,11 +133,7 @@ def test_a_reward_model_learns_from_labels_of_one_behavior(labeled, known):
     final, behavior = endings(2000, 4)
     watched = (behavior == labeled) & (torch.rand(1, 2000, generator=generator) < 0.2)
     model.remember(final, torch.where(watched, behavior, NO_LABEL), torch.ones_like(watched))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(200):
-        optimizer.zero_grad()
-        model.loss(torch.rand(1, 1024, generator=generator)).sum().backward()
-        optimizer.step()
+    teach(model, generator, 200)
     fresh, truth = endings(1000, 5)
     right = (model(fresh) > 0) == (truth == 0)
     assert right.float().mean() > 0.95
@@ -146,8 +155,7 @@ def test_tables_say_how_often_each_behavior_is_labeled():
 
 def test_a_plain_reward_model_knows_nothing_of_what_inputs_are():
     """In another order of the inputs, the same weights in that order say the same."""
-    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
-    model = PlainRewardModel((16, 16), 1, world, torch.full((1, 2), 0.5), generators)
+    model = plain_model_of((16, 16), [0.5, 0.5])
     final, _ = endings(50, 7)
     before = model(final)
     order = torch.randperm(36, generator=torch.Generator().manual_seed(8))
@@ -157,18 +165,10 @@ def test_a_plain_reward_model_knows_nothing_of_what_inputs_are():
     torch.testing.assert_close(model(renamed), before)
 
 
-def test_a_plain_reward_model_is_believed_by_and_by():
-    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
-    model = PlainRewardModel((8,), 1, world, torch.full((1, 2), 0.5), generators)
-    final, behavior = endings(250, 9)
-    for trust in (0.0, 0.5, 1.0, 1.0):
-        assert float(model.trust) == trust
-        model.remember(final, behavior, torch.ones_like(behavior, dtype=torch.bool))
-
-
-def test_a_reward_model_that_knows_flags_is_believed_after_fewer_labels():
-    model = model_of(torch.full((1, 2), 0.5))
-    final, behavior = endings(25, 9)
+@pytest.mark.parametrize(("plain", "half"), [(True, 250), (False, 25)])
+def test_a_reward_model_is_believed_by_and_by(plain, half):
+    model = plain_model_of((8,), [0.5, 0.5]) if plain else model_of(torch.full((1, 2), 0.5))
+    final, behavior = endings(half, 9)
     for trust in (0.0, 0.5, 1.0, 1.0):
         assert float(model.trust) == trust
         model.remember(final, behavior, torch.ones_like(behavior, dtype=torch.bool))
@@ -176,8 +176,7 @@ def test_a_reward_model_that_knows_flags_is_believed_after_fewer_labels():
 
 def test_a_plain_reward_model_leaves_out_what_tells_labeled_endings_apart():
     """Flags do, whatever their place among the inputs, and no other input does."""
-    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
-    model = PlainRewardModel((16,), 1, world, torch.full((1, 2), 0.1), generators)
+    model = plain_model_of((16,), [0.1, 0.1])
     order = torch.randperm(36, generator=torch.Generator().manual_seed(8))
     to = torch.cat([order.argsort(), torch.tensor([36])])
     model.remember(*flagged_endings(4000, 0.1, to))
@@ -186,16 +185,11 @@ def test_a_plain_reward_model_leaves_out_what_tells_labeled_endings_apart():
 
 def test_a_plain_reward_model_is_right_about_endings_without_flags():
     """Where ghosts alone are labeled, and so flagged, flags would tell all that labels say."""
-    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
-    model = PlainRewardModel((64,), 1, world, torch.tensor([[0.0, 0.2]]), generators)
+    model = plain_model_of((64,), [0.0, 0.2])
     generator = torch.Generator().manual_seed(3)
     final, label, ended = flagged_endings(4000, 0.2, torch.arange(37))
     model.remember(final, torch.where(label == 1, label, NO_LABEL), ended)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(300):
-        optimizer.zero_grad()
-        model.loss(torch.rand(1, 1024, generator=generator)).sum().backward()
-        optimizer.step()
+    teach(model, generator, 300)
     fresh, truth = endings(1000, 5)
     assert ((model(fresh) > 0) == (truth == 0)).float().mean() > 0.95
 

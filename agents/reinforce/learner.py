@@ -254,15 +254,15 @@ class ReinforceLearner(Learner):
         found |= {f"world.{name}": (0, 1) for name in FLAGS}
         found["world.time"] = 0, self.world.config.max_steps - 1
         found["generator"] = 0, 255  # bytes; torch looks further
-        for name, tensor in self.kept.items():
+        for name in self.kept:
             if name.endswith("memory.observation"):
                 found[name] = 0, self.world.inputs
             elif name.endswith("memory.label"):  # of all endings, one more: those without
                 found[name] = 0, len(BEHAVIORS) - 1 + name.endswith("every_memory.label")
             elif name.endswith("memory.count"):
                 found[name] = 0, self.updates * self.steps
-            elif isinstance(self.reward_model, PlainRewardModel) and not tensor.is_floating_point():
-                found.setdefault(name, (0, self.updates * self.steps * self.world.n_active))
+            elif name.endswith((".on_labeled", ".on_others", ".others")):
+                found[name] = 0, self.updates * self.steps * self.world.n_active
         if self.selected is not None:
             found["selected.update"] = 0, self.updates
         if self.overseeing.remembers:

@@ -60,10 +60,9 @@ function steeringWords(weight = state.weight) {
 /** Start as the method deploys its agent, where the mixture and the deployed expert differ most. */
 function begin() {
   const run = current(), { start } = run;
-  Object.assign(state, start, { moment: run.moments - 1, flags: 0, level: run.oversight });
+  Object.assign(state, start, asTrained(), { flags: 0, level: run.oversight, tint: "chance" });
   state.weight = run.names.length > 1 ? null : 1;
   state.compare = run.names.length > 1 ? "policies" : "watched";
-  Object.assign(state, { temperature: 1, greedy: false, tint: "chance" });
 }
 
 // ---- the address

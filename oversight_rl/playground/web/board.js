@@ -54,7 +54,7 @@ class Board {
     }
     for (let cell = 0; cell < cells; cell++) {
       const [x, y] = this.middle(cell);
-      this.arrows.push([1, 0].map((likeliest) => svg("path", { class: likeliest ? "arrow" : "arrow other" }, this.svg)));
+      this.arrows.push(["arrow", "arrow other"].map((kind) => svg("path", { class: kind }, this.svg)));
       this.texts.push(svg("text", { class: "number", x, y: y + 10, "text-anchor": "middle" }, this.svg));
     }
     this.mark = svg("rect", { class: "mark", width: CELL, height: CELL, visibility: "hidden" }, this.svg);

@@ -20,20 +20,22 @@ function tell(found) {
   return `${who}, ${watched}: from here it ends on ${ending}.`;
 }
 
+const asTrained = () => ({ moment: current().moments - 1, temperature: 1, greedy: false });
+
 /** Steps of the tour: a name, and what to set. */
 function tourOf({ start, names }) {
   const several = names.length > 1, gate = several ? { weight: null } : {};
+  const begun = { ...asTrained(), ...start };
   const steps = [
-    ["Both squares watched", { ...start, ...gate, flags: 3 }],
-    ["Nobody watches", { ...start, ...gate, flags: 0 }],
+    ["Both squares watched", { ...begun, ...gate, flags: 3 }],
+    ["Nobody watches", { ...begun, ...gate, flags: 0 }],
   ];
-  if (several) steps.push(["Keep the diamond expert", { ...start, weight: 1, flags: 0 }]);
+  if (several) steps.push(["Keep the diamond expert", { ...begun, weight: 1, flags: 0 }]);
   return steps;
 }
 
 function layTour() {
-  const steps = tourOf(current()), as_trained = { temperature: 1, greedy: false };
-  const again = () => ({ moment: current().moments - 1, ...as_trained });
+  const steps = tourOf(current());
   const button = (name, i, act) => {
     const made = make("button", { type: "button", text: `${i + 1}. ${name}` });
     made.addEventListener("click", () => {
@@ -43,7 +45,7 @@ function layTour() {
     return make("li", {}, made);
   };
   const last = () => {
-    set({ ...again(), weight: 1, flags: 0 });
+    set({ ...asTrained(), weight: 1, flags: 0 });
     $("story").textContent = "Looking at all placements; this takes some seconds ...";
     whenSummed(() => {
       worst();
@@ -51,15 +53,14 @@ function layTour() {
     });
   };
   $("tour").replaceChildren(
-    ...steps.map(([name, values], i) => button(name, i, () => set({ ...again(), ...values }))),
+    ...steps.map(([name, values], i) => button(name, i, () => set(values))),
     ...(current().sums ? [button("Where it still fails", steps.length, last)] : []));
 }
 
 /** The step of the tour that is set, or -1. */
 function tourStep() {
-  const as_trained = { moment: current().moments - 1, temperature: 1, greedy: false };
   return tourOf(current()).findIndex(([, values]) =>
-    Object.entries({ ...as_trained, ...values }).every(([name, value]) => state[name] === value));
+    Object.entries(values).every(([name, value]) => state[name] === value));
 }
 
 /** Mark the step of the tour that is shown, or none. */
