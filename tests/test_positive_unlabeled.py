@@ -14,7 +14,7 @@ from oversight_rl.agents.positive_unlabeled import (
     shares,
 )
 from oversight_rl.agents.reinforce.reward_model import PlainRewardModel, RewardModel
-from oversight_rl.envs.overseers import Labels, Overseer
+from oversight_rl.envs.overseers import PLAIN, Labels, Overseer, labels_of
 from oversight_rl.envs.settings import NO_LABEL, WorldConfig
 from oversight_rl.envs.world import World
 
@@ -112,9 +112,11 @@ def model_of(chances):
     return RewardModel(1, World(WorldConfig(rows=3, cols=3)), False, chances, generators)
 
 
-def plain_model_of(hidden, chances):
-    world, generators = World(WorldConfig(rows=3, cols=3)), [torch.Generator().manual_seed(6)]
-    return PlainRewardModel(hidden, 1, world, torch.tensor([chances]), generators)
+def plain_model_of(hidden, chances, labels=PLAIN):
+    world, generators = WorldConfig(rows=3, cols=3), [torch.Generator().manual_seed(6)]
+    return PlainRewardModel(
+        hidden, 1, World(world, labels=labels), torch.tensor([chances]), generators
+    )
 
 
 def teach(model, generator, updates):
@@ -192,6 +194,19 @@ def test_a_plain_reward_model_is_right_about_endings_without_flags():
     teach(model, generator, 300)
     fresh, truth = endings(1000, 5)
     assert ((model(fresh) > 0) == (truth == 0)).float().mean() > 0.95
+
+
+def test_a_plain_reward_model_says_nothing_of_places_that_no_label_is_of():
+    """Where the overseer looks at the left alone, it learns what is there, and knows no more."""
+    model = plain_model_of((64,), [math.nan, math.nan], labels_of("region"))
+    final, behavior = endings(4000, 4)
+    left = final[..., 0] % 3 == 0
+    model.remember(final, torch.where(left, behavior, NO_LABEL), torch.ones_like(left))
+    teach(model, torch.Generator().manual_seed(3), 200)
+    fresh, truth = endings(1000, 5)
+    said, left = model(fresh), fresh[..., 0] % 3 == 0
+    assert (said[~left] == 0).all()
+    assert ((said > 0) == (truth == 0))[left].float().mean() > 0.95
 
 
 def flagged_endings(count, level, to):

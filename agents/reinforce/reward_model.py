@@ -125,7 +125,9 @@ class PlainRewardModel(RewardModel):
 
     Flags are inputs like any other to it. But labeled endings are flagged and those that it is
     asked about are not, so it leaves out the inputs that tell the two apart, whatever they are. It
-    needs labels on all cells before it is right.
+    needs labels on all cells before it is right. Where the overseer looks at a part of the world
+    alone, all that lies there tells them apart; so nothing is left out, and of an ending with an
+    input that was on in no labeled one it knows that it does not know.
 
     Args:
         hidden: units of its layers.
@@ -179,8 +181,11 @@ class PlainRewardModel(RewardModel):
 
     def forward(self, final: Tensor) -> Tensor:
         run = torch.arange(len(final), device=final.device)[:, None, None]
-        final = torch.where(self.telling[run, final.long()], self.world.inputs, final)
-        return stacked(self.layers, self.out, final).squeeze(-1)
+        if self.world.labels.region == "all":
+            final = torch.where(self.telling[run, final.long()], self.world.inputs, final)
+            return stacked(self.layers, self.out, final).squeeze(-1)
+        unheard = (self.on_labeled[run, final.long()] == 0) & (final < self.world.inputs)
+        return stacked(self.layers, self.out, final).squeeze(-1) * ~unheard.any(-1)
 
 
 def _both(logits: Tensor) -> Tensor:
