@@ -15,11 +15,13 @@ from oversight_rl.agents.steering import MIXTURE, keep, standard
 from oversight_rl.cli import main, train
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.world import World
+from oversight_rl.experiments.oversight.evaluation import Evaluator
 from oversight_rl.experiments.oversight.policies import read_run
 from oversight_rl.playground import gather, page
 from oversight_rl.playground.pack import COARSE, STEPS, pack
 from oversight_rl.runs import snapshots
 from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.rows import Facts
 from oversight_rl.terminal import STOPPED
 
 SMOKE = ["--config", "smoke", "--device", "cpu"]
@@ -219,6 +221,32 @@ def test_several_runs_stand_on_one_page(run, tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MOST_RUNS", 1)
     with pytest.raises(UserError, match="1 runs at most, got 2"):
         page.write([run, other], out)
+
+
+@pytest.mark.parametrize("method", ["imputed_routing", "naive"])
+def test_ppo_on_the_grid_has_one_too(tmp_path, method):
+    """What the page holds returns what the run does; its training is there as well."""
+    few = ["--ppo.updates", "30", "--evaluation.every", "10", "--agent.hidden", "16"]
+    path = tmp_path / "run"
+    train(["--algo", "ppo", "--device", "cpu", *few, "--method", method, "--run-dir", str(path)])
+    (told,) = packed.data_of(path / "play.html")["runs"]
+    assert told["updates"] == [0, 10, 20, 30]
+    agents = [packed.agent_of(told, tensors) for tensors in packed.moments_of(told)]
+    saved = read_run(RunFolder.open(path))
+    policies = standard(agents[0].n_experts)
+    facts, at = [Facts(method, 0, 0.1)], [0.1]
+    evaluator = Evaluator(saved.config.world, told["discount"])
+    rows = saved.rows(policies, at)
+    first, *_, last = (
+        evaluator.evaluate(agent.prepare(), facts, policies, [at], "diamond")[0] for agent in agents
+    )
+    for row, shown, before in zip(rows, last, first, strict=True):
+        assert shown.figures["ground_truth_return"] == pytest.approx(
+            row.figures["ground_truth_return"], abs=1e-3
+        )
+        assert before.figures != shown.figures
+    (curve, *_) = told["curve"]
+    assert [update for update, _ in curve["points"]] == told["updates"]
 
 
 def test_many_snapshots_are_thinned(run):

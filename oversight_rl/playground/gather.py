@@ -19,10 +19,10 @@ from oversight_rl.agents.steering import MIXTURE, Steering, expert_names, keep, 
 from oversight_rl.envs.overseers import rate
 from oversight_rl.envs.settings import BEHAVIORS, FLAGS, UserError
 from oversight_rl.envs.world import State, World
-from oversight_rl.experiments.oversight.config import Config
+from oversight_rl.experiments.oversight.config import GRID, Config
 from oversight_rl.experiments.oversight.evaluation import Evaluator
-from oversight_rl.experiments.oversight.grid import GridRuns
-from oversight_rl.experiments.oversight.policies import fill, read_run
+from oversight_rl.experiments.oversight.policies import fill, kind_of, read_run
+from oversight_rl.experiments.oversight.runs import OversightRuns
 from oversight_rl.files import as_text, read_text
 from oversight_rl.playground.pack import COARSE, pack, tensors_of
 from oversight_rl.runs import snapshots
@@ -41,7 +41,8 @@ WATCHED = FLAGS - 1  # both squares
 
 def shows(config: RunConfig) -> bool:
     """Whether runs of a configuration have a playground."""
-    return issubclass(experiment_of(config), GridRuns)
+    kind = experiment_of(config)
+    return issubclass(kind, OversightRuns) and getattr(config, "env", None) == GRID
 
 
 def run_of(folder: RunFolder, history: bool) -> dict[str, Any]:
@@ -119,7 +120,8 @@ def _agents(folder: RunFolder, config: Config, history: bool) -> dict[str, Any]:
 
 def _moments(folder: RunFolder, config: Config, history: bool) -> tuple[list[int], list[Agent]]:
     """The deployed agents of the newest checkpoint, and of snapshots before it; with updates."""
-    agent, facts = fill(config, GridRuns.prefix(config), folder.load)
+    kind = kind_of(config)
+    agent, facts = fill(config, kind.prefix(config), folder.load)
     newest = facts["update"]
     before = [n for n in snapshots.updates(folder.snapshots) if n < newest] if history else []
     few = min(len(before), MOST_MOMENTS - 1)
@@ -128,15 +130,14 @@ def _moments(folder: RunFolder, config: Config, history: bool) -> tuple[list[int
     for update, one in zip([*before, newest], [*agents, agent], strict=True):
         if not all(parameter.isfinite().all() for parameter in one.parameters()):
             raise UserError(f"{folder.path}: its agent's numbers are not finite, update {update}")
-    return [*before, newest], [*agents, agent]
+    return [*before, newest], [kind.networks(one) for one in [*agents, agent]]
 
 
-def _snapshot(folder: RunFolder, config: Config, update: int) -> Agent:
+def _snapshot(folder: RunFolder, config: Config, update: int) -> Any:
     def load(like: Any) -> tuple[dict[str, Tensor], None]:
         return snapshots.load(folder.snapshots, update, like), None
 
-    agent: Agent = fill(config, "", load)[0]
-    return agent
+    return fill(config, "", load)[0]
 
 
 def _curve(folder: RunFolder, policies: Sequence[str]) -> list[dict[str, Any]]:
@@ -146,7 +147,7 @@ def _curve(folder: RunFolder, policies: Sequence[str]) -> list[dict[str, Any]]:
     points: dict[str, list[tuple[int, float]]] = {name: [] for name in policies}
     for row in csv.DictReader(io.StringIO(text)):
         try:
-            update, value = int(row["update"]), float(row[GridRuns.score])
+            update, value = int(row["update"]), float(row[OversightRuns.score])
             own = points[row["policy"]]
         except (KeyError, ValueError, TypeError):
             raise UserError(f"{path}: is damaged") from None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from oversight_rl.agents.learner import NotFinite
-from oversight_rl.agents.networks import Output
+from oversight_rl.agents.networks import Agent, Output
 from oversight_rl.agents.ppo.learner import PPOLearner, new_policy
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.steering import Steering, expert_names
@@ -305,6 +305,10 @@ class PPORuns(OversightRuns):
     def agent(self) -> MoEPolicy:
         return self.learner.policy
 
+    def snapshot(self, run: int) -> dict[str, Tensor]:
+        on_grid = self.configs[run].env == GRID  # elsewhere there is nothing to look at it with
+        return dict(self.agent.named_parameters()) if on_grid else {}
+
     def close(self) -> None:
         self.learner.close()
 
@@ -343,6 +347,10 @@ class PPORuns(OversightRuns):
     @classmethod
     def policy(cls, agent: MoEPolicy, steering: Steering) -> MoEPolicy:
         return agent.steered(steering)
+
+    @classmethod
+    def networks(cls, agent: MoEPolicy) -> Agent:
+        return agent.agent
 
     @classmethod
     def prefix(cls, config: Config) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 
 from oversight_rl.agents.methods import METHODS
+from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import Steering, standard, steering_curve
 from oversight_rl.envs.overseers import OVERSEERS
 from oversight_rl.envs.settings import BEHAVIORS
@@ -107,6 +108,11 @@ class OversightRuns(Experiment):
     @abstractmethod
     def policy(cls, agent: Any, steering: Steering) -> Any:
         """An agent under a steering, which predicts."""
+
+    @classmethod
+    def networks(cls, agent: Any) -> Agent:
+        """The experts, gate and value net of an agent."""
+        return cast(Agent, agent)
 
     def evaluate(self, facts: Sequence[Facts]) -> list[list[Row]]:
         levels = [[config.oversight] for config in self.configs]
