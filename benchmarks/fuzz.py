@@ -26,6 +26,7 @@ from oversight_rl.agents.steering import parse
 from oversight_rl.envs.settings import UserError
 from oversight_rl.experiments.oversight import policies, reference
 from oversight_rl.kinds import load_config
+from oversight_rl.playground import page as play
 from oversight_rl.reports import page
 from oversight_rl.runs import checkpoint
 from oversight_rl.runs.experiment import experiment_of
@@ -178,6 +179,16 @@ def report(folder: Path) -> Target:
     return [run / name for name in (RESULT, METRICS, TRAINING, CONFIG)], lambda: page.write(run)
 
 
+def playground(folder: Path) -> Target:
+    path = folder / "watched"
+    with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
+        few = ["--world.spurious-oversight", "0", "--pictures"]
+        cli.train([*COMMON, *GRID, *few, "--run-dir", str(path)])
+    run = RunFolder.open(path)
+    files = [*sorted(run.snapshots.iterdir()), path / METRICS]
+    return files, lambda: play.write([path], path / play.PAGE)
+
+
 KINDS: dict[str, Callable[[Path], Target]] = {
     "settings": settings,
     "sweep": sweep,
@@ -186,6 +197,7 @@ KINDS: dict[str, Callable[[Path], Target]] = {
     **{f"exported {name}": partial(exported, name) for name in ("imputed_routing", "ppo")},
     "state dict": state_dict,
     "report": report,
+    "playground": playground,
 }
 
 
@@ -274,7 +286,7 @@ def fuzz(files: int = 20_000, seed: int = 0) -> None:
     torch.set_num_threads(1)
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            share = files // SLOW if kind == "report" or "ppo" in kind else files
+            share = files // SLOW if kind in ("report", "playground") or "ppo" in kind else files
             counts, slowest, grown = fuzz_kind(kind, share, seed, Path(folder))
         print(
             f"{kind}: {dict(counts)}, slowest {slowest:.2f} s, memory {grown:+.0f} MB", flush=True
