@@ -1,5 +1,7 @@
 """Colors: told apart by people who see no red and green, readable on light and dark pages."""
 
+import re
+from importlib.resources import files
 from itertools import combinations
 
 import matplotlib
@@ -67,6 +69,16 @@ def test_red_and_green_look_alike_and_blue_does_not():
 def test_colors_are_told_apart(shown):
     for one, other in combinations(shown, 2):
         assert distance(one, other) > APART, (one, other)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_the_playground_s_pieces_and_cells_are_told_apart(scheme):
+    """The pieces, and what cells are tinted with: the ghost's color, none, the diamond's."""
+    text = (files("oversight_rl.playground") / "web" / "style.css").read_text()
+    of = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", text.split("prefers-color")[scheme]))
+    pieces, cells = ("diamond", "ghost", "flag", "agent"), ("tint-ghost", "paper", "tint-diamond")
+    for one, other in [*combinations(pieces, 2), *combinations(cells, 2)]:
+        assert distance(of[one], of[other]) > APART, (one, other)
 
 
 def test_the_ends_of_the_matrix_differ():
