@@ -199,6 +199,19 @@ def test_the_verdict_says_where_it_flips(runs):
     )
 
 
+def test_neighboring_levels_are_told_together():
+    def standing(best, score):
+        return verdict.Standing(best, score, {best: verdict.WIN, "other": verdict.LOSS})
+
+    at = {0.01: standing("a", 0.8), 0.02: standing("b", 0.5), 0.05: standing("b", 0.7)}
+    at |= {0.1: standing("b", 0.6), 0.2: standing("a", 0.9), 0.3: standing("a", 0.9)}
+    alone = {level: standing("c", 0.4) for level in (0.05, 0.1)}
+    assert verdict._winners(at, alone) == (
+        "a wins at 1% (0.80), 20% (0.90) and 30% (0.90); "
+        "b wins at 2% to 10% (0.50 to 0.70, +0.20 to +0.30)"
+    )
+
+
 def test_one_run_ranks_nobody(runs):
     for seed in (1, 2, 3, 4):
         shutil.rmtree(runs / "reward_model_plain-0.1" / f"seed_{seed}")

@@ -22,6 +22,7 @@ from oversight_rl.terminal import fixed
 WIN, TIE, LOSS, FEW, SOLE = "win", "tie", "loss", "too few", "sole"
 SIGNIFICANT = 0.05
 NAMED = 3  # methods at most in a list of them
+MANY = 3  # neighboring levels that are told together
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,38 @@ def _winners(
     standings: Mapping[float, Standing], fewer: Mapping[float, Standing] | None = None
 ) -> str:
     """Who is best at which levels, and (+) how far above the best of those who assume less."""
-    places: dict[str, list[str]] = {}
+    at_levels: dict[str, list[list[float]]] = {}  # by who leads, neighboring levels together
+    before = ""
     for level, at in standings.items():
-        above = at.score - fewer[level].score if fewer and level in fewer else None
-        gain = "" if above is None else f", {fixed(above, '+.2f')}"
-        score = fixed(at.score, ".2f")
-        places.setdefault(_leader(at), []).append(f"{percent(level)} ({score}{gain})")
-    return "; ".join(f"{leader} at {listed(levels)}" for leader, levels in places.items())
+        leader = _leader(at)
+        if leader != before:
+            at_levels.setdefault(leader, []).append([])
+        at_levels[leader][-1].append(level)
+        before = leader
+
+    def told(levels: Sequence[float]) -> str:
+        scores = [standings[level].score for level in levels]
+        known = [level for level in levels if fewer and level in fewer]
+        gains = [standings[level].score - (fewer or {})[level].score for level in known]
+        numbers = _range(scores, ".2f") + (f", {_range(gains, '+.2f')}" if gains else "")
+        where = [percent(level) for level in levels]
+        return f"{' to '.join([where[0], *where[1:][-1:]])} ({numbers})"
+
+    found = []
+    for leader, groups in at_levels.items():
+        parts = [
+            part
+            for levels in groups
+            for part in ([levels] if len(levels) >= MANY else [[level] for level in levels])
+        ]
+        found.append(f"{leader} at {listed([told(levels) for levels in parts])}")
+    return "; ".join(found)
+
+
+def _range(numbers: Sequence[float], spec: str) -> str:
+    """The lowest and the highest of numbers, or the one there is."""
+    ends = dict.fromkeys(fixed(end, spec) for end in (min(numbers), max(numbers)))
+    return " to ".join(ends)
 
 
 def _leader(standing: Standing) -> str:
