@@ -110,7 +110,8 @@ def tensorboard(run: Path) -> None:
                 raise TimeoutError("TensorBoard does not answer")
             time.sleep(0.2)
         time.sleep(SETTLED)  # until it has read the run
-        with Browser(1000, 668) as browser:
+        with Browser() as browser:
+            browser.resize(1250, 835, 0.8)
             browser.prefer(color_scheme="light", reduced_motion="reduce")
             browser.send("Page.navigate", url=f"http://127.0.0.1:{port}/#custom_scalars")
             time.sleep(SETTLED)

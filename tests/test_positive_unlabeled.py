@@ -182,7 +182,7 @@ def test_a_plain_reward_model_leaves_out_what_tells_labeled_endings_apart():
     order = torch.randperm(36, generator=torch.Generator().manual_seed(8))
     to = torch.cat([order.argsort(), torch.tensor([36])])
     model.remember(*flagged_endings(4000, 0.1, to))
-    assert set(model.telling[0].nonzero()[:, 0].tolist()) == set(to[27:36].tolist())
+    assert set(model.tally.telling[0].nonzero()[:, 0].tolist()) == set(to[27:36].tolist())
 
 
 def test_a_plain_reward_model_is_right_about_endings_without_flags():

@@ -297,7 +297,7 @@ class RoutedPPO(CollectingPPO):
         self._warnings.of_lost(missed, buffer.held.reach)
         ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
-        window.remember(outcome, self.memory, self.endings, self.every_ending)
+        window.remember(outcome, self.memory, self.endings, self.every_ending, policy.tally)
         taught = self.endings is not None and bool(self.endings.count)
         x = rollout.experience(window, ends, due, taught)
         found = targets(

@@ -20,6 +20,8 @@ from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.readable import said
 from oversight_rl.envs.vector import make_vec
 
+FOUND = "found"
+"""In place of flags: the reward model finds them."""
 RESERVED = (MIXTURE.name, KEPT, "single")  # names of policies
 ASKED = (
     "behaviors", "oversight", "labels", "flags", "flags_visible", "has_task", "left_out",
@@ -64,7 +66,8 @@ def policy_arguments(
         "gate": method.policy.gate,
         "lessons": method.lessons,
     }
-    own |= {"flags": flags} if looks_for_flags(method_name) else {}
+    if "reward_model" in method.lessons:
+        own["flags"] = flags if method.reward_model == "told" else FOUND
     alone = len(behaviors) if soloists is None else soloists
     own |= {"soloists": alone if "acts_alone" in method.lessons else 0}
     return own | {"experts": experts, "task": task}

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, UNFINISHED
 from oversight_rl.agents.ppo.observations import as_rows, each, named, unnamed
+from oversight_rl.agents.telling import Tally
 from oversight_rl.envs.settings import NO_LABEL
 
 Bools = NDArray[np.bool_]
@@ -134,11 +136,12 @@ class Window:
         memory: Memory | None,
         endings: Memory | None,
         every_ending: Memory | None,
+        tally: Tally | None,
     ) -> None:
         """Keep labeled observations, those of earlier rollouts whose label came now, too.
 
         Of endings, their actions are kept as well; those without a label where they are asked for,
-        under the number that follows the behaviors'.
+        under the number that follows the behaviors'. They are tallied where that is asked for.
         """
         steps, labeled = self.steps, outcome >= LABELED
         if memory is not None:
@@ -151,6 +154,10 @@ class Window:
         if every_ending is not None and known.any():
             labels = np.where(labeled, outcome - LABELED, every_ending.kinds)[known]
             every_ending.keep(self._endings(known), labels)
+        if tally is not None:
+            told, others = steps.ended & labeled, steps.ended & ~labeled & ~self.older
+            on = (_rows(steps.observations, among) != 0 for among in (told, others))
+            tally.add(*(torch.as_tensor(rows)[None] for rows in on))
 
     def _endings(self, chosen: Bools) -> NDArray[Any]:
         """Observations before endings, and the actions taken there. [B, D]"""

@@ -18,15 +18,13 @@ from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import Linear, affine, initialize
 from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
 from oversight_rl.agents.reinforce.own_values import hidden_layers, stacked
+from oversight_rl.agents.telling import Tally
 from oversight_rl.envs.settings import PLANES
 from oversight_rl.envs.world import World
 
 LESSON = 1024
 """Remembered endings that an update learns from."""
 HIDDEN = 64
-OFTENER, BEYOND_CHANCE = 1.5, 4.0
-"""How much oftener an input that tells labeled endings apart is on there, at least: a factor, and
-standard errors."""
 FLAGS_FROM = 3  # active inputs of an observation from here on are flags, see `World.active`
 
 
@@ -136,9 +134,6 @@ class PlainRewardModel(RewardModel):
 
     believed = 500
     asks = False  # it doubts what is odd: 500 labels by chance teach more (0.82, 0.50 by its doubt)
-    on_labeled: Tensor  # [R, F + 1] int64, labeled endings that an input was on in
-    on_others: Tensor  # [R, F + 1] int64, the same for other endings
-    others: Tensor  # [R] int64, other endings
 
     def __init__(
         self,
@@ -150,10 +145,7 @@ class PlainRewardModel(RewardModel):
     ) -> None:
         self.sizes = [world.inputs, *hidden]
         super().__init__(runs, world, True, chances, generators)
-        rows = runs, world.inputs + 1  # the last is that of inputs that are off
-        self.register_buffer("on_labeled", torch.zeros(rows, dtype=torch.int64))
-        self.register_buffer("on_others", torch.zeros(rows, dtype=torch.int64))
-        self.register_buffer("others", torch.zeros(runs, dtype=torch.int64))
+        self.tally = Tally(runs, world.inputs + 1)  # the last is that of inputs that are off
 
     def build(self, runs: int) -> None:
         self.layers = hidden_layers(runs, self.sizes)
@@ -162,29 +154,20 @@ class PlainRewardModel(RewardModel):
     @torch.no_grad()
     def remember(self, final: Tensor, label: Tensor, ended: Tensor) -> None:
         super().remember(final, label, ended)
-        labeled = ended & (label >= 0)
+        labeled, tally = ended & (label >= 0), self.tally
         others = ended & ~labeled
-        for counts, among in ((self.on_labeled, labeled), (self.on_others, others)):
+        for counts, among in ((tally.on_labeled, labeled), (tally.on_others, others)):
             each = among[..., None].expand_as(final)
             counts.scatter_add_(1, final.flatten(1).long(), each.flatten(1).long())
-        self.others += others.sum(-1)
-
-    @property
-    def telling(self) -> Tensor:
-        """Inputs that are on oftener in labeled endings than in others, by far. [R, F + 1] bool"""
-        n, m = (count.clamp(min=1)[:, None] for count in (self.memory.count, self.others))
-        labeled, others = self.on_labeled / n, self.on_others / m
-        pooled = (self.on_labeled + self.on_others) / (n + m)
-        error = (pooled * (1 - pooled).clamp(min=0) * (1 / n + 1 / m)).sqrt()
-        known = ((self.memory.count > 0) & (self.others > 0))[:, None]
-        return known & (labeled > OFTENER * others) & (labeled - others > BEYOND_CHANCE * error)
+        tally.labeled += labeled.sum(-1)
+        tally.others += others.sum(-1)
 
     def forward(self, final: Tensor) -> Tensor:
         run = torch.arange(len(final), device=final.device)[:, None, None]
         if self.world.labels.region == "all":
-            final = torch.where(self.telling[run, final.long()], self.world.inputs, final)
+            final = torch.where(self.tally.telling[run, final.long()], self.world.inputs, final)
             return stacked(self.layers, self.out, final).squeeze(-1)
-        unheard = (self.on_labeled[run, final.long()] == 0) & (final < self.world.inputs)
+        unheard = (self.tally.on_labeled[run, final.long()] == 0) & (final < self.world.inputs)
         return stacked(self.layers, self.out, final).squeeze(-1) * ~unheard.any(-1)
 
 
