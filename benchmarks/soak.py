@@ -46,7 +46,7 @@ VARIANTS = [  # what is killed: between them they keep all that is kept between 
     [*SMALL, "--method", "naive_early_stop"],
     [*SMALL_PPO, "--env", "OversightGrid-v0", "--oversight", "0.5"],
     [*SMALL, "--method", "imputed_routing", "--seeds", "0", "1"],
-    [*SMALL_PPO, "--method", "reward_model", "--seeds", "0", "1"],
+    [*SMALL_PPO, "--method", "reward_model_plain", "--seeds", "0", "1"],
     [*SMALL, "--method", "naive_oracle_stop"],
     [*SMALL_PPO, "--method", "routing", "--env-settings", "reward", "ground_truth"],
     [*SMALL, "--method", "reward_model", "--world.spurious-oversight", "0.1"],

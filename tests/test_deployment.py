@@ -18,8 +18,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from oversight_rl.agents import MoEPolicy, RoutedPPO, SteeredEvalCallback
 from oversight_rl.agents.methods import METHODS
-from oversight_rl.agents.ppo.algorithm import ppo_methods
 from oversight_rl.agents.ppo.config import DEFAULT_METHOD
+from oversight_rl.agents.ppo.environment import ppo_methods
 from oversight_rl.agents.steering import Steering, parse
 from oversight_rl.cli import train
 from oversight_rl.envs.settings import UserError

@@ -14,6 +14,7 @@ from oversight_rl.agents.positive_unlabeled import (
     shares,
 )
 from oversight_rl.agents.reinforce.reward_model import PlainRewardModel, RewardModel
+from oversight_rl.agents.telling import Tally
 from oversight_rl.envs.overseers import PLAIN, Labels, Overseer, labels_of
 from oversight_rl.envs.settings import NO_LABEL, WorldConfig
 from oversight_rl.envs.world import World
@@ -189,8 +190,9 @@ def test_a_plain_reward_model_is_right_about_endings_without_flags():
     """Where ghosts alone are labeled, and so flagged, flags would tell all that labels say."""
     model = plain_model_of((64,), [0.0, 0.2])
     generator = torch.Generator().manual_seed(3)
-    final, label, ended = flagged_endings(4000, 0.2, torch.arange(37))
-    model.remember(final, torch.where(label == 1, label, NO_LABEL), ended)
+    for seed in (4, 5, 6):
+        final, label, ended = flagged_endings(4000, 0.2, torch.arange(37), seed)
+        model.remember(final, torch.where(label == 1, label, NO_LABEL), ended)
     teach(model, generator, 300)
     fresh, truth = endings(1000, 5)
     assert ((model(fresh) > 0) == (truth == 0)).float().mean() > 0.95
@@ -209,10 +211,55 @@ def test_a_plain_reward_model_says_nothing_of_places_that_no_label_is_of():
     assert ((said > 0) == (truth == 0))[left].float().mean() > 0.95
 
 
-def flagged_endings(count, level, to):
+NAMES_GHOST, SHOWS_FLAG, ELSE = range(3)  # inputs
+
+
+def tallied(chances, share, updates, each=500):
+    """Endings, ghosts a `share`: an input says ghost, one that it is flagged, one is noise."""
+    generator = torch.Generator().manual_seed(0)
+    tally, rates = Tally(torch.tensor([chances]), 3), torch.tensor([0.2, 0.2])
+    rates = torch.where(torch.tensor(chances).isnan(), rates, torch.tensor(chances))
+    for update in range(updates):
+        drawn = torch.rand(3, each, generator=generator)
+        kind = (drawn[0] < (share(update) if callable(share) else share)).long()
+        label = torch.where(drawn[1] < rates[kind], kind, NO_LABEL)
+        on = torch.stack([kind == 1, label != NO_LABEL, drawn[2] < 0.3], dim=-1)
+        of = [label == 0, label == 1, label == NO_LABEL]
+        counts = torch.stack([on[those].sum(0) for those in of])[None]
+        sizes = torch.stack([those.sum() for those in of])[None]
+        tally.add(counts[:, :2], sizes[:, :2], counts[:, 2], sizes[:, 2])
+    return tally.telling[0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, lambda update: 0.5 / (1 + update)])
+@pytest.mark.parametrize("chances", [(0.2, 0.2), (0.0, 0.2), (0.2, 0.0), (0.2, 0.04)])
+def test_an_input_that_says_what_an_ending_was_is_no_flag(chances, share):
+    """Whatever the overseer hears of, and the agent comes to do."""
+    assert tallied(chances, share, 40) == [SHOWS_FLAG]
+
+
+def test_labels_that_stop_make_no_flags():
+    """Where nobody knows how many come, endings without any since then say nothing."""
+    tally = Tally(torch.full((1, 2), math.nan), 1)
+    early = torch.tensor([[[10], [90]]]), torch.tensor([[100, 100]])
+    tally.add(*early, torch.tensor([[100]]), torch.tensor([200]))
+    assert not tally.telling.any()
+    tally.add(0 * early[0], 0 * early[1], torch.tensor([[0]]), torch.tensor([10_000]))
+    assert not tally.telling.any()
+
+
+def test_labels_that_come_late_are_no_others_any_more():
+    model = plain_model_of((16,), [0.6, 0.6], Labels(delay=1))
+    final, label, ended = flagged_endings(4000, 0.6, torch.arange(37))
+    model.remember(final, torch.full_like(label, NO_LABEL), ended)
+    model.remember(final, label, ended & (label != NO_LABEL))
+    assert set(model.tally.telling[0].nonzero()[:, 0].tolist()) == set(range(27, 36))
+
+
+def flagged_endings(count, level, to, seed=4):
     """Endings whose squares show flags with some chance, labeled where their own square does."""
-    final, behavior = endings(count, 4)
-    flags = torch.rand(1, count, 2, generator=torch.Generator().manual_seed(5)) < level
+    final, behavior = endings(count, seed)
+    flags = torch.rand(1, count, 2, generator=torch.Generator().manual_seed(seed + 1)) < level
     cells = final[..., 1:3] % 9 + 27
     final = torch.cat([final[..., :3], torch.where(flags, cells, 36)], dim=-1)
     own = torch.where(behavior == 1, flags[..., 0], flags[..., 1])

@@ -35,7 +35,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
-from oversight_rl.agents.ppo.algorithm import ppo_methods
+from oversight_rl.agents.ppo.environment import ppo_methods
 from oversight_rl.agents.ppo.extractors import (
     EntryExtractor,
     Patches,
@@ -78,11 +78,13 @@ def test_a_plain_reward_model_finds_the_flags(tmp_path):
     model.learn(20 * 64 * 32)
     shown = torch.zeros(7, 7, 3, dtype=torch.bool)
     shown[3, 5, 2] = True  # the state of the cell in front
-    assert torch.equal(model.policy.tally.telling.view(7, 7, 3), shown)
+    assert torch.equal(model.tally.telling.view(7, 7, 3), shown)
     full = torch.ones_like(seen)
     assert torch.equal(model.policy.without_flags(full), full * ~shown)
     model.save(tmp_path / "model")
-    again = RoutedPPO.load(tmp_path / "model")
+    again = RoutedPPO.load(tmp_path / "model", env=model.env)
+    assert torch.equal(again.tally.telling, model.tally.telling)
+    again.learn(64 * 32)
     assert torch.equal(again.policy.without_flags(full), full * ~shown)
 
 

@@ -205,10 +205,18 @@ def test_neighboring_levels_are_told_together():
 
     at = {0.01: standing("a", 0.8), 0.02: standing("b", 0.5), 0.05: standing("b", 0.7)}
     at |= {0.1: standing("b", 0.6), 0.2: standing("a", 0.9), 0.3: standing("a", 0.9)}
-    alone = {level: standing("c", 0.4) for level in (0.05, 0.1)}
+    alone = {level: standing("c", 0.4) for level in (0.02, 0.05, 0.1)}
     assert verdict._winners(at, alone) == (
         "a wins at 1% (0.80), 20% (0.90) and 30% (0.90); "
-        "b wins at 2% to 10% (0.50 to 0.70, +0.20 to +0.30)"
+        "b wins at 2% to 10% (0.50 to 0.70, +0.10 to +0.30)"
+    )
+    alone[0.1] = standing("c", 0.7)  # a loss is told apart
+    assert "b wins at 2% (0.50, +0.10), 5% (0.70, +0.30) and 10% (0.60, -0.10)" in (
+        verdict._winners(at, alone)
+    )
+    del alone[0.1]  # and where nobody assumes less
+    assert "b wins at 2% (0.50, +0.10), 5% (0.70, +0.30) and 10% (0.60)" in (
+        verdict._winners(at, alone)
     )
 
 

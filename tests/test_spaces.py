@@ -35,6 +35,7 @@ from oversight_rl.agents.ppo import algorithm, losses
 from oversight_rl.agents.ppo.extractors import EntryExtractor, SymbolicCNN
 from oversight_rl.agents.ppo.observations import (
     as_rows,
+    flags_found,
     from_rows,
     named,
     row_type,
@@ -374,6 +375,21 @@ def test_a_dictionary_of_a_vector_is_learned_from_as_the_vector(method):
     flat, named = learned
     assert flat.keys() == named.keys()
     assert all(torch.equal(flat[name], named[name]) for name in flat)
+
+
+def test_flags_that_are_found_stand_in_their_entries():
+    """By their place in a row, and none of them where a number only names a category."""
+    space = spaces.Dict(
+        a=spaces.Box(0, 1, (2, 2)), b=spaces.Discrete(4), c=spaces.MultiBinary(3),
+        d=spaces.MultiDiscrete([2, 3]),
+    )  # fmt: skip
+    telling = torch.zeros(1, row_width(space), dtype=torch.bool)
+    telling[0, [1, 4, 7, 8]] = True  # row by row: a's second, b, c's last, d's first
+    found = flags_found(telling, space)
+    assert {name: part[0].tolist() for name, part in found.items()} == {
+        "a": [[False, True], [False, False]], "b": [False], "c": [False, False, True],
+        "d": [False, False],
+    }  # fmt: skip
 
 
 def test_rows_hold_what_observations_were_made_of_them():

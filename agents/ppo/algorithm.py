@@ -37,6 +37,7 @@ from oversight_rl.agents.ppo.environment import (
     checked_behaviors,
     made,
     policy_arguments,
+    ppo_methods,
 )
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
 from oversight_rl.agents.ppo.losses import (
@@ -46,10 +47,11 @@ from oversight_rl.agents.ppo.losses import (
     remembered,
     replays,
 )
-from oversight_rl.agents.ppo.observations import row_type, row_width
+from oversight_rl.agents.ppo.observations import flags_found, row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Experience, Samples, Targets, targets
 from oversight_rl.agents.steering import MIXTURE
+from oversight_rl.agents.telling import Tally
 from oversight_rl.agents.threads import on_threads
 from oversight_rl.aliases import names_of_0_1
 from oversight_rl.envs.overseers import Labels, Overseer, overheard
@@ -63,11 +65,6 @@ LOOKING = 0.1
 """Share of training that this may take at most."""
 FOLLOWING = {"behaviors", "gate", "lessons", "flags", "soloists", "task", "steering"}
 """Arguments of the policy that nobody gives but its model."""
-
-
-def ppo_methods() -> list[str]:
-    """Names of the methods that PPO can follow."""
-    return [name for name, method in METHODS.items() if method.any_environment]
 
 
 class RoutedPPO(CollectingPPO):
@@ -219,7 +216,7 @@ class RoutedPPO(CollectingPPO):
             self.method, self.behaviors, experts, flags, bool(task), soloists
         )
         # of the gate; of the reward model: labeled endings, and all of them
-        self.memory = self.endings = self.every_ending = None
+        self.memory = self.endings = self.every_ending = self.tally = None
         self._set_tables()
         space = self.observation_space
         if "gate" in method.lessons and self.gate_replay > 0:
@@ -232,6 +229,8 @@ class RoutedPPO(CollectingPPO):
                 self.keeps_endings = not (old or (self.tables.labeled > 0).all())
             if self.keeps_endings:
                 self.every_ending = Memory(1, *row)
+            if method.reward_model == "plain":
+                self.tally = Tally(self.tables.labeled, row_width(space))
         if self.label_generator is None:
             self.label_generator = np.random.default_rng(self.seed)
         if self.rollout_buffer_class is None:
@@ -252,6 +251,8 @@ class RoutedPPO(CollectingPPO):
     def _set_tables(self) -> None:
         experts = self.policy_kwargs["experts"]
         self.tables = tables([self.method], [self.overseer], experts, behaviors=len(self.behaviors))
+        if self.tally is not None:
+            self.tally.chances = self.tables.labeled
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         env = self._wrap_env(env, self.verbose)
@@ -297,7 +298,9 @@ class RoutedPPO(CollectingPPO):
         self._warnings.of_lost(missed, buffer.held.reach)
         ends = outcome, _ = outcomes_of(window, self.tables, self.label_generator)
         due = window.due(outcome, buffer.held.reach, waits)
-        window.remember(outcome, self.memory, self.endings, self.every_ending, policy.tally)
+        window.remember(outcome, self.memory, self.endings, self.every_ending, self.tally)
+        if self.tally is not None and self.overseer.labels.region == "all":
+            policy.flags = flags_found(self.tally.telling, self.observation_space)
         taught = self.endings is not None and bool(self.endings.count)
         x = rollout.experience(window, ends, due, taught)
         found = targets(
@@ -442,9 +445,6 @@ class RoutedPPO(CollectingPPO):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, variables = super()._get_torch_save_params()
-        kept = [
-            name
-            for name in ("memory", "endings", "every_ending")
-            if getattr(self, name) is not None
-        ]
+        names = "memory", "endings", "every_ending", "tally"
+        kept = [name for name in names if getattr(self, name) is not None]
         return modules + kept, variables

@@ -20,8 +20,6 @@ from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.readable import said
 from oversight_rl.envs.vector import make_vec
 
-FOUND = "found"
-"""In place of flags: the reward model finds them."""
 RESERVED = (MIXTURE.name, KEPT, "single")  # names of policies
 ASKED = (
     "behaviors", "oversight", "labels", "flags", "flags_visible", "has_task", "left_out",
@@ -38,6 +36,11 @@ class Declared(NamedTuple):
     flags: Any  # in the axes that the policy sees; None where the method has no use for them
     has_task: bool
     left_out: tuple[str, ...]
+
+
+def ppo_methods() -> list[str]:
+    """Names of the methods that PPO can follow."""
+    return [name for name, method in METHODS.items() if method.any_environment]
 
 
 def policy_arguments(
@@ -66,8 +69,7 @@ def policy_arguments(
         "gate": method.policy.gate,
         "lessons": method.lessons,
     }
-    if "reward_model" in method.lessons:
-        own["flags"] = flags if method.reward_model == "told" else FOUND
+    own |= {"flags": flags} if looks_for_flags(method_name) else {}
     alone = len(behaviors) if soloists is None else soloists
     own |= {"soloists": alone if "acts_alone" in method.lessons else 0}
     return own | {"experts": experts, "task": task}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.methods import LABELED, UNFINISHED
@@ -141,7 +142,7 @@ class Window:
         """Keep labeled observations, those of earlier rollouts whose label came now, too.
 
         Of endings, their actions are kept as well; those without a label where they are asked for,
-        under the number that follows the behaviors'. They are tallied where that is asked for.
+        under the number that follows the behaviors'. A tally counts them where one is asked for.
         """
         steps, labeled = self.steps, outcome >= LABELED
         if memory is not None:
@@ -155,9 +156,19 @@ class Window:
             labels = np.where(labeled, outcome - LABELED, every_ending.kinds)[known]
             every_ending.keep(self._endings(known), labels)
         if tally is not None:
-            told, others = steps.ended & labeled, steps.ended & ~labeled & ~self.older
-            on = (_rows(steps.observations, among) != 0 for among in (told, others))
-            tally.add(*(torch.as_tensor(rows)[None] for rows in on))
+            of = [steps.ended & (outcome == LABELED + b) for b in range(tally.labeled.shape[1])]
+            others = self._on(steps.ended & ~self.older & ~labeled)
+            before = self._on(steps.ended & self.late & labeled)  # among others when they ended
+            tally.add(
+                torch.stack([self._on(those).sum(0) for those in of])[None],
+                torch.tensor([[int(those.sum()) for those in of]]),
+                (others.sum(0) - before.sum(0))[None],
+                torch.tensor([len(others) - len(before)]),
+            )
+
+    def _on(self, chosen: Bools) -> Tensor:
+        """Which numbers of observations are not 0. [B, D]"""
+        return torch.as_tensor(_rows(self.steps.observations, chosen) != 0)
 
     def _endings(self, chosen: Bools) -> NDArray[Any]:
         """Observations before endings, and the actions taken there. [B, D]"""

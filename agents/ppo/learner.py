@@ -34,7 +34,6 @@ from oversight_rl.envs.overseers import Overseer
 from oversight_rl.envs.settings import BEHAVIORS, NO_LABEL, UserError
 
 MOST_PARAMETERS = 2**27
-TALLY = "policy.endings.tally"
 CONSTANT = ("train/n_updates", "train/clip_range")  # logged by SB3, of no use as curves
 COMPUTATION = "computation"
 MADE = (
@@ -208,7 +207,7 @@ class PPOLearner(Learner):
         return made | {"parameters' norm": torch.linalg.vector_norm(torch.stack(sizes))[None]}
 
     def learned(self) -> list[Tensor]:
-        memories = tuple(f"{name}." for name in self._memories)
+        memories = "tally.", *(f"{name}." for name in self._memories)
         return [x[None] for name, x in self._kept.items() if not name.startswith(memories)]
 
     @property
@@ -231,10 +230,10 @@ class PPOLearner(Learner):
             kept |= {f"adam.{moment}.{name}": x for moment, x in moments.items()}
         if policy.task:
             kept["policy.task_square"] = policy.task_square
-        if policy.tally is not None:
-            kept |= named(TALLY, dict(policy.tally.named_buffers()))
         for name, memory in self._memories.items():
             kept |= named(name, dict(memory.named_buffers()))
+        if self.model.tally is not None:
+            kept |= named("tally", dict(self.model.tally.named_buffers()))
         return kept
 
     def state(self, run: int = 0) -> dict[str, Tensor]:
@@ -264,7 +263,9 @@ class PPOLearner(Learner):
         found["last.turn"] = 0, self.env_steps + self.env.num_envs
         if self.policy.task:
             found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
-        found |= {name: (0, self.env_steps) for name in self._kept if name.startswith(TALLY)}
+        for name in ("labeled", "others", "on_labeled", "on_others"):
+            found[f"tally.{name}"] = 0, self.env_steps
+        found["tally.found"] = 0, 1
         for name in self._memories:
             found[f"{name}.observation"] = seen if name == "memory" else _side_by_side(seen, taken)
             found[f"{name}.label"] = 0, len(model.behaviors) - (name != "every_ending")

@@ -155,6 +155,18 @@ def from_rows(rows: Tensor, space: spaces.Space[Any]) -> Any:
     return each(lambda part, shape: part.reshape(-1, *shape), named_parts, shapes)
 
 
+def flags_found(telling: Tensor, space: spaces.Space[Any]) -> Any:
+    """Flags among the numbers in a row `[1, D]`, in the shapes of a space `[1, ...]`.
+
+    A number that names a category is none: 0 is not off there.
+    """
+    kinds = [
+        torch.full((row_width(part),), not isinstance(part, spaces.Discrete | spaces.MultiDiscrete))
+        for part in parts_of(space).values()
+    ]
+    return from_rows(telling & torch.cat(kinds), space)
+
+
 def row_width(space: spaces.Space[Any]) -> int:
     """Numbers D in a row of an element of a space."""
     return sum(int(np.prod(part.shape or (1,))) for part in parts_of(space).values())

@@ -28,10 +28,9 @@ from oversight_rl.agents.methods import Lesson
 from oversight_rl.agents.networks import Agent, Output
 from oversight_rl.agents.ppo.config import HIDDEN
 from oversight_rl.agents.ppo.extractors import Patches, default_extractor
-from oversight_rl.agents.ppo.observations import each, from_rows, row_width
+from oversight_rl.agents.ppo.observations import each
 from oversight_rl.agents.settings import AgentConfig
 from oversight_rl.agents.steering import MIXTURE, Steering, parse
-from oversight_rl.agents.telling import Tally
 from oversight_rl.envs.readable import seen
 from oversight_rl.envs.settings import BEHAVIORS, UserError
 
@@ -42,30 +41,24 @@ class RewardModel(nn.Module):
     """A reward model: it tells what an unlabeled ending was, and learns that from the labeled ones.
 
     It sees the observation before an episode's last step and the action taken there, as the policy
-    did, but for the oversight flags: a labeled ending is always flagged and an unlabeled one is
-    not, so that a model which reads flags would be asked about endings unlike all that it was
-    taught. The environment says which entries they are, or it finds them by itself.
+    did, but for the oversight flags where the environment says which entries they are: a labeled
+    ending is always flagged and an unlabeled one is not, so that a model which reads flags would be
+    asked about endings unlike all that it was taught.
 
     Args:
         extractor: of features, its own.
         action_space: of the environment.
         behaviors: number of behaviors.
-        inputs: numbers in a row of an observation, where it finds flags among them; else None.
     """
 
     def __init__(
-        self,
-        extractor: BaseFeaturesExtractor,
-        action_space: spaces.Space[Any],
-        behaviors: int,
-        inputs: int | None,
+        self, extractor: BaseFeaturesExtractor, action_space: spaces.Space[Any], behaviors: int
     ) -> None:
         super().__init__()
         self.extractor, self.action_space = extractor, action_space
-        self.tally = None if inputs is None else Tally(1, inputs)
-        features = extractor.features_dim + get_flattened_obs_dim(action_space)
+        inputs = extractor.features_dim + get_flattened_obs_dim(action_space)
         self.net = nn.Sequential(
-            nn.Linear(features, REWARD_HIDDEN), nn.ReLU(), nn.Linear(REWARD_HIDDEN, behaviors)
+            nn.Linear(inputs, REWARD_HIDDEN), nn.ReLU(), nn.Linear(REWARD_HIDDEN, behaviors)
         )
 
     def forward(self, features: Tensor, actions: Tensor) -> Tensor:
@@ -90,8 +83,7 @@ class MoEPolicy(ActorCriticPolicy):
         lessons: of the method, see `oversight_rl.agents.methods.Lesson`; a reward model and the
             experts acting alone have networks of their own.
         flags: which entries of an observation show oversight flags, as a boolean array of its
-            shape, or one for each name of a dictionary, or "found" by the reward model, which does
-            not look at them.
+            shape, or one for each name of a dictionary; the reward model does not look at them.
         soloists: number of experts that act by themselves in some episodes, the first ones.
         task: whether the environment's reward is a task of its own, which has a value net, too.
         steering: what the experts are made into.
@@ -171,10 +163,8 @@ class MoEPolicy(ActorCriticPolicy):
         # by its name in checkpoints, as the experts' own value net
         self.endings = None
         if "reward_model" in self.lessons:
-            about = self.action_space, len(self.behaviors)
-            finds = isinstance(self.flags, str)
-            inputs = row_width(self.observation_space) if finds else None
-            self.endings = RewardModel(self.make_features_extractor(), *about, inputs)
+            extractor = self.make_features_extractor()
+            self.endings = RewardModel(extractor, self.action_space, len(self.behaviors))
         alone = self.soloists
         self.own_value_net = self._value_net(alone) if alone else None
         self.task_value_net = None
@@ -207,15 +197,7 @@ class MoEPolicy(ActorCriticPolicy):
 
     def without_flags(self, obs: Any) -> Any:
         """Observations as the reward model sees them, without what their oversight flags say."""
-        flags = self.flags
-        if self.tally is not None:
-            flags = from_rows(self.tally.telling, self.observation_space)
-        return obs if flags is None else each(_hide, obs, flags)
-
-    @property
-    def tally(self) -> Tally | None:
-        """What the reward model finds flags by, if it does."""
-        return None if self.endings is None else self.endings.tally
+        return obs if self.flags is None else each(_hide, obs, self.flags)
 
     def own_values(self, features: Tensor) -> Tensor:
         """What each expert that acts by itself is to get, by features `[B, F]`. [B, S]"""

@@ -261,6 +261,8 @@ class ReinforceLearner(Learner):
                 found[name] = 0, len(BEHAVIORS) - 1 + name.endswith("every_memory.label")
             elif name.endswith("memory.count"):
                 found[name] = 0, self.updates * self.steps
+            elif name.endswith("tally.found"):
+                found[name] = 0, 1
             elif ".tally." in name:
                 found[name] = 0, self.updates * self.steps * self.world.n_active
         if self.selected is not None:

@@ -119,7 +119,7 @@ class RewardModel(nn.Module):
 
 
 class PlainRewardModel(RewardModel):
-    """A reward model that is told nothing: layers as the policy's, on all that the policy sees.
+    """A reward model that is told labels alone: layers as the policy's, on all that it sees.
 
     Flags are inputs like any other to it. But labeled endings are flagged and those that it is
     asked about are not, so it leaves out the inputs that tell the two apart, whatever they are. It
@@ -145,7 +145,7 @@ class PlainRewardModel(RewardModel):
     ) -> None:
         self.sizes = [world.inputs, *hidden]
         super().__init__(runs, world, True, chances, generators)
-        self.tally = Tally(runs, world.inputs + 1)  # the last is that of inputs that are off
+        self.tally = Tally(chances, world.inputs + 1)  # the last is that of inputs that are off
 
     def build(self, runs: int) -> None:
         self.layers = hidden_layers(runs, self.sizes)
@@ -154,21 +154,26 @@ class PlainRewardModel(RewardModel):
     @torch.no_grad()
     def remember(self, final: Tensor, label: Tensor, ended: Tensor) -> None:
         super().remember(final, label, ended)
-        labeled, tally = ended & (label >= 0), self.tally
-        others = ended & ~labeled
-        for counts, among in ((tally.on_labeled, labeled), (tally.on_others, others)):
-            each = among[..., None].expand_as(final)
-            counts.scatter_add_(1, final.flatten(1).long(), each.flatten(1).long())
-        tally.labeled += labeled.sum(-1)
-        tally.others += others.sum(-1)
+        tally, kinds = self.tally, self.chances.shape[1]
+        kind = torch.where(label >= 0, label, kinds)  # the last of one more: no label
+        at = final.long() + (kind * tally.on_others.shape[1])[..., None]
+        on = tally.on_others.new_zeros(len(final), (kinds + 1) * tally.on_others.shape[1])
+        on.scatter_add_(1, at.flatten(1), ended[..., None].expand_as(at).flatten(1).long())
+        on = on.unflatten(1, (kinds + 1, -1))
+        count = F.one_hot(kind, kinds + 1).mul(ended[..., None]).sum(1)
+        on_others, others = on[:, -1], count[:, -1]
+        if self.world.labels.delay:  # then they were among others before
+            on_others, others = on_others - on[:, :-1].sum(1), others - count[:, :-1].sum(1)
+        tally.add(on[:, :-1], count[:, :-1], on_others, others)
 
     def forward(self, final: Tensor) -> Tensor:
         run = torch.arange(len(final), device=final.device)[:, None, None]
         if self.world.labels.region == "all":
             final = torch.where(self.tally.telling[run, final.long()], self.world.inputs, final)
             return stacked(self.layers, self.out, final).squeeze(-1)
-        unheard = (self.tally.on_labeled[run, final.long()] == 0) & (final < self.world.inputs)
-        return stacked(self.layers, self.out, final).squeeze(-1) * ~unheard.any(-1)
+        never_on = self.tally.on_labeled.sum(1)[run, final.long()] == 0  # in a labeled ending
+        silent = (never_on & (final < self.world.inputs)).any(-1)
+        return stacked(self.layers, self.out, final).squeeze(-1) * ~silent
 
 
 def _both(logits: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ WIN, TIE, LOSS, FEW, SOLE = "win", "tie", "loss", "too few", "sole"
 SIGNIFICANT = 0.05
 NAMED = 3  # methods at most in a list of them
 MANY = 3  # neighboring levels that are told together
+HARDLY = 0.005  # a loss that is not seen in two digits
 
 
 @dataclass(frozen=True)
@@ -115,28 +116,33 @@ def _winners(
     standings: Mapping[float, Standing], fewer: Mapping[float, Standing] | None = None
 ) -> str:
     """Who is best at which levels, and (+) how far above the best of those who assume less."""
-    at_levels: dict[str, list[list[float]]] = {}  # by who leads, neighboring levels together
-    before = ""
+    gains = {
+        level: at.score - fewer[level].score
+        for level, at in standings.items()
+        if fewer and level in fewer
+    }
+    groups: dict[str, list[list[float]]] = {}  # by who leads, neighboring levels together
+    before = None
     for level, at in standings.items():
         leader = _leader(at)
-        if leader != before:
-            at_levels.setdefault(leader, []).append([])
-        at_levels[leader][-1].append(level)
-        before = leader
+        alike = leader, level in gains, gains.get(level, 0.0) < -HARDLY
+        if alike != before:
+            groups.setdefault(leader, []).append([])
+        groups[leader][-1].append(level)
+        before = alike
 
     def told(levels: Sequence[float]) -> str:
-        scores = [standings[level].score for level in levels]
-        known = [level for level in levels if fewer and level in fewer]
-        gains = [standings[level].score - (fewer or {})[level].score for level in known]
-        numbers = _range(scores, ".2f") + (f", {_range(gains, '+.2f')}" if gains else "")
+        numbers = _range([standings[level].score for level in levels], ".2f")
+        if levels[0] in gains:
+            numbers += f", {_range([gains[level] for level in levels], '+.2f')}"
         where = [percent(level) for level in levels]
         return f"{' to '.join([where[0], *where[1:][-1:]])} ({numbers})"
 
     found = []
-    for leader, groups in at_levels.items():
+    for leader, neighbors in groups.items():
         parts = [
             part
-            for levels in groups
+            for levels in neighbors
             for part in ([levels] if len(levels) >= MANY else [[level] for level in levels])
         ]
         found.append(f"{leader} at {listed([told(levels) for levels in parts])}")
