@@ -37,8 +37,8 @@ class Reinforce:
     exact = True  # whether a run goes on as if it had not stopped
     points = {"endings/timeout", "loss/value"}  # some of those of its curves
 
-    def __init__(self, *methods, shares=(1.0,)):
-        self.methods, self.labels = methods, Labels(recall=0.9, error=0.1, shares=shares)
+    def __init__(self, *methods, **labels):
+        self.methods, self.labels = methods, Labels(recall=0.9, error=0.1, **labels)
 
     def __str__(self):
         return "reinforce-" + "-".join(self.methods)
