@@ -102,8 +102,8 @@ class Method:
     reward_model: Literal["told", "plain"] = "told"
     """What a reward model knows besides labels. told: which inputs are flags, so that it does not
     look at them, and on the grid what squares coincide; plain: nothing of the world, it sees what
-    the policy sees through layers like the policy's. (Of the overseer both know what it sets itself:
-    how often it labels, and whether it looks everywhere.)"""
+    the policy sees through layers like the policy's. (Both know what the overseer sets itself: how
+    often it labels, and whether it looks everywhere.)"""
     deploys: Literal["last", "best_labeled", "best_true"] = "last"
     """Which agent of the run is deployed: the last; the one with the best labeled episodes of a
     held-out stream, whose steps count as training's do; the one with the best true return, which

@@ -223,7 +223,7 @@ def tallied(chances, share, updates, each=500):
         drawn = torch.rand(3, each, generator=generator)
         kind = (drawn[0] < (share(update) if callable(share) else share)).long()
         label = torch.where(drawn[1] < rates[kind], kind, NO_LABEL)
-        on = torch.stack([kind == 1, label != NO_LABEL, drawn[2] < 0.3], dim=-1)
+        on = torch.stack([kind == 1, drawn[1] < 0.2, drawn[2] < 0.3], dim=-1)
         of = [label == 0, label == 1, label == NO_LABEL]
         counts = torch.stack([on[those].sum(0) for those in of])[None]
         sizes = torch.stack([those.sum() for those in of])[None]
@@ -231,7 +231,7 @@ def tallied(chances, share, updates, each=500):
     return tally.telling[0].nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, lambda update: 0.5 / (1 + update)])
+@pytest.mark.parametrize("share", [0.5, 0.25, lambda update: 0.5 / (1 + update)])
 @pytest.mark.parametrize("chances", [(0.2, 0.2), (0.0, 0.2), (0.2, 0.0), (0.2, 0.04)])
 def test_an_input_that_says_what_an_ending_was_is_no_flag(chances, share):
     """Whatever the overseer hears of, and the agent comes to do."""
@@ -244,7 +244,16 @@ def test_labels_that_stop_make_no_flags():
     early = torch.tensor([[[10], [90]]]), torch.tensor([[100, 100]])
     tally.add(*early, torch.tensor([[100]]), torch.tensor([200]))
     assert not tally.telling.any()
-    tally.add(0 * early[0], 0 * early[1], torch.tensor([[0]]), torch.tensor([10_000]))
+    before = tally.on_others.clone()
+    tally.add(0 * early[0], 0 * early[1], torch.tensor([[100]]), torch.tensor([10_000]))
+    assert not tally.telling.any()
+    assert torch.equal(tally.on_others, before)
+
+
+def test_labels_of_one_kind_alone_make_no_flags_where_nobody_knows_how_many_come():
+    tally = Tally(torch.full((1, 2), math.nan), 1)
+    tally.add(torch.tensor([[[0], [100]]]), torch.tensor([[0, 100]]),
+              torch.tensor([[100]]), torch.tensor([1000]))  # fmt: skip
     assert not tally.telling.any()
 
 
