@@ -206,9 +206,11 @@ def test_a_plain_reward_model_says_nothing_of_places_that_no_label_is_of():
     model.remember(final, torch.where(left, behavior, NO_LABEL), torch.ones_like(left))
     teach(model, torch.Generator().manual_seed(3), 200)
     fresh, truth = endings(1000, 5)
-    said, left = model(fresh), fresh[..., 0] % 3 == 0
-    assert (said[~left] == 0).all()
-    assert ((said > 0) == (truth == 0))[left].float().mean() > 0.95
+    left = fresh[..., 0] % 3 == 0
+    assert torch.equal(model.knows(fresh), left)
+    assert ((model(fresh) > 0) == (truth == 0))[left].float().mean() > 0.95
+    everywhere = plain_model_of((64,), [0.5, 0.5])
+    assert everywhere.knows(fresh).all()
 
 
 NAMES_GHOST, SHOWS_FLAG, ELSE = range(3)  # inputs

@@ -76,14 +76,9 @@ def label(
     counts = lookup(methods.sample_weight, outcome)
     chance, trust = None, reward.new_zeros(1, 1, 1)
     if reward_model is not None:
-        final = rollout.final(reward_model.world).flatten(1, 2)
-        reward_model.remember(final, known.flatten(1), rollout.seen.terminated.flatten(1))
-        chance = reward_model(final).sigmoid().view_as(reward)
-        trust, told = reward_model.trust[:, None, None], told_at_end(chance, left)
-        unlabeled = outcome == UNLABELED
-        unknown = unlabeled & (trust == 0) & methods.needs_word[:, None, None]
+        chance, told, part, trust = word(reward_model, rollout, outcome, left)
+        unknown = (outcome == UNLABELED) & (part == 0) & methods.needs_word[:, None, None]
         counts = torch.where(unknown, 0.0, counts)
-        part = trust * unlabeled  # of what such an ending counts as
         reward = reward + part * (expected(methods.reward, told) - reward)
         routes = routes + part[..., None] * (expected(methods.routes, told) - routes)
         chances = chances + part[..., None] * told
@@ -109,14 +104,40 @@ def label(
     )
 
 
+def word(
+    reward_model: RewardModel, rollout: Rollout, outcome: Tensor, left: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a reward model says of episodes, whose endings it remembers.
+
+    Returns:
+        chances of the diamond if each step were the last `[R, T, N]`; of both behaviors at each
+        episode's end `[R, T, N, 2]`; how much that counts there, nothing but for unlabeled ones
+        `[R, T, N]`; and how far it stands in for the labels that are missing `[R, 1, 1]`.
+    """
+    known = torch.where(outcome < LABELED, NO_LABEL, outcome - LABELED)
+    final = rollout.final(reward_model.world).flatten(1, 2)
+    reward_model.remember(final, known.flatten(1), rollout.seen.terminated.flatten(1))
+    chance = reward_model(final).sigmoid().view(outcome.shape)
+    knows = at_end(reward_model.knows(final).view(outcome.shape), left)
+    trust, unlabeled = reward_model.trust[:, None, None], outcome == UNLABELED
+    missed, of = ((x & unlabeled).sum((1, 2), keepdim=True) for x in (~knows, unlabeled))
+    part = trust * (unlabeled & knows)
+    return chance, told_at_end(chance, left), part, trust * (1 - missed / of.clamp(min=1))
+
+
 def told_at_end(chance: Tensor, left: Tensor) -> Tensor:
     """Chances of both behaviors at each episode's end, by the diamond's after each step.
 
     `[R, T, N]` each, the latter the steps left of the episode -> `[R, T, N, 2]`.
     """
-    time = torch.arange(chance.shape[1], device=chance.device)[:, None]  # [T, 1]
-    at_end = chance.gather(1, (time + left).clamp(max=chance.shape[1] - 1))
-    return torch.stack([at_end, 1 - at_end], dim=-1)
+    diamond = at_end(chance, left)
+    return torch.stack([diamond, 1 - diamond], dim=-1)
+
+
+def at_end(x: Tensor, left: Tensor) -> Tensor:
+    """What is said of each step `[R, T, N]`, of its episode's end, so many steps later."""
+    time = torch.arange(x.shape[1], device=x.device)[:, None]  # [T, 1]
+    return x.gather(1, (time + left).clamp(max=x.shape[1] - 1))
 
 
 def alone_worth(

@@ -101,6 +101,10 @@ class RewardModel(nn.Module):
         pooled = (features * share[..., None]).sum(2) + cells * bias[:, 0].relu()
         return affine(pooled, self.out.weight, self.out.bias).squeeze(-1)
 
+    def knows(self, final: Tensor) -> Tensor:
+        """Of which endings it was taught anything like: `[R, B, D or more]` -> `[R, B]` bool."""
+        return torch.ones(final.shape[:2], dtype=torch.bool, device=final.device)
+
     def loss(self, uniform: Tensor) -> Tensor:
         """Cross entropy on remembered endings drawn by `uniform` `[R, B]` in [0, 1). [R]
 
@@ -124,8 +128,8 @@ class PlainRewardModel(RewardModel):
     Flags are inputs like any other to it. But labeled endings are flagged and those that it is
     asked about are not, so it leaves out the inputs that tell the two apart, whatever they are. It
     needs labels on all cells before it is right. Where the overseer looks at a part of the world
-    alone, all that lies there tells them apart; so nothing is left out, and of an ending with an
-    input that was on in no labeled one it knows that it does not know.
+    alone, all that lies there tells them apart; so nothing is left out, and its word does not count
+    for an ending with an input that was on in no labeled one.
 
     Args:
         hidden: units of its layers.
@@ -167,13 +171,21 @@ class PlainRewardModel(RewardModel):
         tally.add(on[:, :-1], count[:, :-1], on_others, others)
 
     def forward(self, final: Tensor) -> Tensor:
-        run = torch.arange(len(final), device=final.device)[:, None, None]
         if self.world.labels.region == "all":
-            final = torch.where(self.tally.telling[run, final.long()], self.world.inputs, final)
-            return stacked(self.layers, self.out, final).squeeze(-1)
-        never_on = self.tally.on_labeled.sum(1)[run, final.long()] == 0  # in a labeled ending
-        silent = (never_on & (final < self.world.inputs)).any(-1)
-        return stacked(self.layers, self.out, final).squeeze(-1) * ~silent
+            final = torch.where(self._of(final, self.tally.telling), self.world.inputs, final)
+        return stacked(self.layers, self.out, final).squeeze(-1)
+
+    def knows(self, final: Tensor) -> Tensor:
+        if self.world.labels.region == "all":
+            return super().knows(final)
+        never_on = self._of(final, self.tally.on_labeled.sum(1) == 0)
+        return ~(never_on & (final < self.world.inputs)).any(-1)
+
+    @staticmethod
+    def _of(final: Tensor, inputs: Tensor) -> Tensor:
+        """What is said of inputs `[R, F + 1]`, for those that are on in endings. [R, B, D]"""
+        run = torch.arange(len(final), device=final.device)[:, None, None]
+        return inputs[run, final.long()]
 
 
 def _both(logits: Tensor) -> Tensor:
