@@ -79,6 +79,7 @@ def little_memory():
         ("exported ppo", 100),
         ("state dict", 500),
         ("report", 25),
+        ("playground", 150),
     ],
 )
 def test_damaged_files_are_read_or_refused(tmp_path, kind, files):
