@@ -28,7 +28,7 @@ class Tally(nn.Module):
     on_others: Tensor  # [R, F] int64, the same for endings without a label
     labeled: Tensor  # [R, B] int64, endings
     others: Tensor  # [R] int64
-    found: Tensor  # [R, F] bool, that told labeled endings apart once, see `telling`
+    telling: Tensor  # [R, F] bool, inputs that are on oftener in labeled endings, by far
 
     def __init__(self, chances: Tensor, inputs: int) -> None:
         super().__init__()
@@ -36,24 +36,13 @@ class Tally(nn.Module):
         for name, shape in (("labeled", chances.shape), ("others", chances.shape[:1])):
             self.register_buffer(f"on_{name}", torch.zeros(*shape, inputs, dtype=torch.int64))
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
-        self.register_buffer("found", torch.zeros_like(self.on_others, dtype=torch.bool))
+        self.register_buffer("telling", torch.zeros_like(self.on_others, dtype=torch.bool))
 
     def add(self, on_labeled: Tensor, labeled: Tensor, on_others: Tensor, others: Tensor) -> None:
         """Count endings, in the shapes of what is kept; those in `others` that got labels, below 0.
 
         Where nobody knows how many get one, there may come none any more, while others drift away.
         So those are passed over that come without.
-        """
-        counts = self.chances.isfinite().all(-1) | (labeled > 0).any(-1)
-        self.on_labeled += on_labeled
-        self.labeled += labeled
-        self.on_others += on_others * counts[:, None]
-        self.others += others * counts
-        self.found |= self._oftener() & (self.labeled.sum(-1) >= ENOUGH)[:, None]
-
-    @property
-    def telling(self) -> Tensor:
-        """Inputs that are on oftener in labeled endings than in others, by far. [R, F] bool
 
         Where behaviors are known to be labeled unequally often, or some never, an input that says
         which behavior it was is on oftener, too. But how often it was on in labeled endings of each
@@ -61,7 +50,14 @@ class Tally(nn.Module):
         that is on less often there tells. As others become many that are of no labeled behavior,
         that no longer shows, so that what was found once stays.
         """
-        return torch.where(self._apart, self.found, self._oftener())
+        counts = self.chances.isfinite().all(-1) | (labeled > 0).any(-1)
+        self.on_labeled += on_labeled
+        self.labeled += labeled
+        # labels may come of endings that were passed over
+        self.on_others.add_(on_others * counts[:, None]).clamp_(min=0)
+        self.others.add_(others * counts).clamp_(min=0)
+        now, enough = self._oftener(), (self.labeled.sum(-1) >= ENOUGH)[:, None]
+        self.telling.copy_(torch.where(self._apart, self.telling | (now & enough), now))
 
     @property
     def _apart(self) -> Tensor:

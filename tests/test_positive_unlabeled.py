@@ -252,6 +252,16 @@ def test_labels_that_stop_make_no_flags():
     assert torch.equal(tally.on_others, before)
 
 
+def test_late_labels_of_endings_that_were_passed_over_leave_no_debt():
+    tally = Tally(torch.full((1, 2), math.nan), 1)
+    nothing = torch.zeros(1, 2, 1).long(), torch.zeros(1, 2).long()
+    tally.add(*nothing, torch.tensor([[50]]), torch.tensor([100]))
+    tally.add(torch.tensor([[[5], [5]]]), torch.tensor([[10, 10]]),
+              torch.tensor([[-10]]), torch.tensor([-20]))  # fmt: skip
+    assert (tally.on_others >= 0).all()
+    assert (tally.others >= 0).all()
+
+
 def test_labels_of_one_kind_alone_make_no_flags_where_nobody_knows_how_many_come():
     tally = Tally(torch.full((1, 2), math.nan), 1)
     tally.add(torch.tensor([[[0], [100]]]), torch.tensor([[0, 100]]),

@@ -70,24 +70,6 @@ def tiny(env=ID, **more):
     return RoutedPPO("MoEPolicy", env, **settings)
 
 
-def test_a_plain_reward_model_finds_the_flags(tmp_path):
-    """In MiniGrid an agent stands before the square that it ends on: there alone flags tell."""
-    model = tiny(method="reward_model_plain", oversight=0.3, n_envs=64, n_steps=32, batch_size=512)
-    seen = torch.as_tensor(model.env.reset()).clone()
-    assert torch.equal(model.policy.without_flags(seen), seen)
-    model.learn(20 * 64 * 32)
-    shown = torch.zeros(7, 7, 3, dtype=torch.bool)
-    shown[3, 5, 2] = True  # the state of the cell in front
-    assert torch.equal(model.tally.telling.view(7, 7, 3), shown)
-    full = torch.ones_like(seen)
-    assert torch.equal(model.policy.without_flags(full), full * ~shown)
-    model.save(tmp_path / "model")
-    again = RoutedPPO.load(tmp_path / "model", env=model.env)
-    assert torch.equal(again.tally.telling, model.tally.telling)
-    again.learn(64 * 32)
-    assert torch.equal(again.policy.without_flags(full), full * ~shown)
-
-
 class Told(gym.Env):
     """Episodes of given lengths that end as told: (steps, info) each; rewards 1 at the end."""
 
@@ -1007,3 +989,21 @@ def test_the_users_optimizer_arguments_are_heeded():
     kwargs = TINY["policy_kwargs"] | {"optimizer_kwargs": {"foreach": True, "eps": 1e-3}}
     tiny(policy_kwargs=kwargs).learn(8 * 16)
     assert tiny().policy.optimizer.defaults["fused"]
+
+
+def test_a_plain_reward_model_finds_the_flags(tmp_path):
+    """In MiniGrid an agent stands before the square that it ends on: there alone flags tell."""
+    model = tiny(method="reward_model_plain", oversight=0.3, n_envs=64, n_steps=32, batch_size=512)
+    seen = torch.as_tensor(model.env.reset()).clone()
+    assert torch.equal(model.policy.without_flags(seen), seen)
+    model.learn(20 * 64 * 32)
+    shown = torch.zeros(7, 7, 3, dtype=torch.bool)
+    shown[3, 5, 2] = True  # the state of the cell in front
+    assert torch.equal(model.tally.telling.view(7, 7, 3), shown)
+    full = torch.ones_like(seen)
+    assert torch.equal(model.policy.without_flags(full), full * ~shown)
+    model.save(tmp_path / "model")
+    again = RoutedPPO.load(tmp_path / "model", env=model.env)
+    assert torch.equal(again.tally.telling, model.tally.telling)
+    again.learn(64 * 32)
+    assert torch.equal(again.policy.without_flags(full), full * ~shown)

@@ -156,12 +156,13 @@ class Window:
             labels = np.where(labeled, outcome - LABELED, every_ending.kinds)[known]
             every_ending.keep(self._endings(known), labels)
         if tally is not None:
-            of = [steps.ended & (outcome == LABELED + b) for b in range(tally.labeled.shape[1])]
+            kinds = range(tally.labeled.shape[1])
+            told = [self._on(steps.ended & (outcome == LABELED + kind)) for kind in kinds]
             others = self._on(steps.ended & ~self.older & ~labeled)
             before = self._on(steps.ended & self.late & labeled)  # among others when they ended
             tally.add(
-                torch.stack([self._on(those).sum(0) for those in of])[None],
-                torch.tensor([[int(those.sum()) for those in of]]),
+                torch.stack([on.sum(0) for on in told])[None],
+                torch.tensor([[len(on) for on in told]]),
                 (others.sum(0) - before.sum(0))[None],
                 torch.tensor([len(others) - len(before)]),
             )

@@ -265,7 +265,7 @@ class PPOLearner(Learner):
             found["policy.task_square"] = np.zeros(2), np.array([np.finfo(float).max, SETTLED])
         for name in ("labeled", "others", "on_labeled", "on_others"):
             found[f"tally.{name}"] = 0, self.env_steps
-        found["tally.found"] = 0, 1
+        found["tally.telling"] = 0, 1
         for name in self._memories:
             found[f"{name}.observation"] = seen if name == "memory" else _side_by_side(seen, taken)
             found[f"{name}.label"] = 0, len(model.behaviors) - (name != "every_ending")

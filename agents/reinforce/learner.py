@@ -261,7 +261,7 @@ class ReinforceLearner(Learner):
                 found[name] = 0, len(BEHAVIORS) - 1 + name.endswith("every_memory.label")
             elif name.endswith("memory.count"):
                 found[name] = 0, self.updates * self.steps
-            elif name.endswith("tally.found"):
+            elif name.endswith("tally.telling"):
                 found[name] = 0, 1
             elif ".tally." in name:
                 found[name] = 0, self.updates * self.steps * self.world.n_active

@@ -76,7 +76,7 @@ def label(
     counts = lookup(methods.sample_weight, outcome)
     chance, trust = None, reward.new_zeros(1, 1, 1)
     if reward_model is not None:
-        chance, told, part, trust = word(reward_model, rollout, outcome, left)
+        chance, told, part, trust = word(reward_model, rollout, outcome, known, left)
         unknown = (outcome == UNLABELED) & (part == 0) & methods.needs_word[:, None, None]
         counts = torch.where(unknown, 0.0, counts)
         reward = reward + part * (expected(methods.reward, told) - reward)
@@ -105,7 +105,7 @@ def label(
 
 
 def word(
-    reward_model: RewardModel, rollout: Rollout, outcome: Tensor, left: Tensor
+    reward_model: RewardModel, rollout: Rollout, outcome: Tensor, known: Tensor, left: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a reward model says of episodes, whose endings it remembers.
 
@@ -114,7 +114,6 @@ def word(
         episode's end `[R, T, N, 2]`; how much that counts there, nothing but for unlabeled ones
         `[R, T, N]`; and how far it stands in for the labels that are missing `[R, 1, 1]`.
     """
-    known = torch.where(outcome < LABELED, NO_LABEL, outcome - LABELED)
     final = rollout.final(reward_model.world).flatten(1, 2)
     reward_model.remember(final, known.flatten(1), rollout.seen.terminated.flatten(1))
     chance = reward_model(final).sigmoid().view(outcome.shape)
