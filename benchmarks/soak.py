@@ -169,16 +169,18 @@ def timeless(result: Path) -> list[dict[str, Any]]:
 
 
 def curves(run: Path) -> dict[str, Any]:
-    """All that TensorBoard shows of a run, as it reads it: points in the order of the file."""
-    sizes = {"scalars": 0, "images": 0, "tensors": 0}
-    events = EventAccumulator(str(run / EVENTS), sizes, purge_orphaned_data=False).Reload()
-    tags = events.Tags()
-    shown: dict[str, Any] = {
-        tag: [(e.step, None if tag == SPEED else e.value) for e in events.Scalars(tag)]
-        for tag in tags["scalars"]
-    }
-    shown |= {tag: [e.step for e in events.Images(tag)] for tag in tags["images"]}
-    return shown | {tag: len(events.Tensors(tag)) for tag in tags["tensors"]}
+    """All that TensorBoard shows of a run, as it reads it: points in the order of the files."""
+    shown: dict[str, Any] = {}
+    for file in run.rglob(EVENTS):
+        sizes, name = {"scalars": 0, "images": 0, "tensors": 0}, file.parent.relative_to(run).name
+        events = EventAccumulator(str(file), sizes, purge_orphaned_data=False).Reload()
+        tags = events.Tags()
+        for tag in tags["scalars"]:
+            points = [(e.step, None if tag == SPEED else e.value) for e in events.Scalars(tag)]
+            shown[f"{name}:{tag}"] = points
+        shown |= {f"{name}:{tag}": [e.step for e in events.Images(tag)] for tag in tags["images"]}
+        shown |= {f"{name}:{tag}": len(events.Tensors(tag)) for tag in tags["tensors"]}
+    return shown
 
 
 def kill(kills: int = 50, seed: int = 0, each: int = 3) -> None:

@@ -360,8 +360,8 @@ def test_seeds_that_were_saved_apart_go_on_together(tmp_path):
     train([*steady, "--run-dir", str(whole), "--reinforce.updates", "30"])
     for seed in (2, 10):
         same_run(broken / f"seed_{seed}", whole / f"seed_{seed}")
-        events = EventAccumulator(str(broken / f"seed_{seed}")).Reload()
-        steps = [event.step for event in events.Scalars("evaluation/return/diamond")]
+        events = EventAccumulator(str(broken / f"seed_{seed}/curves/diamond")).Reload()
+        steps = [event.step for event in events.Scalars("evaluation/return")]
         assert steps == [0, 5, 10, 15, 20, 25, 30]  # none twice, none missing
 
 

@@ -83,7 +83,8 @@ def test_a_run_leaves_the_same_things_as_the_grids(run):
     assert metrics["update"].unique().tolist() == [0, 2, 4, 5]
     log = EventAccumulator(str(run), size_guidance={"images": 0})
     log.Reload()
-    assert [e.step for e in log.Scalars("evaluation/return/diamond")] == [0, 2, 4, 5]
+    diamond = EventAccumulator(str(run / "curves/diamond")).Reload()
+    assert [e.step for e in diamond.Scalars("evaluation/return")] == [0, 2, 4, 5]
     assert "pictures/rollouts" in log.Tags()["images"]
     assert log.Images("pictures/rollouts")[0].encoded_image_string[:3] == b"GIF"
 
@@ -295,8 +296,8 @@ def test_any_registered_environment_trains_steers_and_resumes(tmp_path, capsys):
         assert {name for name in names if name.startswith("p_")} == ends
         assert not {"window_return", "p_ghost_on_path"} & set(names)
     assert {row["policy"] for row in rows if row["deployed"]} == {"on"}
-    log = EventAccumulator(str(path)).Reload()
-    tags = {tag.split("/")[1] for tag in log.Tags()["scalars"] if tag.startswith("evaluation/")}
+    log = EventAccumulator(str(path / "curves/on")).Reload()
+    tags = {tag.split("/")[1] for tag in log.Tags()["scalars"]}
     assert tags == {"return", "p_on", "p_off", "p_timeout", "steps"}
     assert {row["policy"] for row in rows if "=" not in row["policy"]} == {"mixture", "on", "off"}
     assert "on (deployed)" in capsys.readouterr().out

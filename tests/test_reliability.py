@@ -396,12 +396,15 @@ def test_half_a_line_is_cut_off(tmp_path, whole):
     """Half of `20,...` reads as update 2; and half a record ends what TensorBoard reads."""
     path = Path(shutil.copytree(whole, tmp_path / "run"))
     (path / "result.json").unlink()
-    for name in ("metrics.csv", "training.csv", EVENTS):
+    events = [file.relative_to(path) for file in path.rglob(EVENTS)]
+    assert len(events) == 5
+    for name in ("metrics.csv", "training.csv", *events):
         with (path / name).open("ab") as file:
             file.write(b"2")
     train(["--resume", str(path)])
     same_end(path, whole)
-    assert (path / EVENTS).stat().st_size == (whole / EVENTS).stat().st_size
+    for name in events:
+        assert (path / name).stat().st_size == (whole / name).stat().st_size
 
 
 # ---- reading what is being written
@@ -414,10 +417,11 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
     command = [sys.executable, "train.py", *SMOKE, "--run-dir", str(path), *often]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        while not checkpoint.updates(path / "checkpoints"):
+        mixture = path / "curves/mixture"
+        while not checkpoint.updates(path / "checkpoints") or not mixture.exists():
             assert process.poll() is None
             time.sleep(0.05)
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events = EventAccumulator(str(mixture), size_guidance={"scalars": 0})
         steps, end = [], time.monotonic() + 8
         while time.monotonic() < end or len(set(steps)) < 5:
             assert process.poll() is None
@@ -427,7 +431,7 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path, whole):
         main(["evaluate", str(path), "--json", str(tmp_path / "rows.json")])
         found = gather(tmp_path / "runs")
         assert found.missing == ["Not finished and left out: busy."]
-        seen = [event.step for event in events.Scalars("evaluation/return/mixture")]
+        seen = [event.step for event in events.Scalars("evaluation/return")]
         assert seen == list(range(len(seen)))
         assert len(seen) > 3
     finally:

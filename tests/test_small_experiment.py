@@ -49,9 +49,8 @@ def test_it_is_trained_and_goes_on(tmp_path, capsys):
     (row,) = json.loads((tmp_path / "result.json").read_text())
     assert (row["height"], row["method"]) == (metrics["height"].iloc[-1], "careful")
     assert not [name for name in row if "diamond" in name or name.startswith("p_")]
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    points = events.Scalars("evaluation/height/climber")
+    events = EventAccumulator(str(tmp_path / "curves/climber")).Reload()
+    points = events.Scalars("evaluation/height")
     assert [point.value for point in points] == pytest.approx(list(metrics["height"]))
     (tmp_path / "result.json").unlink()
     for file in (tmp_path / "checkpoints").iterdir():

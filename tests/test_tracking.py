@@ -13,36 +13,58 @@ from oversight_rl.cli import train
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     smoke = ["--config", "configs/smoke.yaml", "--device", "cpu"]
     train([*smoke, "--run-dir", str(path), "--world.rows", "3", "--world.cols", "4"])
-    (file,) = path.glob("events.out.tfevents.*")  # one file: one run on the page
+    return path
+
+
+def read(folder):
+    """One file: one run on the page."""
+    (file,) = folder.glob("events.out.tfevents.*")
     sizes = {"images": 0, "tensors": 0, "scalars": 0}
     return EventAccumulator(str(file), size_guidance=sizes).Reload()
 
 
-def test_curves(page):
+@pytest.fixture(scope="module")
+def page(run):
+    return read(run)
+
+
+@pytest.fixture(scope="module")
+def curves(run):
+    return {folder.name: read(folder) for folder in (run / "curves").iterdir()}
+
+
+def values(page, tag):
+    return [event.value for event in page.Scalars(tag)]
+
+
+def test_curves(page, curves):
     tags = set(page.Tags()["scalars"])
-    policies = ("mixture", "diamond", "ghost")
-    deployed = page.Scalars("evaluation/return/diamond")
-    assert [e.value for e in page.Scalars("deployed/return")] == [e.value for e in deployed]
+    policies = {"mixture", "diamond", "ghost"}
+    assert set(curves) == {*policies, "optimum"}  # a folder each: a color each
+    assert values(page, "deployed/return") == values(curves["diamond"], "evaluation/return")
     assert min(tags) == "deployed/return"  # first on the page
-    for group in ("return", "p_diamond", "p_ghost", "p_timeout"):
-        assert {f"evaluation/{group}/{policy}" for policy in policies} <= tags
+    for policy in policies:
+        assert set(curves[policy].Tags()["scalars"]) == {
+            f"evaluation/{name}"
+            for name in ("return", "p_diamond", "p_ghost", "p_timeout", "steps")
+        }
     outcomes = ("timeout", "unlabeled", "labeled_diamond", "labeled_ghost")
     assert {f"training/endings/{outcome}" for outcome in outcomes} <= tags
     assert {f"training/gate/{outcome}" for outcome in outcomes} <= tags
     assert {f"training/loss/{part}" for part in ("policy", "value", "entropy", "gate")} <= tags
-    assert {"evaluation/return/optimum", "training/env_steps_per_second"} <= tags
-    assert [event.step for event in page.Scalars("evaluation/return/diamond")] == [0, 10, 20]
+    assert "training/env_steps_per_second" in tags
+    steps = [event.step for event in curves["diamond"].Scalars("evaluation/return")]
+    assert steps == [0, 10, 20]
     assert [event.step for event in page.Scalars("training/loss/policy")] == [10, 20]
     shares = [page.Scalars(f"training/endings/{outcome}")[-1].value for outcome in outcomes]
     assert sum(shares) == pytest.approx(1)
-    assert (
-        page.Scalars("evaluation/return/optimum")[0].value
-        > page.Scalars("evaluation/return/mixture")[0].value
-    )
+    best = values(curves["optimum"], "evaluation/return")
+    assert best == values(curves["optimum"], "deployed/return")
+    assert best[0] > values(curves["mixture"], "evaluation/return")[0]
 
 
 def test_pictures_move_and_have_the_panels(page):
@@ -57,10 +79,10 @@ def test_pictures_move_and_have_the_panels(page):
     assert animation.width > 3 * 4 * 48  # mixture, diamond, ghost side by side
 
 
-def test_charts_have_few_curves(page):
+def test_charts_have_few_curves(page, curves):
     (tensor,) = page.Tensors("custom_scalars__config__")
     layout = Layout.FromString(tensor.tensor_proto.string_val[0])
-    tags = page.Tags()["scalars"]
+    tags = [tag for one in (page, *curves.values()) for tag in one.Tags()["scalars"]]
     assert layout.category[0].title == "Deployed"
     for category in layout.category:
         for chart in category.chart:
@@ -69,11 +91,11 @@ def test_charts_have_few_curves(page):
             assert 1 < len(found) < 5, chart.title
 
 
-def test_hyperparameters_and_text(page):
+def test_hyperparameters_and_text(page, curves):
     tensors = set(page.Tags()["tensors"])
     assert {"run/text_summary", "custom_scalars__config__"} <= tensors
     deployed = page.Scalars("hparam/deployed_return")[-1].value
-    assert deployed == page.Scalars("evaluation/return/diamond")[-1].value
+    assert deployed == values(curves["diamond"], "evaluation/return")[-1]
     text = page.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "gradient routing" in text
     assert "10.00% oversight" in text

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -41,6 +42,8 @@ PICTURES = "pictures"  # the last ones drawn
 LOCK = "lock.tmp"  # of a process at work there; no part of a run, like all that ends so
 SEEDS = "seeds.yaml"  # settings of runs that train side by side, a folder each
 METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.oversight_rl"
+CURVES = "curves"  # TensorBoard's, of each policy by itself
+FOLDERS = CHECKPOINTS, SNAPSHOTS, PICTURES, CURVES
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
 MOST_NAMES = 2**16  # characters of the first line of a CSV file
 PATIENCE = 10.0  # seconds to wait for a process that is about to let go of a folder
@@ -48,60 +51,78 @@ _UNTRACKED = "wall_seconds"  # metrics.csv of a repeated run is the same to the 
 
 
 class Events:
-    """TensorBoard's file: one for the whole run, which can be cut back and gone on with.
+    """TensorBoard's files: one for the whole run, and one for each curve of a color of its own.
 
-    Runs go on without it if it cannot be written, and say so once.
+    The page colors by folder: a curve by name is in one of that name. All can be cut back and gone
+    on with. Runs go on without them if one cannot be written, and say so once.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.length = path.stat().st_size if path.is_file() else 0  # bytes that are whole records
+        files = (
+            file for pattern in (EVENTS, f"{CURVES}/*/{EVENTS}") for file in path.glob(pattern)
+        )
+        # bytes that are whole records, by the file's place
+        self.lengths = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
         self.broken = False
-        self._buffer = io.BytesIO()  # whole records, so that a reader seldom meets half of one
-        self._records = RecordWriter(self._buffer)
+        # whole records, so that a reader seldom meets half of one
+        self._buffers: dict[str, io.BytesIO] = {}
 
-    def cut(self, length: int) -> None:
-        """Go on after the first `length` bytes; from the start, if there are fewer."""
-        with self._or_without():
-            self.path.touch()
-            self.length = length if length <= self.path.stat().st_size else 0
-            os.truncate(self.path, self.length)
+    def cut(self, lengths: Mapping[str, int]) -> None:
+        """Go on after these bytes of each file; from the start, where there are none, or fewer."""
+        for name in {EVENTS, *self.lengths}:
+            with self._or_without():
+                path, length = self.path / name, lengths.get(name, 0)
+                path.touch()
+                self.lengths[name] = length if length <= path.stat().st_size else 0
+                os.truncate(path, self.lengths[name])
 
-    def add(self, summary: Summary, step: int | None = None) -> None:
+    def add(self, summary: Summary, step: int | None = None, curve: str | None = None) -> None:
         """Add a summary, to be written at the next `flush`."""
+        name = EVENTS if curve is None else f"{CURVES}/{_folder_name(curve)}/{EVENTS}"
+        buffer = self._buffers.setdefault(name, io.BytesIO())
         events = [Event(step=step, summary=summary)]
-        if not self.length and not self._buffer.tell():
+        if not self.lengths.get(name) and not buffer.tell():
             events.insert(0, Event(file_version="brain.Event:2"))
         for event in events:
             event.wall_time = time.time()
-            self._records.write(event.SerializeToString())
+            RecordWriter(buffer).write(event.SerializeToString())
 
     def flush(self) -> None:
-        records = self._buffer.getvalue()
-        self._buffer.seek(0)
-        self._buffer.truncate()
-        if records and not self.broken:
-            with self._or_without():
-                with self.path.open("ab") as file:
-                    file.write(records)
-                self.length += len(records)
+        for name, buffer in self._buffers.items():
+            records = buffer.getvalue()
+            if records and not self.broken:
+                with self._or_without():
+                    path = self.path / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with path.open("ab") as file:
+                        file.write(records)
+                    self.lengths[name] = self.lengths.get(name, 0) + len(records)
+        self._buffers.clear()
 
-    def sync(self) -> int:
-        """Bring everything to disk; returns the length of what is there as a whole."""
+    def sync(self) -> dict[str, int]:
+        """Bring everything to disk; returns the length of what is there as a whole, by file."""
         self.flush()
-        if not self.broken:
-            with self._or_without(), self.path.open("rb") as file:
-                os.fsync(file.fileno())
-        return self.length
+        for name in self.lengths:
+            if not self.broken:
+                with self._or_without(), (self.path / name).open("rb") as file:
+                    os.fsync(file.fileno())
+        return dict(self.lengths)
 
     @contextmanager
     def _or_without(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            if not self.broken:
+                what = f"{error.filename or self.path}: {error.strerror}"
+                print(f"warning: {what}; going on without TensorBoard", file=sys.stderr)
             self.broken = True
-            what = f"{self.path}: {error.strerror}; going on without TensorBoard"
-            print(f"warning: {what}", file=sys.stderr)
+
+
+def _folder_name(curve: str) -> str:
+    """What a curve's folder is called: no name of a policy leads elsewhere."""
+    return quote(curve, safe=" ").replace(".", "%2E")
 
 
 class RunFolder:
@@ -110,7 +131,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints, self.snapshots = path / CHECKPOINTS, path / SNAPSHOTS
-        self.events = Events(path / EVENTS)
+        self.events = Events(path)
 
     @classmethod
     def create(cls, path: Path, config: RunConfig, imported: str | None = None) -> RunFolder:
@@ -130,7 +151,7 @@ class RunFolder:
         snapshots.drop_after(self.snapshots, -1)
         for name in (METRICS, TRAINING):
             (self.path / name).write_bytes(b"")
-        self.events.cut(0)
+        self.events.cut({})
         self._describe(config)
 
     @classmethod
@@ -141,9 +162,11 @@ class RunFolder:
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it)")
         for name in (CONFIG, METRICS, TRAINING, RESULT, EVENTS):
             check_plain(path / name)
-        for name in (CHECKPOINTS, PICTURES, SNAPSHOTS):
-            if (path / name).is_symlink():
-                raise UserError(f"{path / name}: is not a plain folder")
+        for folder in (*map(path.joinpath, FOLDERS), *path.glob(f"{CURVES}/*")):
+            if folder.is_symlink():
+                raise UserError(f"{folder}: is not a plain folder")
+        for file in path.glob(f"{CURVES}/*/{EVENTS}"):
+            check_plain(file)
         return cls(path)
 
     def config(self) -> RunConfig:
@@ -184,7 +207,7 @@ class RunFolder:
 
     def logged(self) -> dict[str, int]:
         """How long each log is, in bytes; what is said to be there is on disk."""
-        lengths = {EVENTS: self.events.sync()}
+        lengths = self.events.sync()
         for name in (METRICS, TRAINING):
             with (self.path / name).open("rb") as file:
                 os.fsync(file.fileno())
@@ -194,13 +217,13 @@ class RunFolder:
     def rewind(self, logged: object) -> None:
         """Cut the logs back to what they were, as `logged` told, to go on from there."""
         lengths = logged if isinstance(logged, dict) else {}
-        for name in (METRICS, TRAINING, EVENTS):
-            path, length = self.path / name, lengths.get(name)
+        for name in (METRICS, TRAINING, EVENTS, *lengths):
+            length = lengths.get(name)
             if not isinstance(length, int) or length < 0:
                 raise UserError(f"{self.checkpoints}: says nothing of {name}; train anew")
-            if name == EVENTS:
-                self.events.cut(length)
-                continue
+        self.events.cut(lengths)
+        for name in (METRICS, TRAINING):
+            path, length = self.path / name, lengths[name]
             if not path.is_file() or path.stat().st_size < length:
                 raise UserError(f"{path}: cannot be gone on with (it has lost lines)")
             with writing(path):
@@ -212,12 +235,12 @@ class RunFolder:
         self.log(update, {f"training/{name}": value for name, value in points.items()})
         self.events.flush()
 
-    def log(self, update: int, scalars: Mapping[str, float]) -> None:
+    def log(self, update: int, scalars: Mapping[str, float], curve: str | None = None) -> None:
         """Scalars to TensorBoard."""
         known = {tag: value for tag, value in scalars.items() if not math.isnan(value)}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in known.items()]
         if values:
-            self.events.add(Summary(value=values), update)
+            self.events.add(Summary(value=values), update, curve)
 
     def log_rows(self, update: int, rows: Sequence[Row], kind: type[Experiment]) -> None:
         """An evaluation: to metrics.csv, and the figures that are shown to TensorBoard."""
@@ -227,12 +250,13 @@ class RunFolder:
         _append(self.path / METRICS, records)
         for row in rows:
             shown = kind.shown_of(row).items()
-            self.log(update, {f"evaluation/{short}/{row.policy}": x for short, x in shown})
+            self.log(update, {f"evaluation/{short}": x for short, x in shown}, row.policy)
         (short,) = (s for s, name in kind.shown([kind.score]).items() if name == kind.score)
-        # first on the page, by its name
-        self.log(update, {f"deployed/{short}": deployed_row(rows).figures[kind.score]})
+        first = f"deployed/{short}"  # on the page, by its name
+        self.log(update, {first: deployed_row(rows).figures[kind.score]})
         if kind.optimum is not None:
-            self.log(update, {f"evaluation/{short}/optimum": rows[0].figures[kind.optimum]})
+            best = rows[0].figures[kind.optimum]
+            self.log(update, {first: best, f"evaluation/{short}": best}, "optimum")
         self.events.flush()
 
     def picture(self, tag: str, update: int, encoded: bytes) -> None:

@@ -55,12 +55,10 @@ class OversightRuns(Experiment):
     panel: ClassVar[str | None] = "overseer"
     panels: ClassVar[Sequence[str]] = tuple(OVERSEERS)
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
-        "Deployed": {
-            "return of the deployed policy, and the optimum": "deployed/return|.*return/optimum"
-        },
-        "Ground truth": {  # policies have the same marks in all of them
-            "return of each policy": "evaluation/return/.*",
-            **{f"share that ends: {end}": f"evaluation/p_{end}/.*" for end in ENDS},
+        "Deployed": {"return of the deployed policy, and the optimum": "deployed/return$"},
+        "Ground truth": {
+            "return of each policy": "evaluation/return$",
+            **{f"share that ends: {end}": f"evaluation/p_{end}$" for end in ENDS},
         },
         "Training": {
             "endings as seen": "training/endings/.*",

@@ -31,9 +31,9 @@ class Partition(Experiment):
     report: ClassVar[str] = "oversight_rl.experiments.partition.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Certificates": {
-            "error on a part's own group": "evaluation/own_error/.*",
-            "error on the other groups": "evaluation/foreign_error/.*",
-            "leakage": "evaluation/leakage/.*",
+            "error on a part's own group": "evaluation/own_error$",
+            "error on the other groups": "evaluation/foreign_error$",
+            "leakage": "evaluation/leakage$",
         },
         "Training": {"losses": "training/loss/.*"},
     }

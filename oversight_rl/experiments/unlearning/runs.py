@@ -33,8 +33,8 @@ class UnlearningRuns(Experiment):
     report: ClassVar[str] = "oversight_rl.experiments.unlearning.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Stories": {
-            "loss on what is to be forgotten": "evaluation/forget/.*",
-            "loss on the rest": "evaluation/retain/.*",
+            "loss on what is to be forgotten": "evaluation/forget$",
+            "loss on the rest": "evaluation/retain$",
         }
     }
 
