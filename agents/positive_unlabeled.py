@@ -16,6 +16,10 @@ from oversight_rl.agents.memory import Memory
 
 LEAST_TAIL = 0.5
 """Share of the labeled samples that an estimate of a share is based on at least."""
+LEAST_SHARE = 0.05
+"""Of all endings, that one of the two parts which count alike is taken to have at least."""
+BOUND = 2.0
+"""What it costs at most to call an ending something that it is not."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,13 @@ def _least_ratio(ours: Tensor, weight: Tensor, all_: Tensor, all_weight: Tensor)
 def non_negative_risk(labeled: Judged, every: Judged, share: Tensor, never: Tensor) -> Tensor:
     """Risk of a classifier where labels never name some behavior. `[R]`
 
-    Source: arXiv 1703.00593, equation 6, for several labeled and several other behaviors.
+    Source: arXiv 1703.00593, equation 6, for several labeled and several other behaviors. Each
+    behavior counts alike, however seldom it is (Su et al. 2021, "Positive-Unlabeled Learning from
+    Imbalanced Data"): where one expert comes to end in ghosts and another does not yet end in
+    diamonds, a classifier of what is there would call all ghosts, and the second expert, told so,
+    learns to end in nothing. And calling an ending wrongly has a bounded cost (arXiv 1805.07836):
+    of few labels a network learns each by heart, and a logarithm of that, taken off, leaves no
+    cost of calling all else the same.
 
     Args:
         labeled: some labeled endings.
@@ -125,12 +135,23 @@ def non_negative_risk(labeled: Judged, every: Judged, share: Tensor, never: Tens
     others = never | ~never.any(-1, keepdim=True)
 
     def as_other(log_chances: Tensor) -> Tensor:  # what calling endings one of the others costs
-        return -log_chances.masked_fill(~others[:, None], -torch.inf).logsumexp(-1)
+        return cost(log_chances.masked_fill(~others[:, None], -torch.inf).logsumexp(-1))
 
     own = F.one_hot(labeled.label, share.shape[-1]) * labeled.weight[..., None]
     mean = own / own.sum(1, keepdim=True).clamp(min=1)  # [R, M, B]
     mean = mean * share.masked_fill(never, 0.0)[:, None]
-    known = -(labeled.log_chances * mean).sum((1, 2))
+    known = (cost(labeled.log_chances) * mean).sum((1, 2))
     total = every.weight.sum(-1).clamp(min=1)
     among = (as_other(every.log_chances) * every.weight).sum(-1) / total
-    return known + (among - (as_other(labeled.log_chances) * mean.sum(-1)).sum(-1)).clamp(min=0)
+    rest = (among - (as_other(labeled.log_chances) * mean.sum(-1)).sum(-1)).clamp(min=0)
+    said, part = share.masked_fill(never, 0.0).sum(-1), 1 - others.to(share.dtype).mean(-1)
+    alike = part / said.clamp(min=LEAST_SHARE), (1 - part) / (1 - said).clamp(min=LEAST_SHARE)
+    return alike[0] * known + alike[1] * rest
+
+
+def cost(log_chance: Tensor) -> Tensor:
+    """Of a call by its log-chance: 0 where that is sure, BOUND where it is out of the question.
+
+    Slopes as the cross entropy, less so where the chance is small (arXiv 1805.07836, equation 6).
+    """
+    return -BOUND * torch.expm1(log_chance / BOUND)

@@ -8,6 +8,7 @@ import torch
 from oversight_rl.agents.outcomes import tables
 from oversight_rl.agents.positive_unlabeled import (
     Judged,
+    cost,
     estimated_shares,
     never_labeled,
     non_negative_risk,
@@ -30,20 +31,41 @@ def judged(chances, label=None):
     return Judged(log_chances, label, torch.ones(1, len(chances)))
 
 
-def test_the_risk_is_that_of_the_paper():
-    """0.5 E_P[-log p] + (E_U[-log (1 - p)] - 0.5 E_P[-log (1 - p)]), p the chance of a ghost."""
+def costs(*chances):
+    """Mean cost of calls that have these chances: 2 (1 - sqrt(p))."""
+    return sum(2 - 2 * math.sqrt(p) for p in chances) / len(chances)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_the_risk_is_that_of_the_papers(share):
+    """(E_P[l(p)] + (E_U[l(1 - p)] - s E_P[l(1 - p)]) / (1 - s)) / 2, p the chance of a ghost."""
+    shares_ = torch.tensor([[0.0, share]])
+    found = non_negative_risk(judged([0.8, 0.6]), judged([0.9, 0.5, 0.7]), shares_, GHOST_ONLY)
+    others = costs(0.1, 0.5, 0.3) - share * costs(0.2, 0.4)
+    assert float(found) == pytest.approx((costs(0.8, 0.6) + others / (1 - share)) / 2)
+
+
+def test_a_cost_is_a_bounded_cross_entropy():
+    log_chance = torch.tensor([-1e-4, -2.0, -1e9], requires_grad=True)
+    found = cost(log_chance)
+    assert found.tolist() == pytest.approx([1e-4, 2 - 2 / math.e, 2.0], rel=1e-3)
+    found.sum().backward()
+    assert log_chance.grad.tolist() == pytest.approx([-1.0, -1 / math.e, 0.0], abs=1e-3)
+
+
+def test_all_endings_called_the_same_cost_as_much_as_none_told():
+    """Few labels learned by heart leave a cost of calling all others so, too."""
     share = torch.tensor([[0.0, 0.5]])
-    found = non_negative_risk(judged([0.8, 0.6]), judged([0.9, 0.5, 0.7]), share, GHOST_ONLY)
-    own = -0.5 * (math.log(0.8) + math.log(0.6)) / 2
-    every = -(math.log(0.1) + math.log(0.5) + math.log(0.3)) / 3
-    labeled = -0.5 * (math.log(0.2) + math.log(0.4)) / 2
-    assert float(found) == pytest.approx(own + every - labeled)
+    by_heart = judged([1 - 1e-7] * 5)
+    all_ghosts, told = judged([0.98] * 50), judged([0.98] * 25 + [0.02] * 25)
+    high, low = (non_negative_risk(by_heart, x, share, GHOST_ONLY) for x in (all_ghosts, told))
+    assert float(high) > float(low) + 0.5
 
 
 def test_the_risk_of_what_is_never_labeled_is_not_below_zero():
     share = torch.tensor([[0.0, 0.5]])
     found = non_negative_risk(judged([0.9, 0.9]), judged([0.2, 0.1]), share, GHOST_ONLY)
-    assert float(found) == pytest.approx(-0.5 * math.log(0.9))
+    assert float(found) == pytest.approx(0.5 * costs(0.9))
 
 
 def test_labels_of_what_is_never_labeled_teach_nothing():
@@ -54,7 +76,7 @@ def test_labels_of_what_is_never_labeled_teach_nothing():
 
 
 def test_the_risk_is_that_of_labels_on_everything():
-    """In the mean it is the cross entropy on true labels, where those on ghosts are 1 in 10."""
+    """In the mean it is the cost on true labels, behaviors alike, where 1 ghost in 10 has one."""
     generator = torch.Generator().manual_seed(0)
     ghost = torch.rand(1, 200_000, generator=generator) < 0.3
     chance = (torch.rand(1, 200_000, generator=generator) * 0.5 + 0.4 * ghost).clamp(0.01, 0.99)
@@ -68,7 +90,8 @@ def test_the_risk_is_that_of_labels_on_everything():
     )
     share = shares(chances, counts.T, torch.tensor([200_000]))
     assert share.tolist()[0] == pytest.approx([0.0, 0.3], abs=0.01)
-    truth = -log_chances.gather(-1, ghost.long()[..., None]).mean()
+    paid = cost(log_chances.gather(-1, ghost.long()[..., None]).squeeze(-1))
+    truth = (paid[ghost].mean() + paid[~ghost].mean()) / 2
     found = non_negative_risk(labeled, every, share, GHOST_ONLY)
     assert float(found) == pytest.approx(float(truth), abs=0.01)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import Linear, affine, initialize
-from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
+from oversight_rl.agents.positive_unlabeled import Judged, cost, loss_of_endings
 from oversight_rl.agents.reinforce.own_values import hidden_layers, stacked
 from oversight_rl.agents.telling import Tally
 from oversight_rl.envs.settings import PLANES
@@ -109,7 +109,8 @@ class RewardModel(nn.Module):
         """Cross entropy on remembered endings drawn by `uniform` `[R, B]` in [0, 1). [R]
 
         Exactly 0 where there is none to remember. Where labels never name some behavior, all
-        endings are looked at, too; see `positive_unlabeled.loss_of_endings`.
+        endings are looked at, too; see `positive_unlabeled.loss_of_endings`. Where labels are known
+        to be wrong at times, one that does not fit in has a bounded cost.
         """
         final, label, weight = self.memory.draw(uniform)
         logits = self(final)
@@ -118,8 +119,10 @@ class RewardModel(nn.Module):
             judged = Judged(_both(logits), label, weight), Judged(_both(self(every)), *about)
             return loss_of_endings(*judged, self.chances, self.memory, self.every_memory)
         is_diamond = (label == 0).to(uniform.dtype)
-        error = F.binary_cross_entropy_with_logits(logits, is_diamond, reduction="none")
-        return (error * weight).mean(-1)
+        paid = F.binary_cross_entropy_with_logits(logits, is_diamond, reduction="none")
+        if any(self.world.labels.error):
+            paid = cost(-paid)
+        return (paid * weight).mean(-1)
 
 
 class PlainRewardModel(RewardModel):
