@@ -207,8 +207,11 @@ def play(
 ) -> None:
     """Write a playground: a page to steer trained agents by hand, in any browser, offline.
 
+    Runs in other worlds show episodes there, digits what each part restores, stories how a model
+    goes on before and after it forgot.
+
     Args:
-        run_dirs: Run folders, or folders of runs by seed, to stand side by side; runs on the grid.
+        run_dirs: Run folders, or folders of runs by seed, to stand side by side.
         out: File to write. Default: play.html in the run folder; of several, here.
     """
     if not run_dirs:

@@ -18,6 +18,8 @@ from oversight_rl.envs.overseers import Labels
 from oversight_rl.envs.settings import WorldConfig
 from oversight_rl.envs.world import World
 from oversight_rl.experiments.oversight.evaluation import Evaluator
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.loop import judged_again
 from oversight_rl.runs.rows import Facts
 
 DOCS = Path(__file__).parent.parent / "docs" / "playground.html"
@@ -34,6 +36,11 @@ KINDS = {
 ELSEWHERE = ["--algo", "ppo", "--env", "MiniGrid-DiamondGhost-5x5-v0", "--device", "cpu"]
 ELSEWHERE += ["--ppo.updates", "1", "--ppo.worlds", "4", "--ppo.steps", "8", "--no-pictures"]
 ELSEWHERE += ["--ppo.batch-size", "16", "--agent.hidden", "8", "--evaluation.oversight", "0.1"]
+DIGITS = ["--algo", "partition", "--partition.updates", "20", "--partition.hidden", "12"]
+DIGITS += ["--partition.code", "4", "--partition.certificate-steps", "40", "--device", "cpu"]
+STORIES = ["--algo", "stories", "--stories.updates", "4", "--stories.stories", "300"]
+STORIES += ["--stories.relearn-steps", "5", "--stories.tune-steps", "5", "--device", "cpu"]
+OTHERS = {"elsewhere": ELSEWHERE, "digits": DIGITS, "stories": STORIES}
 HIT = "</script><script>window.hit=1</script><img src=x onerror=window.hit=1>"
 
 pytestmark = pytest.mark.skipif(
@@ -47,8 +54,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for method, more in KINDS.items():
         train([*SMALL, "--method", method, *more, "--run-dir", str(folder / method)])
-    train([*ELSEWHERE, "--run-dir", str(folder / "elsewhere")])
-    return [folder / name for name in (*KINDS, "elsewhere")]
+    for name, flags in OTHERS.items():
+        train([*flags, "--run-dir", str(folder / name)])
+    return [folder / name for name in (*KINDS, *OTHERS)]
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +328,48 @@ def test_elsewhere_a_recording_is_shown_when_it_is_asked_for(shown, page):
     assert shown.run("[$('live').hidden, $('recorded').hidden, boards.length]") == [False, True, 3]
 
 
+VIEWS = "[...$('view').querySelectorAll('label')].map((label) => label.textContent)"
+
+
+def switch(shown, view):
+    shown.run(f"$('view').querySelectorAll('input')[{view}].click()")
+
+
+def test_parts_of_a_code_are_switched_on_and_off(shown, page):
+    shown.open(page, f"#r={len(KINDS) + 1}")
+    hidden = "['live', 'recorded', 'tour', 'story', 'viewed'].map((id) => $(id).hidden)"
+    assert shown.run(hidden) == [True] * 4 + [False]
+    assert shown.run(VIEWS) == ["all parts", "0-4 alone", "5-9 alone", "none: the best constant"]
+    seen = []
+    for view in range(4):
+        switch(shown, view)
+        shown.wait("$('seen').firstElementChild.naturalWidth === 10 * 44")
+        seen.append(shown.run("$('seen').firstElementChild.src"))
+    assert len(set(seen)) == 4
+    who = "[...$('figures').rows].map((row) => row.cells[0].textContent)"
+    assert shown.run(who) == ["", "parts", "0-4", "5-9", "whole", "constant"]
+    switch(shown, 2)
+    shown.wait("location.hash.endsWith('s=2')")
+    shown.open(page, shown.run("location.hash"))
+    assert shown.run("$('seen').firstElementChild.src") == seen[2]
+
+
+def test_stories_are_told_before_and_after(shown, page, runs):
+    shown.open(page, f"#r={len(KINDS) + 2}")
+    assert shown.run(VIEWS) == ["before it forgot", "after it forgot", "as it was"]
+    with judged_again(RunFolder.open(runs[-1]), final=False) as (run, _):
+        told = run.told()
+    topics = "[...$('seen').querySelectorAll('h3')].map(({ textContent }) => textContent)"
+    lines = "[...$('seen').querySelectorAll('p')].map(({ textContent }) => textContent)"
+    for view, when in enumerate(("before", "after", "as it was")):
+        switch(shown, view)
+        assert shown.run(topics) == list(told)
+        stories = [(opening, ways[when]) for those in told.values() for opening, ways in those]
+        assert shown.run(lines) == [f"{opening} {went}" for opening, went in stories]
+    titles = shown.run("[...$('figures').rows[0].cells].map(({ textContent }) => textContent)")
+    assert titles == ["", "forgetting", "forget", "retain"]  # what is known of both
+
+
 def test_the_tour_ends_where_the_agent_fails(shown):
     for i in range(3):
         shown.run(f"document.querySelectorAll('#tour button')[{i}].click()")
@@ -404,18 +454,22 @@ def test_nothing_is_wider_than_the_screen(shown, page, width, scheme):
         shown.open(path)
         shown.run("document.querySelector('#compare input:last-of-type').click()")
         assert shown.run("document.documentElement.scrollWidth - innerWidth") <= 0
+    for n in range(len(OTHERS)):
+        shown.open(page, f"#r={len(KINDS) + n}")
+        assert shown.run("document.documentElement.scrollWidth - innerWidth") <= 0
     shown.resize(1400, 1000)
     shown.prefer()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everyone_can_use_it(shown, page, scheme):
+@pytest.mark.parametrize("run", [0, *(len(KINDS) + n for n in range(len(OTHERS)))])
+def test_everyone_can_use_it(shown, page, scheme, run):
     pytest.importorskip("axe_core_python", reason="axe-core is not installed")
     shown.prefer(color_scheme=scheme)
     for width in (390, 1400):
         shown.resize(width, 900)
-        shown.open(page)
-        shown.wait("sums")
+        shown.open(page, f"#r={run}")
+        shown.wait("current().views || current().film || sums")
         shown.run((files("axe_core_python") / "axe.min.js").read_text())
         found = shown.run(
             "axe.run().then(({ violations }) => violations.map(({ id, impact, nodes }) =>"

@@ -58,6 +58,10 @@ def test_it_is_trained_and_goes_on(tmp_path, capsys):
             file.unlink()
     train(["--resume", str(tmp_path)])
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "metrics.csv"), metrics)
+    with pytest.raises(SystemExit):
+        main(["play", str(tmp_path)])
+    assert "runs of climb show nothing on a page" in capsys.readouterr().err
+    assert not (tmp_path / "play.html").exists()
 
 
 def test_sweeps_and_reports_take_it(tmp_path, capsys):

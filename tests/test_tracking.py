@@ -10,6 +10,8 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from oversight_rl.cli import train
+from oversight_rl.runs.experiment import experiment_of
+from oversight_rl.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,22 @@ def test_hyperparameters_and_text(page, curves):
     content = page.summary_metadata["_hparams_/experiment"].plugin_data.content
     names = [info.name for info in HParamsPluginData.FromString(content).experiment.hparam_infos]
     assert sorted(names)[:3] == ["Method", "Oversight", "Seed"]  # as the page has them
+
+
+SMALL = {
+    "partition": ["--partition.updates", "400", "--partition.hidden", "32", "--partition.code", "4",
+                  "--partition.certificate-steps", "100"],
+    "stories": ["--stories.updates", "2", "--stories.stories", "300", "--stories.relearn-steps",
+                "2", "--stories.tune-steps", "2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algo", SMALL)
+def test_charts_of_other_experiments_show_something(tmp_path, algo):
+    train(["--algo", algo, *SMALL[algo], "--device", "cpu", "--run-dir", str(tmp_path / "run")])
+    pages = [read(file.parent) for file in (tmp_path / "run").rglob("events.out.tfevents.*")]
+    tags = {tag for one in pages for tag in one.Tags()["scalars"]}
+    kind = experiment_of(RunFolder.open(tmp_path / "run").config())
+    for patterns in kind.charts.values():
+        for title, pattern in patterns.items():
+            assert any(re.fullmatch(pattern, tag) for tag in tags), title

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oversight_rl.agents.methods import METHODS
 from oversight_rl.agents.networks import Agent
 from oversight_rl.agents.steering import MIXTURE, Steering, expert_names, keep, standard
 from oversight_rl.envs.overseers import rate
@@ -26,8 +25,9 @@ from oversight_rl.experiments.oversight.runs import OversightRuns
 from oversight_rl.files import as_text, read_text
 from oversight_rl.playground.pack import COARSE, pack, tensors_of
 from oversight_rl.runs import snapshots
-from oversight_rl.runs.experiment import experiment_of
+from oversight_rl.runs.experiment import Experiment, experiment_of
 from oversight_rl.runs.folder import METRICS, RunFolder
+from oversight_rl.runs.loop import judged_again
 from oversight_rl.settings import RunConfig
 
 MOST_CELLS = 100  # of a world that is shown
@@ -48,9 +48,10 @@ def shows(config: RunConfig) -> bool:
 def run_of(folder: RunFolder, history: bool) -> dict[str, Any]:
     """What the page is told of a run: of one on the grid, its agents, or else a recording.
 
-    With the `history` of its training, or as it is now.
+    With the `history` of its training, or as it is now. Of what is no agent, views.
     """
     config: Any = folder.config()
+    kind = experiment_of(config)
     level = f"{100 * config.oversight:.3g}%"
     common = {
         "name": f"{config.method} at {level}, seed {config.seeds[0]}",
@@ -58,7 +59,35 @@ def run_of(folder: RunFolder, history: bool) -> dict[str, Any]:
         "oversight": config.oversight,
         "path": shlex.quote(as_text(folder.path)),
     }
+    common["summary"] = kind.methods[config.method].summary
+    if not issubclass(kind, OversightRuns):
+        return common | _views(folder, kind)
     return common | (_agents if shows(config) else _recording)(folder, config, history)
+
+
+def _views(folder: RunFolder, kind: type[Experiment]) -> dict[str, Any]:
+    """What there is to switch between, as it is after the newest checkpoint, and figures."""
+    if not kind.has_views():
+        raise UserError(f"{folder.path}: runs of {folder.config().algo} show nothing on a page")
+    with judged_again(folder, final=False) as (run, rows):
+        views = run.views(0)
+    shown = [kind.shown_of(row) for row in rows]
+    names = [name for name in shown[0] if not all(math.isnan(own[name]) for own in shown)]
+    return {
+        "views": [
+            {"name": name, "image": base64.b64encode(view).decode()}
+            if isinstance(view, bytes)
+            else {"name": name, "texts": list(view.items())}
+            for name, view in views.items()
+        ],
+        "notes": kind.notes(rows),
+        "command": f"evaluate {shlex.quote(as_text(folder.path))} {kind.looks}".rstrip(),
+        "heading": ["", *names],
+        "figures": [
+            [row.policy, *(None if math.isnan(own[name]) else own[name] for name in names)]
+            for row, own in zip(rows, shown, strict=True)
+        ],
+    }
 
 
 def _recording(folder: RunFolder, config: Config, history: bool) -> dict[str, Any]:
@@ -71,7 +100,6 @@ def _recording(folder: RunFolder, config: Config, history: bool) -> dict[str, An
     rows = [row for row in (folder.result() if folder.finished else []) if not row.greedy]
     known = {policy.name for policy in policies}
     return {
-        "summary": METHODS[config.method].summary,
         "film": base64.b64encode(film).decode(),
         "env": config.env,
         "rows": [
@@ -96,7 +124,6 @@ def _agents(folder: RunFolder, config: Config, history: bool) -> dict[str, Any]:
     cells = config.world.cells
     names = expert_names(agent.n_experts)
     return {
-        "summary": METHODS[config.method].summary,
         "world": config.world.model_dump(),
         "shares": [rate(config.labels.shares, behavior) for behavior in range(len(BEHAVIORS))],
         "discount": discount,

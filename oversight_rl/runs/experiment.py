@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -16,6 +16,10 @@ from oversight_rl.runs.rows import Facts, Row, check_row, deployed_row
 from oversight_rl.settings import RunConfig
 
 LOG_EVERY = 10  # updates between points of the training curves
+
+
+View: TypeAlias = bytes | dict[str, list[tuple[str, str]]]
+"""Of a page: a PNG file, or texts by heading, each how it begins and how it goes on."""
 
 
 class Experiment(ABC):
@@ -72,12 +76,21 @@ class Experiment(ABC):
         """Texts about a run as it is now, Markdown by name."""
         return {}
 
+    def views(self, run: int) -> dict[str, View]:
+        """What a page shows of a run as it was last evaluated, one at a time, by name."""
+        return {}
+
     def snapshot(self, run: int) -> dict[str, Tensor]:
         """What is kept of a run as it is now, to be looked at later, by name; if anything is."""
         return {}
 
     def close(self) -> None:  # noqa: B027, most have nothing to close
         """Let go of what is held."""
+
+    @classmethod
+    def has_views(cls) -> bool:
+        """Whether there is anything that a page shows one at a time."""
+        return cls.views is not Experiment.views
 
     @classmethod
     def try_out(cls, config: Any) -> None:

@@ -12,10 +12,17 @@ from torch import Tensor
 from oversight_rl.agents.supervised import SupervisedLearner
 from oversight_rl.envs import render
 from oversight_rl.experiments.partition.config import PartitionConfig
-from oversight_rl.experiments.partition.data import load
-from oversight_rl.experiments.partition.evaluation import CONSTANT, PARTS, Viewer, judge, viewers
+from oversight_rl.experiments.partition.data import Images, load
+from oversight_rl.experiments.partition.evaluation import (
+    CONSTANT,
+    PARTS,
+    WHOLE,
+    Viewer,
+    judge,
+    viewers,
+)
 from oversight_rl.experiments.partition.model import METHODS, SplitAutoencoder
-from oversight_rl.runs.experiment import Experiment
+from oversight_rl.runs.experiment import Experiment, View
 from oversight_rl.runs.rows import Facts, Row
 
 SIDE = 40  # pixels of a drawn image, at least
@@ -31,8 +38,8 @@ class Partition(Experiment):
     report: ClassVar[str] = "oversight_rl.experiments.partition.figures:REPORT"
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Certificates": {
-            "error on a part's own group": "evaluation/own_error$",
-            "error on the other groups": "evaluation/foreign_error$",
+            "error on a part's own group": "evaluation/own$",
+            "error on the other groups": "evaluation/foreign$",
             "leakage": "evaluation/leakage$",
         },
         "Training": {"losses": "training/loss/.*"},
@@ -85,8 +92,7 @@ class Partition(Experiment):
 
     def pictures(self, run: int) -> dict[str, bytes]:
         """Images of each class beside what everyone makes of them, as last evaluated."""
-        first = [int((self.test.label == c).nonzero()[0]) for c in self.test.label.unique()]
-        shown = self.test[first[:SHOWN]]
+        shown = self.examples()
         columns = {"input": shown.pixels}
         for who, viewer in self.viewers.items():
             if who != CONSTANT:
@@ -94,6 +100,25 @@ class Partition(Experiment):
                 columns[name] = viewer.restore(shown)
         panels = [_strip(pixels, shown.shape) for pixels in columns.values()]
         return {"restored": render.png(render.panels(panels, list(columns)))}
+
+    def views(self, run: int) -> dict[str, View]:
+        """Images of each class above what parts make of them that are switched on."""
+        shown, found = self.examples(), dict[str, View]()
+        names = {WHOLE: "all parts", CONSTANT: "none: the best constant"}
+        for who in (WHOLE, *self.config.groups, CONSTANT):
+            restored = self.viewers[who].restore(shown)
+            both = [
+                _strip(torch.stack(pair), shown.shape)
+                for pair in zip(shown.pixels, restored, strict=True)
+            ]
+            name = names.get(who, f"{who} alone")
+            found[name] = render.png(np.concatenate(both, axis=1))
+        return found
+
+    def examples(self) -> Images:
+        """The first held-out image of each class."""
+        first = [int((self.test.label == c).nonzero()[0]) for c in self.test.label.unique()]
+        return self.test[first[:SHOWN]]
 
     @classmethod
     def try_out(cls, config: PartitionConfig) -> None:

@@ -16,11 +16,12 @@ from oversight_rl.experiments.unlearning.methods import METHODS
 from oversight_rl.experiments.unlearning.model import story_losses, tell
 from oversight_rl.experiments.unlearning.reading import Reader
 from oversight_rl.experiments.unlearning.stories import OPENING
-from oversight_rl.runs.experiment import Experiment
+from oversight_rl.runs.experiment import Experiment, View
 from oversight_rl.runs.rows import Facts, Row
 
 RELEARN_FROM = (4, 16, 64)  # stories of the topic to forget
 SAMPLES = 3  # stories of each kind that are told
+WHEN, AS_IT_WAS = ("before", "after"), "as it was"
 
 
 class UnlearningRuns(Experiment):
@@ -112,19 +113,43 @@ class UnlearningRuns(Experiment):
 
     def texts(self, run: int) -> dict[str, str]:
         """Openings that were never read, and how the model goes on, before and after."""
-        corpus, models = self.corpus, {"before": self.reader.model, "after": self.forgetful()}
         told = {}
-        for topic in (corpus.forget, corpus.retained[0]):
-            given = corpus.judged[corpus.judged_topic == topic][:SAMPLES]
+        for topic, stories in self.told().items():
             lines = []
-            for story in given:
-                lines.append(f"* **{corpus.text(story[:OPENING])}**")
-                for when, model in models.items():
-                    went = tell(model, story[None, :OPENING], corpus.length)[0]
-                    lines.append(f"  * {when}: {corpus.text(went[OPENING:])}")
-                lines.append(f"  * as it was: {corpus.text(story[OPENING:])}")
-            told[corpus.topics[topic]] = "\n".join(lines)
+            for opening, ways in stories:
+                lines.append(f"* **{opening}**")
+                lines += [f"  * {when}: {went}" for when, went in ways.items()]
+            told[topic] = "\n".join(lines)
         return told
+
+    def views(self, run: int) -> dict[str, View]:
+        """The same, all before and all after."""
+        told = self.told()
+        return {
+            f"{when} it forgot" if when in WHEN else when: {
+                topic: [(opening, ways[when]) for opening, ways in stories]
+                for topic, stories in told.items()
+            }
+            for when in (*WHEN, AS_IT_WAS)
+        }
+
+    def told(self) -> dict[str, list[tuple[str, dict[str, str]]]]:
+        """By topic, openings of stories, and how each goes on by when it is told."""
+        corpus, models = self.corpus, (self.reader.model, self.forgetful())
+        found = {}
+        for topic in (corpus.forget, corpus.retained[0]):
+            stories = []
+            for story in corpus.judged[corpus.judged_topic == topic][:SAMPLES]:
+                ways = {
+                    when: corpus.text(
+                        tell(model, story[None, :OPENING], corpus.length)[0][OPENING:]
+                    )
+                    for when, model in zip(WHEN, models, strict=True)
+                }
+                ways[AS_IT_WAS] = corpus.text(story[OPENING:])
+                stories.append((corpus.text(story[:OPENING]), ways))
+            found[corpus.topics[topic]] = stories
+        return found
 
     @classmethod
     def shown(cls, figures: Sequence[str], details: bool = False) -> dict[str, str]:

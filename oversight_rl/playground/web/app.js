@@ -25,7 +25,7 @@ function make(name, { text, ...attributes } = {}, ...children) {
 /** All that can be set by hand; in the page's address, too. */
 const state = {
   run: 0, moment: 0, agent: 0, diamond: 0, ghost: 0, flags: 0,
-  weight: null, temperature: 1, greedy: false, tint: "chance", compare: "policies", level: 0,
+  weight: null, temperature: 1, greedy: false, tint: "chance", compare: "policies", level: 0, view: 0,
 };
 let world, looked = null;
 const runs = data.runs.map((run) => ({ ...run, agents: null }));
@@ -68,7 +68,7 @@ function begin() {
 // ---- the address
 
 const KEYS = { run: "r", moment: "m", agent: "a", diamond: "d", ghost: "g", flags: "f", level: "l",
-  weight: "w", temperature: "t", greedy: "y", tint: "c", compare: "v" };
+  weight: "w", temperature: "t", greedy: "y", tint: "c", compare: "v", view: "s" };
 
 function address() {
   const said = (value) => (value === null ? "gate" : value === true ? 1 : value === false ? 0 : value);
@@ -83,7 +83,8 @@ function readAddress() {
     if (x >= low && x <= high && (!whole || Number.isInteger(x))) state[name] = x;
   };
   within("run", 0, runs.length - 1);
-  if (current().film) return;
+  within("view", 0, (current().views ?? [0]).length - 1);
+  if (!current().agents) return;
   setWorld();
   begin();
   within("moment", 0, current().moments - 1);
@@ -380,6 +381,10 @@ function listen() {
     enter();
   });
   on("compare", "change", (event) => set({ compare: event.target.value }));
+  on("view", "change", (event) => {
+    state.view = Number(event.target.value);
+    showView();
+  });
   on("tint", "change", (event) => set({ tint: event.target.value }));
   on("reset", "click", () => enter());
   on("worst", "click", worst);
@@ -388,7 +393,7 @@ function listen() {
   on("copy", "click", copy);
   on("show-film", "click", () => playFilm($("film").hidden));
   addEventListener("resize", () => {
-    if (current().film) return;
+    if (!current().agents) return;
     drawCurve();
     drawMoment();
   });

@@ -4,6 +4,7 @@
 // ---- what it is about, and what to try
 
 function lead(run) {
+  if (run.views) return `A network that was trained by ${run.method}: ${run.summary}. Of the data, ${percent(run.oversight)} was labeled.`;
   if (run.film) return `An agent that was trained in ${run.env}, where an overseer labeled ${percent(run.oversight)} of the episodes, by ${run.method}: ${run.summary}.`;
   const goal = `The agent walks until it stands on the diamond, which is wanted, or on the ghost, which is not. In training, somebody watched each square in ${percent(run.oversight)} of the episodes only (a flag is up), and told it only then which of the two it had reached.`;
   const method = `Trained by ${run.method} (${run.summary}).`;
@@ -167,6 +168,35 @@ function playFilm(on) {
   $("show-film").setAttribute("aria-pressed", on);
 }
 
+// ---- what is no agent: pictures or texts to switch between
+
+function showViews(run) {
+  stopEpisode();
+  const names = run.views.map(({ name }) => name), pictures = "image" in run.views[0];
+  $("views-title").textContent = pictures ? "Held-out images, above what is made of them" : "How it goes on with what it never read";
+  $("view").firstElementChild.textContent = pictures ? "Parts switched on" : "Told by the model";
+  radios("view", Object.fromEntries(names.map((name, i) => [i, name])));
+  fillTable($("figures"), run.heading, run.figures.map(([who, ...own]) => [who, ...own.map((x) => (x === null ? "" : number(x, 3)))]));
+  $("notes").textContent = `${run.notes.join(". ")}. The same from the command line:`;
+  $("views-command").textContent = `oversight-rl ${run.command}`;
+  showView();
+}
+
+function showView() {
+  const { views } = current();
+  state.view = Math.min(state.view, views.length - 1);
+  const { name, image, texts } = views[state.view];
+  $("view").querySelectorAll("input")[state.view].checked = true;
+  const shown = image
+    ? [make("img", { src: `data:image/png;base64,${image}`, alt: `Images in a row; below each, what is made of it with ${name}` })]
+    : texts.flatMap(([topic, stories]) => [
+      make("h3", { text: topic }),
+      ...stories.map(([opening, went]) => make("p", {}, make("b", { text: opening }), ` ${went}`)),
+    ]);
+  $("seen").replaceChildren(...shown);
+  keepAddress();
+}
+
 // ---- episodes
 
 let timer = 0, playing = false, episode = 0, acts = [];
@@ -315,7 +345,7 @@ function setWorld() {
 
 /** Show the current run from its beginning. */
 function enter() {
-  if (!current().film) {
+  if (current().agents) {
     setWorld();
     begin();
   }
@@ -328,13 +358,15 @@ function open() {
 }
 
 function show() {
-  const run = current(), recorded = Boolean(run.film);
+  const run = current(), recorded = !run.agents;
+  $("title").textContent = run.views ? "What a part of a network knows" : "Steer a trained agent";
   $("lead").textContent = lead(run);
   $("run").value = state.run;
-  $("recorded").hidden = !recorded;
+  $("recorded").hidden = !run.film;
+  $("viewed").hidden = !run.views;
   for (const id of ["live", "try", "tour", "story"]) $(id).hidden = recorded;
   if (recorded) {
-    showFilm(run);
+    run.film ? showFilm(run) : showViews(run);
     keepAddress();
     return;
   }
@@ -347,7 +379,7 @@ function show() {
 }
 
 async function start() {
-  for (const run of runs.filter(({ film }) => !film))
+  for (const run of runs.filter(({ net }) => net))
     run.agents = unpack(await inflate(run.data), run.layout, run.moments, run.coarse).map((tensors) => new Agent(tensors, run.net));
   runs.forEach((run, i) => $("run").append(make("option", { value: i, text: run.name })));
   $("which").hidden = runs.length === 1;
