@@ -17,7 +17,7 @@ from oversight_rl.agents.memory import Memory
 LEAST_TAIL = 0.5
 """Share of the labeled samples that an estimate of a share is based on at least."""
 LEAST_SHARE = 0.05
-"""Of all endings, that one of the two parts which count alike is taken to have at least."""
+"""Of all endings, from which on behaviors count alike; what is more seldom counts in proportion."""
 BOUND = 2.0
 """What it costs at most to call an ending something that it is not."""
 
@@ -32,7 +32,12 @@ class Judged:
 
 
 def loss_of_endings(
-    labeled: Judged, every: Judged, chances: Tensor, labels: Memory, endings: Memory
+    labeled: Judged,
+    every: Judged,
+    chances: Tensor,
+    labels: Memory,
+    endings: Memory,
+    bounded: bool = False,
 ) -> Tensor:
     """Cross entropy on labeled endings, or the non-negative risk where a behavior has none. [R]
 
@@ -42,6 +47,7 @@ def loss_of_endings(
         chances: that an ending of each behavior is labeled, nan where unknown, `[R, B]`.
         labels: that labeled endings are drawn from.
         endings: that all endings are drawn from; labels of those without are no behavior's.
+        bounded: what a label costs that does not fit in, as some may be wrong.
     """
     never = never_labeled(chances, labels.counts())
     share = shares(chances, endings.counts(), endings.known)
@@ -49,9 +55,14 @@ def loss_of_endings(
     if bool((unknown & never.any(-1, keepdim=True)).any()):
         share = torch.where(unknown, estimated_shares(labeled, every), share)
     share = share.nan_to_num(0.0)  # of runs in which nobody looks at it, whose gradient is 0 then
-    own = labeled.log_chances.gather(-1, labeled.label[..., None]).squeeze(-1)
-    plain = -(own * labeled.weight).mean(-1)
+    plain = loss_of_labels(labeled, bounded)
     return torch.where(never.any(-1), non_negative_risk(labeled, every, share, never), plain)
+
+
+def loss_of_labels(labeled: Judged, bounded: bool) -> Tensor:
+    """Cross entropy on labeled endings, or a cost of wrong calls that has a bound. [R]"""
+    own = labeled.log_chances.gather(-1, labeled.label[..., None]).squeeze(-1)
+    return ((cost(own) if bounded else -own) * labeled.weight).mean(-1)
 
 
 def never_labeled(chances: Tensor, counts: Tensor) -> Tensor:
@@ -139,14 +150,14 @@ def non_negative_risk(labeled: Judged, every: Judged, share: Tensor, never: Tens
 
     own = F.one_hot(labeled.label, share.shape[-1]) * labeled.weight[..., None]
     mean = own / own.sum(1, keepdim=True).clamp(min=1)  # [R, M, B]
-    mean = mean * share.masked_fill(never, 0.0)[:, None]
-    known = (cost(labeled.log_chances) * mean).sum((1, 2))
+    share = share.masked_fill(never, 0.0)
+    alike = share / share.clamp(min=LEAST_SHARE)
+    known = (cost(labeled.log_chances) * mean * alike[:, None]).sum((1, 2))
     total = every.weight.sum(-1).clamp(min=1)
     among = (as_other(every.log_chances) * every.weight).sum(-1) / total
-    rest = (among - (as_other(labeled.log_chances) * mean.sum(-1)).sum(-1)).clamp(min=0)
-    said, part = share.masked_fill(never, 0.0).sum(-1), 1 - others.to(share.dtype).mean(-1)
-    alike = part / said.clamp(min=LEAST_SHARE), (1 - part) / (1 - said).clamp(min=LEAST_SHARE)
-    return alike[0] * known + alike[1] * rest
+    taken = (as_other(labeled.log_chances) * (mean * share[:, None]).sum(-1)).sum(-1)
+    rest = (among - taken).clamp(min=0) / (1 - share.sum(-1)).clamp(min=LEAST_SHARE)
+    return (known + others.sum(-1) * rest) / share.shape[-1]
 
 
 def cost(log_chance: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The partition experiment: its data, what routing does to parts, runs that go on, its report."""
 
+import base64
 import gzip
+import io
 import json
 import os
 import struct
@@ -10,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from oversight_rl.cli import main, train
@@ -19,7 +22,10 @@ from oversight_rl.experiments.partition.data import Images, load, read_idx
 from oversight_rl.experiments.partition.evaluation import Viewer, judge, probe
 from oversight_rl.experiments.partition.model import METHODS, SplitAutoencoder, correlation
 from oversight_rl.experiments.partition.runs import Partition
+from oversight_rl.playground.gather import run_of
 from oversight_rl.reports import page
+from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.loop import judged_again
 from oversight_rl.runs.rows import Facts
 
 SMALL = {"hidden": [12], "code": 3, "updates": 40, "batch_size": 16, "certificate_steps": 40}
@@ -335,6 +341,28 @@ def test_a_run_is_trained_goes_on_and_is_evaluated_again(data, tmp_path, capsys)
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert (tmp_path / "drawn" / "restored.png").read_bytes() == pictures[-1].encoded_image_string
     assert f"{rows[0]['gap']:.3f}" in capsys.readouterr().out
+
+
+def test_a_page_shows_what_each_part_makes_of_images(data, tmp_path):
+    train([*flags(data), "--run-dir", str(tmp_path / "run")])
+    told = run_of(RunFolder.open(tmp_path / "run"), history=True)
+    with judged_again(RunFolder.open(tmp_path / "run")) as (run, (_, *rows)):
+        images, viewers = run.examples(), run.viewers
+    names = ["all parts", "0-1 alone", "2 alone", "3 alone", "none: the best constant"]
+    assert [view["name"] for view in told["views"]] == names
+    (height, width), count, seen = images.shape, len(images), set()
+    for view, who in zip(told["views"], ["whole", "0-1", "2", "3", "constant"], strict=True):
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(view["image"]))).convert("L"))
+        framed = drawn.reshape(2, drawn.shape[0] // 2, count, -1)[:, 2:-2, :, 2:-2]
+        zoom = framed.shape[1] // height
+        small = framed[:, zoom // 2 :: zoom, :, zoom // 2 :: zoom].transpose(0, 2, 1, 3)
+        small = small.reshape(2, count, height * width)
+        for row, pixels in zip(small, (images.pixels, viewers[who].restore(images)), strict=True):
+            expected = ((pixels.clamp(-1, 1) + 1) * 127.5).round().numpy()
+            assert np.abs(row - expected).max() <= 1
+        seen.add(small.tobytes())
+    assert len(seen) == 5
+    assert [line[0] for line in told["figures"]][1:] == [row.policy for row in rows]
 
 
 def test_labels_are_as_many_as_the_level_says(data):

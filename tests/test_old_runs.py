@@ -5,7 +5,9 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from oversight_rl.agents import RoutedPPO
 from oversight_rl.cli import main, train
@@ -116,6 +118,10 @@ def test_a_run_on_the_grid_goes_on_to_the_same_end(old, tmp_path):
     assert (ours / "metrics.csv").read_bytes() == (before / "metrics.csv").read_bytes()
     rows, were = (json.loads((p / "result.json").read_text()) for p in (ours, before))
     assert figures(rows) == figures(were)
+    curve = EventAccumulator(str(ours / "curves/diamond")).Reload().Scalars("evaluation/return")
+    steps = list(pd.read_csv(ours / "metrics.csv")["update"].unique())
+    assert 0 < len(curve) < len(steps)  # what came before is where it was
+    assert [event.step for event in curve] == steps[-len(curve) :]
 
 
 @pytest.mark.parametrize("kind", ["ppo_grid", "ppo_minigrid"])

@@ -1,5 +1,6 @@
 """The playground in a real browser: what it computes, what hands can do there, what it must not."""
 
+import base64
 import json
 import math
 import statistics
@@ -335,7 +336,7 @@ def switch(shown, view):
     shown.run(f"$('view').querySelectorAll('input')[{view}].click()")
 
 
-def test_parts_of_a_code_are_switched_on_and_off(shown, page):
+def test_parts_of_a_code_are_switched_on_and_off(shown, page, runs):
     shown.open(page, f"#r={len(KINDS) + 1}")
     hidden = "['live', 'recorded', 'tour', 'story', 'viewed'].map((id) => $(id).hidden)"
     assert shown.run(hidden) == [True] * 4 + [False]
@@ -345,7 +346,9 @@ def test_parts_of_a_code_are_switched_on_and_off(shown, page):
         switch(shown, view)
         shown.wait("$('seen').firstElementChild.naturalWidth === 10 * 44")
         seen.append(shown.run("$('seen').firstElementChild.src"))
-    assert len(set(seen)) == 4
+    with judged_again(RunFolder.open(runs[-2]), final=False) as (run, _):
+        pictures = [base64.b64encode(view).decode() for view in run.views(0).values()]
+    assert seen == [f"data:image/png;base64,{picture}" for picture in pictures]
     who = "[...$('figures').rows].map((row) => row.cells[0].textContent)"
     assert shown.run(who) == ["", "parts", "0-4", "5-9", "whole", "constant"]
     switch(shown, 2)
@@ -356,7 +359,8 @@ def test_parts_of_a_code_are_switched_on_and_off(shown, page):
 
 def test_stories_are_told_before_and_after(shown, page, runs):
     shown.open(page, f"#r={len(KINDS) + 2}")
-    assert shown.run(VIEWS) == ["before it forgot", "after it forgot", "as it was"]
+    models = ["by the model before it forgot", "by the model after it forgot"]
+    assert shown.run(VIEWS) == [*models, "as it was"]
     with judged_again(RunFolder.open(runs[-1]), final=False) as (run, _):
         told = run.told()
     topics = "[...$('seen').querySelectorAll('h3')].map(({ textContent }) => textContent)"

@@ -45,6 +45,60 @@ def test_the_risk_is_that_of_the_papers(share):
     assert float(found) == pytest.approx((costs(0.8, 0.6) + others / (1 - share)) / 2)
 
 
+def test_each_behavior_counts_alike():
+    """Three of them, of which the third is never labeled; the second is a twelfth of the first."""
+    share = torch.tensor([[0.6, 0.05, 0.0]])
+    label = torch.tensor([[0] * 12 + [1]])
+    never = torch.tensor([[False, False, True]])
+    every = judge([[0.8, 0.1, 0.1]])
+
+    def risk(first, second):
+        rows = [first] * 12 + [second]
+        return float(non_negative_risk(judge(rows, label), every, share, never))
+
+    sure = [[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]]
+    right = risk(*sure)
+    assert risk(sure[0], sure[0]) - right == pytest.approx(risk(sure[1], sure[1]) - right, rel=1e-4)
+
+
+def test_what_is_hardly_ever_met_counts_little():
+    """Labels of long ago, of what is no longer done, do not outweigh what is."""
+    wrong, right = judged([0.01]), judged([0.99])
+    every = judged([0.01] * 50)
+    gains = {}
+    for share in (0.5, 0.05, 0.005):
+        shares_ = torch.tensor([[0.0, share]])
+        costs_ = [float(non_negative_risk(x, every, shares_, GHOST_ONLY)) for x in (wrong, right)]
+        gains[share] = costs_[0] - costs_[1]
+    assert gains[0.05] > 0.8 * gains[0.5]
+    assert gains[0.005] < 0.2 * gains[0.5]
+
+
+def judge(chances, label=None):
+    """Endings with these chances of each behavior, a row each."""
+    log_chances = torch.tensor([chances]).log()
+    label = torch.zeros(1, len(chances)).long() if label is None else label
+    return Judged(log_chances, label, torch.ones(1, len(chances)))
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_label_that_does_not_fit_in_costs_a_bounded_amount_where_some_are_wrong(memory):
+    """With and without a memory of all endings."""
+    chances = [math.nan if memory else 0.5] * 2
+    generators = [torch.Generator().manual_seed(2)]
+    losses = {}
+    for error in (0.0, 0.3):
+        world = World(WorldConfig(rows=3, cols=3), labels=Labels(error=error))
+        model = RewardModel(1, world, False, torch.tensor([chances]), generators)
+        final, behavior = endings(200, 4)
+        model.remember(final, behavior, torch.ones_like(behavior, dtype=torch.bool))
+        with torch.no_grad():
+            model.out.bias.fill_(30.0)  # all diamonds
+            losses[error] = float(model.loss(torch.rand(1, 1024)))
+    assert losses[0.0] > 10
+    assert losses[0.3] < 2
+
+
 def test_a_cost_is_a_bounded_cross_entropy():
     log_chance = torch.tensor([-1e-4, -2.0, -1e9], requires_grad=True)
     found = cost(log_chance)

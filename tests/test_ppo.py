@@ -35,6 +35,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 import oversight_rl.envs  # noqa: F401  (registers the ids)
 from oversight_rl.agents import MoEPolicy, RoutedPPO
 from oversight_rl.agents.methods import LABELED, METHODS, TIMEOUT, UNFINISHED, UNLABELED
+from oversight_rl.agents.positive_unlabeled import loss_of_labels
 from oversight_rl.agents.ppo.environment import ppo_methods
 from oversight_rl.agents.ppo.extractors import (
     EntryExtractor,
@@ -44,10 +45,10 @@ from oversight_rl.agents.ppo.extractors import (
 )
 from oversight_rl.agents.ppo.losses import (
     gate_loss,
+    judged_endings,
     losses,
     remembered,
     remembered_endings,
-    reward_model_loss,
 )
 from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.envs.labels import OversightLabels
@@ -731,7 +732,8 @@ def test_endings_of_every_kind_of_action_are_learned(space):
     again = RoutedPPO.load(saved(model), env=model.env)
     assert int(again.endings.count) == int(model.endings.count) > 100
     for policy, taught in ((again.policy, True), (fresh().policy, False)):
-        loss = float(reward_model_loss(policy, remembered_endings(policy, again.endings, 1)))
+        said = judged_endings(policy, remembered_endings(policy, again.endings, 1))
+        loss = float(loss_of_labels(said, bounded=False))
         assert loss < 0.2 if taught else loss > 0.5
 
 

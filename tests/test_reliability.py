@@ -305,18 +305,33 @@ def test_a_vanished_folder_stops_the_run_and_is_not_made_anew(tmp_path, capsys, 
     assert (tmp_path / "elsewhere/result.json").exists()
 
 
-def test_without_tensorboard_a_run_goes_on_and_says_so_once(tmp_path, capsys, monkeypatch, whole):
+def test_a_folder_that_vanishes_at_the_end_is_not_made_anew(tmp_path, capsys, monkeypatch):
+    path, final = tmp_path / "run", GridRuns.final
+
+    def moved(self, facts):
+        path.rename(tmp_path / "elsewhere")
+        return final(self, facts)
+
+    monkeypatch.setattr(GridRuns, "final", moved)
+    assert f"error: {path}: cannot write" in refused(capsys, [*SMOKE, "--run-dir", path])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", [EVENTS, f"curves/diamond/{EVENTS}"])
+def test_without_tensorboard_a_run_goes_on_and_says_so_once(
+    tmp_path, capsys, monkeypatch, whole, name
+):
     path = tmp_path / "run"
 
     def spoil():
-        (path / EVENTS).unlink()
-        (path / EVENTS).symlink_to("/dev/full")
+        (path / name).unlink()
+        (path / name).symlink_to("/dev/full")
 
     at_update(monkeypatch, 15, spoil)
     train([*SMOKE, "--run-dir", str(path)])
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "No space left on device; going on without TensorBoard" in error
+    assert f"{path / name}: No space left on device; going on without TensorBoard" in error
     for name in ("metrics.csv", "training.csv"):
         assert (path / name).read_bytes() == (whole / name).read_bytes()
 

@@ -6,12 +6,13 @@ import re
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from oversight_rl.cli import train
 from oversight_rl.runs.experiment import experiment_of
-from oversight_rl.runs.folder import RunFolder
+from oversight_rl.runs.folder import EVENTS, Events, RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,24 @@ def test_hyperparameters_and_text(page, curves):
     content = page.summary_metadata["_hparams_/experiment"].plugin_data.content
     names = [info.name for info in HParamsPluginData.FromString(content).experiment.hparam_infos]
     assert sorted(names)[:3] == ["Method", "Oversight", "Seed"]  # as the page has them
+
+
+@pytest.mark.parametrize(
+    ("policy", "folder"),
+    [("diamond=0.8,ghost=0.2", "diamond=0%2E8,ghost=0%2E2"), ("../x", "%2E%2E%2Fx"), ("..", None),
+     ("a/b", None), ("\udcff", None), ("", None), ("\u754c" * 90, None), ("0," * 200, None)],
+)  # fmt: skip
+def test_no_policys_name_leads_elsewhere_or_is_too_long(tmp_path, policy, folder):
+    events = Events(tmp_path)
+    other = policy + "x"
+    for name in (policy, other):
+        events.add(Summary(value=[Summary.Value(tag="x", simple_value=1.0)]), 0, name)
+    assert len(events.sync()) == 3
+    assert {p.parent.parent for p in tmp_path.rglob("*tfevents*")} == {tmp_path / "curves"}
+    names = {p.name for p in (tmp_path / "curves").iterdir()}
+    assert len(names) == 2
+    assert folder is None or folder in names
+    assert Events(tmp_path).lengths == events.lengths | {EVENTS: 0}
 
 
 SMALL = {

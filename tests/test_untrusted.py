@@ -24,6 +24,7 @@ from oversight_rl.experiments.oversight.grid import GridRuns
 from oversight_rl.experiments.oversight.policies import POLICY, read, tensors_of
 from oversight_rl.kinds import load_config
 from oversight_rl.runs import checkpoint
+from oversight_rl.runs.folder import EVENTS
 from oversight_rl.settings import MOST_TEXT, read_yaml
 from oversight_rl.sweeps.plan import SweepConfig, plan
 
@@ -325,12 +326,38 @@ def test_links_out_of_a_run_folder_are_not_followed(run, tmp_path, capsys, name)
     assert outside.read_bytes() == before
 
 
-def test_checkpoints_elsewhere_are_left_alone(run, tmp_path, capsys):
-    (run / "checkpoints").rename(tmp_path / "outside")
-    (run / "checkpoints").symlink_to(tmp_path / "outside")
+@pytest.mark.parametrize("name", ["checkpoints", "curves", "curves/diamond"])
+def test_folders_elsewhere_are_left_alone(run, tmp_path, capsys, name):
+    (run / name).rename(tmp_path / "outside")
+    (run / name).symlink_to(tmp_path / "outside")
+    before = {p: p.read_bytes() for p in (tmp_path / "outside").rglob("*") if p.is_file()}
     (run / "result.json").unlink()
     assert "is not a plain folder" in refused(capsys, train, "--resume", run)
-    assert len(list((tmp_path / "outside").iterdir())) == 4
+    assert {p: p.read_bytes() for p in (tmp_path / "outside").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_curve_elsewhere_is_left_alone(run, tmp_path, capsys, there):
+    curve, outside = run / "curves/diamond" / EVENTS, tmp_path / "outside"
+    curve.unlink()
+    curve.symlink_to(outside)
+    if there:
+        outside.write_text("mine")
+    (run / "result.json").unlink()
+    assert "is not a plain file" in refused(capsys, train, "--resume", run)
+    assert outside.exists() is there
+    assert not there or outside.read_text() == "mine"
+
+
+def test_a_link_in_a_new_run_folder_is_refused(tmp_path, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / EVENTS).write_text("mine")
+    (tmp_path / "new/curves").mkdir(parents=True)
+    (tmp_path / "new/curves/x.tmp").symlink_to(outside)
+    line = refused(capsys, train, "--config", "smoke", "--run-dir", tmp_path / "new")
+    assert "is not empty" in line
+    assert (outside / EVENTS).read_text() == "mine"
 
 
 def test_a_planted_link_is_not_written_through(run, tmp_path):

@@ -334,9 +334,9 @@ class RoutedPPO(CollectingPPO):
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
         if self.endings is not None:
-            memories, chances = (self.endings, self.every_ending), self.tables.labeled
-            found = learn_reward_model(self.policy, *memories, chances)
-            figures["reward_model_loss"] = found
+            about = self.tables.labeled, any(self.overseer.labels.error)
+            memories = self.endings, self.every_ending
+            figures["reward_model_loss"] = learn_reward_model(self.policy, *memories, *about)
         drawn: Iterator[Replay | None] = repeat(None)
         if self.memory is not None:
             minibatches = buffer.minibatches(self.batch_size) * self.n_epochs

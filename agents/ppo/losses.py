@@ -12,7 +12,7 @@ from torch import Tensor
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import DEPLOYED, Output, Prepared
-from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings
+from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings, loss_of_labels
 from oversight_rl.agents.ppo.extractors import prepared
 from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
@@ -193,13 +193,7 @@ def _drawn(policy: MoEPolicy, memory: Memory, times: int) -> list[Tensor]:
     return [x[0].to(policy.device) for x in memory.at(torch.rand(1, times * memory.draws))]
 
 
-def reward_model_loss(policy: MoEPolicy, replay: Replay) -> Tensor:
-    """Cross entropy of the reward model on remembered endings."""
-    said = _judged(policy, replay)
-    return cross_entropy(said.log_chances, said.label, said.weight)[0]
-
-
-def _judged(policy: MoEPolicy, replay: Replay) -> Judged:
+def judged_endings(policy: MoEPolicy, replay: Replay) -> Judged:
     """What the reward model says of remembered endings."""
     assert policy.endings is not None
     assert replay.actions is not None
@@ -209,7 +203,7 @@ def _judged(policy: MoEPolicy, replay: Replay) -> Judged:
 
 
 def learn_reward_model(
-    policy: MoEPolicy, memory: Memory, every: Memory | None, chances: Tensor
+    policy: MoEPolicy, memory: Memory, every: Memory | None, chances: Tensor, errs: bool
 ) -> list[Tensor]:
     """Steps of the reward model, apart from the policy's, once there are labels; their losses.
 
@@ -218,6 +212,7 @@ def learn_reward_model(
         memory: of labeled endings.
         every: of all endings, where labels may never name some behavior.
         chances: that an ending of each behavior is labeled, nan where unknown, `[1, behaviors]`.
+        errs: whether labels can be wrong.
 
     Raises:
         NotFinite: a loss is not.
@@ -232,11 +227,13 @@ def learn_reward_model(
         replays(remembered_endings, policy, memory, LESSONS), unlabeled, strict=False
     ):
         policy.optimizer.zero_grad()
+        said = judged_endings(policy, replay)
         if every is None or other is None:
-            loss = reward_model_loss(policy, replay)
+            (loss,) = loss_of_labels(said, errs)
         else:
-            judged = _judged(policy, replay), _judged(policy, other)
-            loss = loss_of_endings(*judged, chances, memory, every)[0]
+            (loss,) = loss_of_endings(
+                said, judged_endings(policy, other), chances, memory, every, errs
+            )
         if not loss.isfinite():
             raise NotFinite("reward model's loss", float(loss.detach()))
         loss.backward()

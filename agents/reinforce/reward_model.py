@@ -113,14 +113,15 @@ class RewardModel(nn.Module):
         to be wrong at times, one that does not fit in has a bounded cost.
         """
         final, label, weight = self.memory.draw(uniform)
-        logits = self(final)
+        logits, errs = self(final), any(self.world.labels.error)
         if self.every_memory is not None:
             every, *about = self.every_memory.draw(uniform.flip(-1))
             judged = Judged(_both(logits), label, weight), Judged(_both(self(every)), *about)
-            return loss_of_endings(*judged, self.chances, self.memory, self.every_memory)
+            memories = self.memory, self.every_memory
+            return loss_of_endings(*judged, self.chances, *memories, bounded=errs)
         is_diamond = (label == 0).to(uniform.dtype)
         paid = F.binary_cross_entropy_with_logits(logits, is_diamond, reduction="none")
-        if any(self.world.labels.error):
+        if errs:
             paid = cost(-paid)
         return (paid * weight).mean(-1)
 

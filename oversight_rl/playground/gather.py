@@ -80,6 +80,7 @@ def _views(folder: RunFolder, kind: type[Experiment]) -> dict[str, Any]:
             else {"name": name, "texts": list(view.items())}
             for name, view in views.items()
         ],
+        "words": kind.page,
         "notes": kind.notes(rows),
         "command": f"evaluate {shlex.quote(as_text(folder.path))} {kind.looks}".rstrip(),
         "heading": ["", *names],

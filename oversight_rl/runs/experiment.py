@@ -53,6 +53,8 @@ class Experiment(ABC):
 
     looks: ClassVar[str] = ""
     """Flags of `evaluate` that show what its runs are about."""
+    page: ClassVar[tuple[str, str, str]] = "A trained network", "What it does", "Shown"
+    """Of a page with `views`: its title, their heading, what they are."""
 
     configs: Sequence[RunConfig]
     learner: Learner

@@ -13,12 +13,12 @@ import platform
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -45,6 +45,7 @@ METRICS, TRAINING, EVENTS = "metrics.csv", "training.csv", "events.out.tfevents.
 CURVES = "curves"  # TensorBoard's, of each policy by itself
 FOLDERS = CHECKPOINTS, SNAPSHOTS, PICTURES, CURVES
 LIBRARIES = ("oversight-rl", "torch", "numpy", "gymnasium")
+KEPT, MOST_FOLDER = " ,=+-_", 200  # in names of folders, beside letters and digits; bytes
 MOST_NAMES = 2**16  # characters of the first line of a CSV file
 PATIENCE = 10.0  # seconds to wait for a process that is about to let go of a folder
 _UNTRACKED = "wall_seconds"  # metrics.csv of a repeated run is the same to the byte
@@ -59,19 +60,19 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        files = (
-            file for pattern in (EVENTS, f"{CURVES}/*/{EVENTS}") for file in path.glob(pattern)
-        )
-        # bytes that are whole records, by the file's place
-        self.lengths = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+        # bytes that are whole records, by the file's place; the whole run's is first
+        self.lengths = {EVENTS: 0}
+        for pattern in (EVENTS, f"{CURVES}/*/{EVENTS}"):
+            for file in path.glob(pattern):
+                self.lengths[file.relative_to(path).as_posix()] = file.stat().st_size
         self.broken = False
         # whole records, so that a reader seldom meets half of one
         self._buffers: dict[str, io.BytesIO] = {}
 
     def cut(self, lengths: Mapping[str, int]) -> None:
         """Go on after these bytes of each file; from the start, where there are none, or fewer."""
-        for name in {EVENTS, *self.lengths}:
-            with self._or_without():
+        for name in self.lengths:
+            with self._or_without(name):
                 path, length = self.path / name, lengths.get(name, 0)
                 path.touch()
                 self.lengths[name] = length if length <= path.stat().st_size else 0
@@ -91,10 +92,12 @@ class Events:
     def flush(self) -> None:
         for name, buffer in self._buffers.items():
             records = buffer.getvalue()
-            if records and not self.broken:
-                with self._or_without():
+            if not self.broken:
+                with self._or_without(name):
                     path = self.path / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if name != EVENTS:  # a run folder that is gone is not made anew
+                        path.parent.parent.mkdir(exist_ok=True)
+                        path.parent.mkdir(exist_ok=True)
                     with path.open("ab") as file:
                         file.write(records)
                     self.lengths[name] = self.lengths.get(name, 0) + len(records)
@@ -105,24 +108,28 @@ class Events:
         self.flush()
         for name in self.lengths:
             if not self.broken:
-                with self._or_without(), (self.path / name).open("rb") as file:
+                with self._or_without(name), (self.path / name).open("rb") as file:
                     os.fsync(file.fileno())
         return dict(self.lengths)
 
     @contextmanager
-    def _or_without(self) -> Iterator[None]:
+    def _or_without(self, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if not self.broken:
-                what = f"{error.filename or self.path}: {error.strerror}"
+                what = f"{self.path / name}: {error.strerror}"
                 print(f"warning: {what}; going on without TensorBoard", file=sys.stderr)
             self.broken = True
 
 
 def _folder_name(curve: str) -> str:
-    """What a curve's folder is called: no name of a policy leads elsewhere."""
-    return quote(curve, safe=" ").replace(".", "%2E")
+    """What a curve's folder is called: no name of a policy leads elsewhere, or is too long."""
+    plain = "".join(c if c.isalnum() or c in KEPT else f"%{ord(c):X}" for c in curve)
+    encoded = plain.encode()
+    if 0 < len(encoded) <= MOST_FOLDER:
+        return plain
+    return f"{encoded[:MOST_FOLDER].decode(errors='ignore')}%{zlib.crc32(encoded):08x}"
 
 
 class RunFolder:
@@ -165,8 +172,7 @@ class RunFolder:
         for folder in (*map(path.joinpath, FOLDERS), *path.glob(f"{CURVES}/*")):
             if folder.is_symlink():
                 raise UserError(f"{folder}: is not a plain folder")
-        for file in path.glob(f"{CURVES}/*/{EVENTS}"):
-            check_plain(file)
+            check_plain(folder / EVENTS)
         return cls(path)
 
     def config(self) -> RunConfig:
@@ -324,7 +330,7 @@ def check_free(path: Path) -> None:
         raise UserError(f"{path}: is not a folder")
     # a run that was killed before it wrote its settings leaves empty folders, and half a file
     found = (p for p in path.rglob("*") if p.is_symlink() or not p.is_dir())
-    if any(p.suffix != ".tmp" for p in found):
+    if any(p.suffix != ".tmp" or p.is_symlink() for p in found):
         hint = f"go on with --resume {path}, or " if find_runs(path) else ""
         raise UserError(f"{path}: is not empty; {hint}choose another --run-dir")
 

@@ -36,6 +36,11 @@ class Partition(Experiment):
     score: ClassVar[str] = "gap"
     methods: ClassVar[Mapping[str, Any]] = METHODS
     report: ClassVar[str] = "oversight_rl.experiments.partition.figures:REPORT"
+    page: ClassVar[tuple[str, str, str]] = (
+        "What each part of a code knows",
+        "Held-out images, above what is made of them",
+        "Parts switched on",
+    )
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Certificates": {
             "error on a part's own group": "evaluation/own$",

@@ -32,6 +32,11 @@ class UnlearningRuns(Experiment):
     looks: ClassVar[str] = "--ablate"
     methods: ClassVar[Mapping[str, Any]] = METHODS
     report: ClassVar[str] = "oversight_rl.experiments.unlearning.figures:REPORT"
+    page: ClassVar[tuple[str, str, str]] = (
+        "What a model knows before and after it forgets",
+        "How stories go on that it never read",
+        "Told",
+    )
     charts: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "Stories": {
             "loss on what is to be forgotten": "evaluation/forget$",
@@ -126,7 +131,7 @@ class UnlearningRuns(Experiment):
         """The same, all before and all after."""
         told = self.told()
         return {
-            f"{when} it forgot" if when in WHEN else when: {
+            f"by the model {when} it forgot" if when in WHEN else when: {
                 topic: [(opening, ways[when]) for opening, ways in stories]
                 for topic, stories in told.items()
             }

@@ -384,6 +384,7 @@ function listen() {
   on("view", "change", (event) => {
     state.view = Number(event.target.value);
     showView();
+    keepAddress();
   });
   on("tint", "change", (event) => set({ tint: event.target.value }));
   on("reset", "click", () => enter());

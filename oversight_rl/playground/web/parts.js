@@ -172,10 +172,10 @@ function playFilm(on) {
 
 function showViews(run) {
   stopEpisode();
-  const names = run.views.map(({ name }) => name), pictures = "image" in run.views[0];
-  $("views-title").textContent = pictures ? "Held-out images, above what is made of them" : "How it goes on with what it never read";
-  $("view").firstElementChild.textContent = pictures ? "Parts switched on" : "Told by the model";
-  radios("view", Object.fromEntries(names.map((name, i) => [i, name])));
+  const [, heading, legend] = run.words;
+  $("views-title").textContent = heading;
+  $("view").firstElementChild.textContent = legend;
+  radios("view", Object.fromEntries(run.views.map(({ name }, i) => [i, name])));
   fillTable($("figures"), run.heading, run.figures.map(([who, ...own]) => [who, ...own.map((x) => (x === null ? "" : number(x, 3)))]));
   $("notes").textContent = `${run.notes.join(". ")}. The same from the command line:`;
   $("views-command").textContent = `oversight-rl ${run.command}`;
@@ -194,7 +194,6 @@ function showView() {
       ...stories.map(([opening, went]) => make("p", {}, make("b", { text: opening }), ` ${went}`)),
     ]);
   $("seen").replaceChildren(...shown);
-  keepAddress();
 }
 
 // ---- episodes
@@ -359,14 +358,15 @@ function open() {
 
 function show() {
   const run = current(), recorded = !run.agents;
-  $("title").textContent = run.views ? "What a part of a network knows" : "Steer a trained agent";
+  $("title").textContent = run.words?.[0] ?? "Steer a trained agent";
   $("lead").textContent = lead(run);
   $("run").value = state.run;
   $("recorded").hidden = !run.film;
   $("viewed").hidden = !run.views;
   for (const id of ["live", "try", "tour", "story"]) $(id).hidden = recorded;
   if (recorded) {
-    run.film ? showFilm(run) : showViews(run);
+    if (run.film) showFilm(run);
+    else showViews(run);
     keepAddress();
     return;
   }
