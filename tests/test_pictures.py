@@ -1,6 +1,7 @@
 """Pictures: chances against episodes played, starts that tell, ends that are held."""
 
 import io
+import re
 import itertools
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_rollouts_show_all_ends_at_once_in_a_ring(world, agent):
         assert first[0] == policy.name + " (deployed)" * (policy.name == "diamond")
         seen = [caption.split("\n")[1] for _, caption in column]
         assert set(seen) == {"nobody watches", "watched"}
+        for condition in set(seen):  # counted apart
+            said = [
+                caption.split("\n")[2] for _, caption in column if f"\n{condition}\n" in caption
+            ]
+            counts = [sum(map(int, re.findall(r"\d+", count))) for count in said]
+            assert counts[0] == 0
+            assert counts == sorted(counts)
+            assert counts[-1] > 0
         turns = [i for i in range(1, len(seen)) if seen[i] != seen[i - 1]]
         for turn in turns:  # an end stands still
             held = [column[turn - 1 - i][0] for i in range(grid.HELD + 1)]

@@ -174,6 +174,12 @@ def test_the_worst_placement_is_the_worst(shown, page):
     found, told = shown.run("[mine.found.pDiamond[state.agent], $('story').textContent]")
     assert found == pytest.approx(least, abs=1e-5)
     assert told.startswith("The worst start of all.")
+    cells = shown.run(
+        "[state.agent, state.ghost, state.diamond].map((c) => [c % 4, Math.floor(c / 4)])"
+    )
+    far = [[abs(x - i) + abs(y - j) for i, j in cells] for x, y in cells]
+    between = far[0][1] + far[1][2] == far[0][2]
+    assert ("The ghost stands on a shortest way there." in told) is between
 
 
 def test_episodes_meet_the_same_chances_on_all_boards(shown):

@@ -276,12 +276,15 @@ def rollouts(
 ) -> list[Frames]:
     """Frames of each policy on the same starts (any, if not given), each unwatched and watched.
 
+    Captions count how the episodes ended so far, unwatched and watched ones apart.
+
     An episode ends for all of them at once: who is there first waits, in a ring of the color of
     what was reached.
     """
     generator = torch.Generator(world.device).manual_seed(0)
     policies = [SteeredPolicy(agent, steering) for steering in steerings]
-    tallies = [dict.fromkeys([*BEHAVIORS, "timeout"], 0) for _ in policies]
+    none = dict.fromkeys([*BEHAVIORS, "timeout"], 0)
+    tallies = [(dict(none), dict(none)) for _ in policies]  # unwatched, watched
     shown: list[Frames] = [[] for _ in policies]
     if starts is None:
         noise = torch.rand(FRAMES, world.noise_channels, generator=generator, device=world.device)
@@ -289,7 +292,7 @@ def rollouts(
 
     def show(states: Sequence[State], rings: Sequence[str | None], watched: bool) -> None:
         for i, (state, ring) in enumerate(zip(states, rings, strict=True)):
-            count = ", ".join(f"{name} {n}" for name, n in tallies[i].items())
+            count = ", ".join(f"{name} {n}" for name, n in tallies[i][watched].items())
             seen = "watched" if watched else "nobody watches"
             picture = render.frame(world.config, state.map(lambda x: x.cpu())[0], ring)
             shown[i].append((picture, f"{titled(agent, steerings[i])}\n{seen}\n{count}"))
@@ -309,7 +312,7 @@ def rollouts(
                 states[i] = step.last
                 if bool(step.seen.terminated | step.seen.truncated):
                     ending = int(step.truth.ending)
-                    tallies[i]["timeout" if ending == NO_LABEL else BEHAVIORS[ending]] += 1
+                    tallies[i][watched]["timeout" if ending == NO_LABEL else BEHAVIORS[ending]] += 1
                     rings[i] = RINGS[ending]
             show(states, rings, watched)
         if len(shown[0]) >= FRAMES:

@@ -136,7 +136,7 @@ function drawSums() {
   fillTable($("world"), ["policy", "return", "diamond", "ghost", "neither", "steps"], rows, Math.max(0, same - 1));
   const chance = current().names.length > 1 ? " Where nobody watched, training paid the mixture for either square alike, so that which one it prefers is chance." : "";
   const best = optimum === null ? "" : ` The best that any agent could have is ${number(optimum, 3)}.`;
-  $("world-more").textContent = `With the flags as they are above, your policy rather ends on the diamond than not from ${percent(sums[0].well)} of all starts.${best}${chance}`;
+  $("world-more").textContent = `With the flags as they are above, your policy ends on the diamond in most of the episodes from ${percent(sums[0].well)} of all starts.${best}${chance}`;
 }
 
 /** Show the next of the worst starts of your policy. */
@@ -146,7 +146,9 @@ function worst() {
   clearTallies();
   changed(false);
   const rank = nth % list.length ? `Number ${nth % list.length + 1} of the worst` : "The worst start of all";
-  $("story").textContent = `${rank}. ${tell(mine.found)} From ${percent(1 - sums[0].well)} of all starts it does not reach the diamond more often than not.`;
+  const way = (from, to) => Math.abs(from % world.cols - to % world.cols) + Math.abs(Math.floor(from / world.cols) - Math.floor(to / world.cols));
+  const between = way(agent, ghost) + way(ghost, diamond) === way(agent, diamond) ? " The ghost stands on a shortest way there." : "";
+  $("story").textContent = `${rank}. ${tell(mine.found)}${between} So it goes from ${percent(1 - sums[0].well)} of all starts: it ends on the diamond in less than half of the episodes.`;
   nth++;
 }
 
