@@ -1,8 +1,8 @@
 """Pictures: chances against episodes played, starts that tell, ends that are held."""
 
 import io
-import re
 import itertools
+import re
 
 import numpy as np
 import pytest
