@@ -65,6 +65,22 @@ def loss_of_labels(labeled: Judged, bounded: bool) -> Tensor:
     return ((cost(own) if bounded else -own) * labeled.weight).mean(-1)
 
 
+def as_often(weight: Tensor, label: Tensor, chances: Tensor) -> Tensor:
+    """Weights of labeled endings under which their behaviors are as frequent as they are. [R, M]
+
+    Endings that are labeled more often than others weigh less. All weigh 1 where they are labeled
+    alike, or nobody knows how often.
+
+    Args:
+        weight: of labeled endings, `[R, M]`.
+        label: of these, `[R, M]`.
+        chances: that an ending of each behavior is labeled, nan where unknown, `[R, B]`.
+    """
+    rare = chances.where(chances > 0, torch.inf).amin(-1, keepdim=True)
+    scale = torch.where(chances > 0, rare / chances, 1.0)
+    return weight * scale.gather(-1, label)
+
+
 def never_labeled(chances: Tensor, counts: Tensor) -> Tensor:
     """Which behaviors labels never teach: those with chance 0, or unknown and not met. [R, B] bool
 

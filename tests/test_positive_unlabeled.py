@@ -8,6 +8,7 @@ import torch
 from oversight_rl.agents.outcomes import tables
 from oversight_rl.agents.positive_unlabeled import (
     Judged,
+    as_often,
     cost,
     estimated_shares,
     never_labeled,
@@ -59,6 +60,31 @@ def test_each_behavior_counts_alike():
     sure = [[0.98, 0.01, 0.01], [0.01, 0.98, 0.01]]
     right = risk(*sure)
     assert risk(sure[0], sure[0]) - right == pytest.approx(risk(sure[1], sure[1]) - right, rel=1e-4)
+
+
+def test_labels_weigh_as_often_as_behaviors_come():
+    """Labels of 300 diamonds, each with chance 0.2, and of 60 ghosts, each with chance 0.04."""
+    nan = math.nan
+    chances = torch.tensor([[0.2, 0.04], [0.1, 0.1], [nan, nan], [0.0, 0.3]])
+    label = torch.tensor([[0] * 300 + [1] * 60]).expand(4, -1)
+    weight = as_often(torch.ones(4, 360), label, chances)
+    assert weight[0, :300].sum() == pytest.approx(float(weight[0, 300:].sum()))
+    assert (weight[1:] == 1).all()
+
+
+def test_a_reward_model_is_not_taken_in_by_labels_of_one_kind_mostly():
+    """What looks like neither is as likely one as the other, however seldom one is labeled."""
+    chances = torch.tensor([[0.5, 0.05]])
+    model, generator = model_of(chances), torch.Generator().manual_seed(3)
+    final, behavior = endings(4000, 4)
+    blurred = final.clone()
+    blurred[..., 1:] = 36  # the agent alone is seen
+    drawn = torch.rand(1, 4000, generator=generator)
+    watched = drawn < torch.where(behavior == 0, 0.5, 0.05)
+    model.remember(blurred, torch.where(watched, behavior, NO_LABEL), torch.ones_like(watched))
+    teach(model, generator, 200)
+    chance = model(blurred[:, :100]).sigmoid()
+    assert float(chance.mean()) == pytest.approx(0.5, abs=0.1)
 
 
 def test_what_is_hardly_ever_met_counts_little():

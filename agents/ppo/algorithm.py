@@ -40,13 +40,7 @@ from oversight_rl.agents.ppo.environment import (
     ppo_methods,
 )
 from oversight_rl.agents.ppo.experience import SETTLED, Rollout, in_task_scale, outcomes_of
-from oversight_rl.agents.ppo.losses import (
-    Replay,
-    learn_reward_model,
-    losses,
-    remembered,
-    replays,
-)
+from oversight_rl.agents.ppo.losses import Replay, learn_reward_model, losses, remembered, replays
 from oversight_rl.agents.ppo.observations import flags_found, row_type, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Experience, Samples, Targets, targets
@@ -334,7 +328,8 @@ class RoutedPPO(CollectingPPO):
             self._warnings.of_reach(self.experience, buffer.held.reach)
         figures: dict[str, list[Tensor]] = {}
         if self.endings is not None:
-            about = self.tables.labeled, any(self.overseer.labels.error)
+            told = METHODS[self.method].reward_model == "told"
+            about = self.tables.labeled, told and any(self.overseer.labels.error)
             memories = self.endings, self.every_ending
             figures["reward_model_loss"] = learn_reward_model(self.policy, *memories, *about)
         drawn: Iterator[Replay | None] = repeat(None)

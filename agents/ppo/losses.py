@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -12,7 +13,12 @@ from torch import Tensor
 from oversight_rl.agents.learner import NotFinite
 from oversight_rl.agents.memory import Memory
 from oversight_rl.agents.networks import DEPLOYED, Output, Prepared
-from oversight_rl.agents.positive_unlabeled import Judged, loss_of_endings, loss_of_labels
+from oversight_rl.agents.positive_unlabeled import (
+    Judged,
+    as_often,
+    loss_of_endings,
+    loss_of_labels,
+)
 from oversight_rl.agents.ppo.extractors import prepared
 from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
@@ -212,7 +218,7 @@ def learn_reward_model(
         memory: of labeled endings.
         every: of all endings, where labels may never name some behavior.
         chances: that an ending of each behavior is labeled, nan where unknown, `[1, behaviors]`.
-        errs: whether labels can be wrong.
+        errs: whether labels can be wrong, and one that does not fit in is to cost less.
 
     Raises:
         NotFinite: a loss is not.
@@ -228,6 +234,7 @@ def learn_reward_model(
     ):
         policy.optimizer.zero_grad()
         said = judged_endings(policy, replay)
+        said = replace(said, weight=as_often(said.weight, said.label, chances))
         if every is None or other is None:
             (loss,) = loss_of_labels(said, errs)
         else:
