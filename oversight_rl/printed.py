@@ -132,7 +132,7 @@ def print_next(path: Path, kind: type[Experiment], console: Console) -> None:
     runs = path.parent if path.parent.name == "runs" else path
     say(console, f"results in {path}; what next:")
     say(console, f"  oversight-rl evaluate {path} {kind.looks}".rstrip())
-    if kind.has_views():
+    if kind.has_page():
         say(console, f"  oversight-rl play {path}")
     say(console, f"  oversight-rl report {runs}")
     say(console, f"  tensorboard --logdir {runs}")

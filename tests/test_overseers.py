@@ -170,6 +170,19 @@ def test_what_no_overseer_says_changes_nothing(name, method):
     assert found[0]
 
 
+@pytest.mark.parametrize("method", ["oracle", "oracle_filtering"])
+@pytest.mark.parametrize("name", ["budget", "delayed"])
+def test_who_looks_at_the_truth_waits_for_nobodys_labels(name, method):
+    found = []
+    for ours in (learner("uniform", method), learner(name, method, **FEW[name])):
+        for _ in range(8):
+            ours.update()
+        assert (ours.latest[1].outcome >= LABELED).any()
+        found.append(list(ours.parameters.values()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_late_labels_come_once_each_after_so_many_episodes(monkeypatch):
     """What is learned from as labeled, with a delay and without, is the same in the end."""
     plain, late = (learner("uniform"), learner("delayed", delay=150))

@@ -83,19 +83,20 @@ class Waiting(nn.Module):
         seen = Seen(terminated=labeled, truncated=ended, label=label)
         return Late(self.active[run, place].long(), self.action[run, place].long(), seen)
 
-    def put(self, rollout: Rollout) -> Rollout:
-        """Keep a window with its labels; it is returned without them."""
+    def put(self, rollout: Rollout, waits: Tensor) -> Rollout:
+        """Keep a window with its labels; returned without them, in the runs `[R]` that wait."""
+        waits, seen = waits[:, None, None], rollout.seen
         place = int(self.windows[0]) % self.room  # all runs are equally far
-        done = rollout.seen.terminated | rollout.seen.truncated
+        done = seen.terminated | seen.truncated
         self.episodes += done.sum((1, 2))
         self.windows += 1
         self.active[:, place] = rollout.observation.flatten(1, 2).to(torch.int16)
         self.action[:, place] = rollout.action.to(torch.uint8)
-        self.label[:, place] = rollout.seen.label.to(torch.int8)
+        self.label[:, place] = torch.where(waits, seen.label, NO_LABEL).to(torch.int8)
         self.ended[:, place] = done
         self.count[:, place] = self.episodes
-        hidden = torch.full_like(rollout.seen.label, NO_LABEL)
-        return replace(rollout, seen=replace(rollout.seen, label=hidden))
+        shown = torch.where(waits, NO_LABEL, seen.label)
+        return replace(rollout, seen=replace(seen, label=shown))
 
 
 def lesson(rollout: Rollout, late: Late, world: World) -> Rollout:

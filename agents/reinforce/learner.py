@@ -190,7 +190,7 @@ class ReinforceLearner(Learner):
                 own_after = self.own_values(self.world.active(self.worlds))
         given = rollout
         if waiting is not None and late is not None:
-            rollout = waiting.put(rollout)
+            rollout = waiting.put(rollout, self.methods.overseen)
             given = lesson(rollout, late, self.world)
             if own_after is not None:  # late episodes have ended
                 own_after = torch.cat([own_after, torch.zeros_like(own_after)], dim=1)

@@ -67,7 +67,7 @@ def run_of(folder: RunFolder, history: bool) -> dict[str, Any]:
 
 def _views(folder: RunFolder, kind: type[Experiment]) -> dict[str, Any]:
     """What there is to switch between, as it is after the newest checkpoint, and figures."""
-    if not kind.has_views():
+    if not kind.has_page():
         raise UserError(f"{folder.path}: runs of {folder.config().algo} show nothing on a page")
     with judged_again(folder, final=False) as (run, rows):
         views = run.views(0)

@@ -90,8 +90,8 @@ class Experiment(ABC):
         """Let go of what is held."""
 
     @classmethod
-    def has_views(cls) -> bool:
-        """Whether there is anything that a page shows one at a time."""
+    def has_page(cls) -> bool:
+        """Whether `oversight-rl play` makes a page of its runs; of `views`, by default."""
         return cls.views is not Experiment.views
 
     @classmethod

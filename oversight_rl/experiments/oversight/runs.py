@@ -72,6 +72,10 @@ class OversightRuns(Experiment):
     configs: Sequence[Config]
     judge: Judge
 
+    @classmethod
+    def has_page(cls) -> bool:
+        return True
+
     @property
     @abstractmethod
     def agent(self) -> Any:
