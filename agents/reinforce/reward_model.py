@@ -122,6 +122,7 @@ class RewardModel(nn.Module):
             judged = Judged(_both(logits), label, weight), Judged(_both(self(every)), *about)
             memories = self.memory, self.every_memory
             return loss_of_endings(*judged, self.chances, *memories, bounded=errs)
+        # as `loss_of_labels`, from one logit: torch's own function rounds otherwise
         is_diamond = (label == 0).to(uniform.dtype)
         paid = F.binary_cross_entropy_with_logits(logits, is_diamond, reduction="none")
         if errs:
