@@ -80,6 +80,11 @@ class Output(Record):
         return self._logits[..., expert, :] + self.bias
 
     @property
+    def mixture(self) -> Tensor:
+        """Policy logits of the gate's mixture, or of the only expert. [R, B, A]"""
+        return self.mix(self.gate) if self.gate_logits.shape[-1] > 1 else self.alone(DEPLOYED)
+
+    @property
     def _logits(self) -> Tensor:
         """W h_k, with gradients into both. [R, B, K, A]"""
         if not _learns(self.head_logits):
@@ -106,6 +111,12 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     if table.is_cuda:  # where adding by index has no order
         return F.embedding(index, table)
     return table.index_select(0, index.flatten()).view(*index.shape, table.shape[-1])
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """Of a batch `[R, J, U, O]` those with an index `[B]`: `[R, J, B, O]`."""
+    rows = x.permute(2, 0, 1, 3)
+    return rows_of(rows.flatten(1), index).view(-1, *rows.shape[1:]).permute(1, 2, 0, 3)
 
 
 class Linear(nn.Module):
@@ -272,21 +283,32 @@ class Prepared:
                 row = row @ layer.weight
             self.affine_value = FirstLayer(row[:, None], constant[:, None])
 
-    def __call__(self, observation: Tensor) -> Output:
-        """Everything that the agent computes: see `Agent` for what an observation is."""
-        return self.output(*self.products(observation))
+    def __call__(self, observation: Tensor, index: Tensor | None = None) -> Output:
+        """Everything that the agent computes: see `Agent` for what an observation is.
 
-    def products(self, observation: Tensor) -> tuple[Tensor, ...]:
+        With an index `[B]` it is that of B observations, which these are in all runs.
+        """
+        parts = self.products(observation)
+        if index is not None:
+            parts = [x if x is None else _picked(x, index) for x in parts]
+        return self.output(*parts)
+
+    def products(self, observation: Tensor) -> Sequence[Any]:
         """All that takes time: what `output` needs, `[R, J, B, ...]` each."""
         parts = self._hidden(observation), self.out_weight, self.out_bias
-        two = _two_ways(*parts) if _learns() else (affine(*parts),) * 2
+        apart = _learns() and self.agent.n_experts > 1  # of one expert nothing is routed
+        two = _two_ways(*parts) if apart else (affine(*parts), None)
         return (*two, self.affine_value(observation)) if self.agent.affine_value else two
 
-    def output(self, own: Tensor, shared: Tensor, value: Tensor | None = None) -> Output:
+    def output(
+        self, own: Tensor, shared: Tensor | None = None, value: Tensor | None = None
+    ) -> Output:
         """The output made of `products`, or of those of several batches joined."""
         agent, k = self.agent, self.agent.n_experts
         both = own[:, k:]
-        if _learns(shared):
+        if shared is None:
+            shared = own.detach()
+        elif _learns(shared):
             both = both + (shared[:, k:] - shared[:, k:].detach())
         return Output(
             expert_logits=own[:, :k, :, : agent.n_actions].transpose(1, 2),

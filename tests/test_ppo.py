@@ -878,6 +878,9 @@ class Apart:
     def __init__(self, observations):
         self.observations = observations
 
+    def __len__(self):
+        return len(self.observations)
+
     def __getitem__(self, numbers):
         return self.observations[numbers]
 

@@ -362,6 +362,7 @@ class RoutedPPO(CollectingPPO):
         figures: dict[str, list[Tensor]],
     ) -> bool:
         """Learn from every sample once; False where the policy has moved as far as it may."""
+        parameters = list(self.policy.parameters())
         for batch, replay in zip(buffer.get(self.batch_size), drawn, strict=False):
             loss, parts = self.loss(batch, clip, replay)
             for name, value in parts.items():
@@ -370,7 +371,7 @@ class RoutedPPO(CollectingPPO):
                 return False
             self.policy.optimizer.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
             if not norm.isfinite():
                 raise NotFinite("gradient's norm", float(norm))
             self.policy.optimizer.step()

@@ -114,7 +114,8 @@ class RoutedRolloutBuffer(RolloutBuffer):
                 self.episodes += 1
             self.labels += label is not None
             self.explained += label is not None and behavior is not None
-        for env, late in enumerate(info.get("late_labels") for info in infos):
+        for env, info in enumerate(infos):
+            late = info.get("late_labels") if info else None  # most say nothing
             for name, label in _pairs(late) if late is not None else ():
                 self._note_late(LateLabel(env, name, self._index(label, "late_labels")))
 
@@ -197,10 +198,11 @@ class RoutedRolloutBuffer(RolloutBuffer):
         """Minibatches of `Targets` about so large and all alike, in random order."""
         assert self.samples is not None
         parts, order = self.minibatches(batch_size), np.random.permutation(len(self.samples.actor))
-        whole = [torch.as_tensor(x, device=self.device) for x in self.samples]
-        for part in np.array_split(order, parts) if parts else ():
-            at = torch.as_tensor(part, device=self.device)
-            yield Targets(*(x.index_select(0, at) for x in whole))
+        if not parts:
+            return
+        at = torch.as_tensor(order, device=self.device)
+        whole = (torch.as_tensor(x, device=self.device).index_select(0, at) for x in self.samples)
+        yield from map(Targets, *(x.tensor_split(parts) for x in whole))
 
 
 class RoutedDictRolloutBuffer(RoutedRolloutBuffer, DictRolloutBuffer):

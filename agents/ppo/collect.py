@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from oversight_rl.agents.ppo.buffer import RoutedRolloutBuffer
@@ -78,7 +78,8 @@ class CollectingPPO(PPO):
         policy.set_training_mode(False)
         buffer.reset()
         callback.on_rollout_start()
-        watched = bool(getattr(callback, "callbacks", [callback]))
+        watched = not isinstance(callback, ConvertCallback) or callback.callback is not None
+        watched = watched and bool(getattr(callback, "callbacks", [callback]))
         views = buffer.views = Views(policy, watched)
         uniform = torch.rand(n_rollout_steps, env.num_envs).numpy()
         whole = False

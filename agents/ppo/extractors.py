@@ -49,19 +49,19 @@ class Patches:
         """Of the cells of each patch of B observations: see `SymbolicCNN.cells`."""
         shape, cells = cells.shape[:2], cells.flatten(0, 1)
         index = torch.arange(len(cells), device=cells.device)
-        number, kinds = _renumbered(cells, int(cells.max()) + 1)
+        number, kinds = renumbered(cells, int(cells.max()) + 1)
         for _ in cells.shape[1:]:  # of a row, of a patch
             if kinds ** number.shape[-1] > MOST_CODES:
                 return cls(cells, index.view(shape))
             first, *others = number.unbind(-1)
             for other in others:
                 first = first * kinds + other
-            number, kinds = _renumbered(first, kinds ** number.shape[-1])
+            number, kinds = renumbered(first, kinds ** number.shape[-1])
         which = index.new_empty(kinds).index_copy_(0, number, index)
         return cls(cells[which], number.view(shape))
 
 
-def _renumbered(x: Tensor, kinds: int) -> tuple[Tensor, int]:
+def renumbered(x: Tensor, kinds: int) -> tuple[Tensor, int]:
     """Numbers in `range(kinds)` without those that do not occur, and how many do."""
     if kinds > MOST_MARKS:
         distinct, number = x.unique(return_inverse=True)

@@ -19,12 +19,12 @@ from oversight_rl.agents.positive_unlabeled import (
     loss_of_endings,
     loss_of_labels,
 )
-from oversight_rl.agents.ppo.extractors import prepared
+from oversight_rl.agents.ppo.extractors import prepared, renumbered
 from oversight_rl.agents.ppo.observations import each, from_rows, row_width
 from oversight_rl.agents.ppo.policy import MoEPolicy
 from oversight_rl.agents.ppo.targets import Targets
 from oversight_rl.agents.ppo.views import AT_ONCE, Views
-from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy, weighted_mean
+from oversight_rl.agents.reinforce.losses import contrast_loss, cross_entropy
 
 LESSONS = 12
 """Steps of the reward model in an update; it must be right before the experts are set."""
@@ -69,14 +69,14 @@ def losses(
         clip: how far the ratio of new to old policy counts.
         clip_value: how far values may move; None: as far as they like.
     """
-    weight, share = batch.weights, batch.share
+    counts, share = batch.share * _shares(batch.weights), batch.share
     actions = policy.as_taken(batch.actions)
-    seen, view = batch.view.unique(return_inverse=True)  # [V], [B]
+    view, count = renumbered(batch.view, len(views))  # [B]
+    seen = view.new_empty(count).index_copy_(0, view, batch.view)
     features, agent = policy.features(views[seen]), policy.agent.prepare()
-    output = agent(features[None]).rows(view[None])
+    output = agent(features[None], view)
     routed = output.routed(batch.routes[None]) if policy.n_experts > 1 else output
-    mixed = routed.mix(routed.gate) if policy.n_experts > 1 else routed.alone(DEPLOYED)
-    log_prob, entropy = policy.judged(mixed[0], actions)
+    log_prob, entropy = policy.judged(routed.mixture[0], actions)
     # a ratio to who did not act may be anything, and 0 times that is nan
     log_ratio = torch.where(batch.alone, 0.0, log_prob - batch.old_log_prob)
     ratio = log_ratio.exp()
@@ -86,9 +86,9 @@ def losses(
         values = batch.old_values + (values - batch.old_values).clamp(-clip_value, clip_value)
     spread = -log_prob if entropy is None else entropy
     parts = {
-        "policy_gradient_loss": -_mean(share * gain, weight),
-        "value_loss": _mean(share * (batch.returns - values) ** 2, weight),
-        "entropy_loss": -_mean(share * spread, weight),
+        "policy_gradient_loss": -(gain @ counts),
+        "value_loss": (batch.returns - values) ** 2 @ counts,
+        "entropy_loss": -(spread @ counts),
         "gate_loss": gate_loss(policy, replay, agent),
     }
     own = log_prob
@@ -130,23 +130,24 @@ def _own_losses(
 
     Each sample is of the expert that acted by itself, or else of the deployed one.
     """
-    share, weight, alone = batch.share, batch.own_weights, batch.alone
+    weight, alone = batch.own_weights, batch.alone
     each = torch.stack([output.alone(k)[0] for k in range(max(1, policy.soloists))])  # [S, B, A]
     sample = torch.arange(len(alone), device=alone.device)
     own, entropy = policy.judged(each[(batch.actor - 1).clamp(min=DEPLOYED), sample], actions)
-    advantages = share * batch.own_advantages
     parts = []
     if "contrast" in policy.lessons:  # off-policy from what the mixture did
+        advantages = batch.share * batch.own_advantages
         taken = own, batch.old_log_prob, advantages, weight * ~alone
         parts.append(("contrast_loss", contrast_loss(*(x[None] for x in taken))[0]))
     if own_values is not None:  # PPO from what it did
         ratio = torch.where(alone, own - batch.old_log_prob, 0.0).exp()
         spread = -own if entropy is None else entropy
         error = batch.own_returns - own_values
+        counts = batch.share * _shares(weight * alone)
         parts += [
-            ("contrast_loss", -_mean(_surrogate(advantages, ratio, clip), weight * alone)),
-            ("entropy_loss", -_mean(share * spread, weight * alone)),
-            ("value_loss", _mean(share * error**2, weight * alone)),
+            ("contrast_loss", -(_surrogate(batch.own_advantages, ratio, clip) @ counts)),
+            ("entropy_loss", -(spread @ counts)),
+            ("value_loss", error**2 @ counts),
         ]
     return own, parts
 
@@ -251,9 +252,10 @@ def learn_reward_model(
 
 def _surrogate(advantages: Tensor, ratio: Tensor, clip: float) -> Tensor:
     """The clipped gain of each sample (arXiv 1707.06347, equation 7). [B]"""
-    return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip))
+    return torch.min(advantages * ratio, advantages + clip * advantages.abs())
 
 
-def _mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean of `x` `[B]` under weights `[B]`; 0 where all are 0."""
-    return weighted_mean(x[None], weight[None])[0]
+def _shares(weight: Tensor) -> Tensor:
+    """Weights `[B]` as shares of their sum; 0 where all are 0."""
+    total = weight.sum()
+    return weight / torch.where(total > 0, total, 1.0)

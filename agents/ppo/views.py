@@ -129,7 +129,7 @@ class Views:
         """
         features = self._extract(taken)
         output = self._agent(features[None])
-        columns = [self._acting(output.mix(output.gate)), output.value[..., None]]
+        columns = [self._acting(output.mixture), output.value[..., None]]
         if self.policy.n_experts > 1:
             alone = range(max(1, self.policy.soloists))
             columns += [self._acting(output.alone(k)) for k in alone]

@@ -99,7 +99,7 @@ def collect(
         if active.shape[1]:
             output = window.act(active, counts)
             alone = [output.alone(k) for k in range(len(acts) - 1)]
-            chances = torch.stack([output.mix(output.gate), *alone], dim=2).softmax(-1)
+            chances = torch.stack([output.mixture, *alone], dim=2).softmax(-1)
             edges[:, met : met + active.shape[1]] = cumulative(chances)
         action = sample(edges[run, slot, actor], noise[:, t, :, -2])
         state, step = world.step(state, action, fresh[:, t])

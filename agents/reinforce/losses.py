@@ -217,7 +217,7 @@ def loss(
     )
     output = rollout.output.rows(rollout.slot[..., mixed].flatten(1))
     routed = output.routed(targets.routes[..., mixed, :].flatten(1, 2))
-    log_policy = routed.mix(routed.gate).log_softmax(-1)  # [R, B, A]
+    log_policy = routed.mixture.log_softmax(-1)  # [R, B, A]
     acting = [acting_loss(log_policy, output.value, action, returns, weight)]
     uniform = rollout.uniform.flatten(1)
     gate = contrast = nothing = uniform.new_zeros(len(uniform))

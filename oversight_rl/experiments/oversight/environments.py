@@ -265,12 +265,12 @@ def _env_rollout(policy: MoEPolicy, config: Config, name: str) -> Frames | None:
             return None
         show(picture)
         action, _ = policy.predict(observation)
-        if isinstance(env, DiamondGhostVecEnv):  # the end, which others have reset by now
-            world = env.world(0)
-            world.step(action[0])
-            picture = world.get_frame()
+        world = env.world(0) if isinstance(env, DiamondGhostVecEnv) else None
         observation, _, dones, infos = env.step(action)
         if dones[0]:
+            if world is not None:  # which ends there, as others have been reset by now
+                world.step(action[0])
+                picture = world.get_frame()
             ending = infos[0].get("behavior") or "timeout"
             tally[ending] += 1
             place = list(policy.behaviors).index(ending) if ending != "timeout" else NO_LABEL
