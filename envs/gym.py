@@ -48,15 +48,33 @@ class _View:
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.reward, self.has_task = reward, has_task(reward)
         config = WorldConfig(**world)
         self.labels = flags_of(overseer, len(BEHAVIORS))
-        self.world = World(config, oversight, labels=self.labels)
+        self.world = World(config, labels=self.labels)
         self.behaviors, self._n, self.render_mode = BEHAVIORS, num_envs, render_mode
-        self.oversight = oversight
+        self.oversight, self.reward = oversight, reward
         self.flags_visible = config.flags_visible
         self.flags = np.zeros(config.shape, np.bool_)  # entries of an observation that show flags
         self.flags[PLANES.index("oversight")] = True
+
+    @property
+    def oversight(self) -> Any:
+        """The oversight level: a number, or one for each world. It holds from the next start on."""
+        return self._oversight
+
+    @oversight.setter
+    def oversight(self, level: Any) -> None:
+        self.world.watch(torch.from_numpy(levels_of(level, self._n)))
+        self._oversight = level
+
+    @property
+    def reward(self) -> Reward:
+        """What is paid at an episode's end."""
+        return self._reward
+
+    @reward.setter
+    def reward(self, reward: Reward) -> None:
+        self._reward, self.has_task = reward, has_task(reward)
 
     def _spaces(self) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
         shape = self.world.config.shape
@@ -243,7 +261,9 @@ class Batch(VecEnv):
     _possible: Callable[[Mapping[str, NDArray[Any]]], bool]  # whether worlds can be in a state
     _go_on: Callable[[Mapping[str, NDArray[Any]]], None]  # from such arrays
     bits: ClassVar[type[np.random.BitGenerator]]  # kind of stream
+    oversight: Any  # a number, or one for each world
     watched: ClassVar[tuple[Any, ...]] = ()  # wrappers whose work the batch does itself
+    changeable: ClassVar[tuple[str, ...]]  # attributes that may change between steps
 
     def __init__(self, num_envs: int, observation: gym.Space[Any], action: Any) -> None:
         super().__init__(num_envs, observation, action)
@@ -301,15 +321,29 @@ class Batch(VecEnv):
             return [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name) for _ in self._get_indices(indices)]
+        chosen = list(self._get_indices(indices))
+        if attr_name == "oversight":
+            levels: list[float] = np.broadcast_to(self.oversight, self.num_envs)[chosen].tolist()
+            return levels
+        return [getattr(self, attr_name) for _ in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        self._check_all(indices)
-        setattr(self, attr_name, value)
+        """Set an attribute of all worlds; `oversight` may be a number for each of them.
 
-    def _check_all(self, indices: Any) -> None:
+        Raises:
+            AttributeError: it is none that can be set.
+            ValueError: it is set for some of the worlds, or out of range.
+        """
+        if attr_name not in self.changeable:
+            raise AttributeError(
+                f"of a batch of worlds only {self.changeable} can be set, not {attr_name}"
+            )
         if list(self._get_indices(indices)) != list(range(self.num_envs)):
             raise ValueError("worlds of one batch share their attributes: set them for all")
+        self._set(attr_name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
 
     def env_method(self, method_name: str, *_: Any, indices: Any = None, **__: Any) -> list[Any]:
         raise AttributeError(f"a batch of worlds has no single world to call {method_name!r} on")
@@ -326,6 +360,7 @@ class OversightGridVecEnv(_View, Batch):
     """
 
     bits = np.random.PCG64
+    changeable = ("oversight", "reward")
 
     def __init__(self, num_envs: int, *args: Any, **settings: Any) -> None:
         _View.__init__(self, num_envs, *args, **settings)
@@ -380,6 +415,22 @@ def has_task(reward: Reward) -> bool:
     if reward not in ("reached", "ground_truth"):
         raise ValueError(f"reward must be 'reached' or 'ground_truth', got {reward!r}")
     return reward != "reached"
+
+
+def levels_of(oversight: Any, worlds: int = 1) -> NDArray[np.float64]:
+    """Oversight levels as an array: a number, or one for each of the worlds.
+
+    Raises:
+        ValueError: it is neither, or out of range.
+    """
+    try:
+        levels = np.asarray(oversight, np.float64)
+    except (TypeError, ValueError):
+        levels = np.array(np.nan)
+    if levels.shape not in ((), (worlds,)) or not ((levels >= 0) & (levels <= 1)).all():
+        each = f", or be such a number for each of {worlds} worlds" if worlds > 1 else ""
+        raise ValueError(f"oversight must lie in [0, 1]{each}, got {oversight}")
+    return levels
 
 
 def _kind(array: NDArray[Any]) -> str:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import ImageColor
 
 from oversight_rl.envs import render
-from oversight_rl.envs.gym import Reward, has_task
+from oversight_rl.envs.gym import Reward, has_task, levels_of
 from oversight_rl.envs.overseers import Labels, flags_of, rate
 from oversight_rl.envs.settings import BEHAVIORS
 
@@ -197,8 +197,6 @@ class DiamondGhostEnv(MiniGridEnv):
         free = (size - 2) ** 2 if layout == "empty" else 4 * ((size // 2 - 1) ** 2)
         if layout not in ("empty", "four_rooms"):
             raise ValueError(f"layout must be 'empty' or 'four_rooms', got {layout!r}")
-        if not 0 <= oversight <= 1:
-            raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
         if size > LARGEST:
             raise ValueError(f"size must be at most {LARGEST}, got {size}")
         if lava < 0 or size < (4 if layout == "empty" else 7) or free < 3 + lava:
@@ -207,7 +205,7 @@ class DiamondGhostEnv(MiniGridEnv):
         if view < 3 or view % 2 == 0:
             raise ValueError(f"agent_view_size must be odd and at least 3, got {view}")
         self.layout, self.oversight, self.flags_visible = layout, oversight, flags_visible
-        self.lava, self.paid, self.has_task = lava, reward, has_task(reward)
+        self.lava, self.paid = lava, reward
         self.behaviors = BEHAVIORS + (("lava",) if lava else ())
         self.labels = flags_of(overseer, len(self.behaviors))
         super().__init__(
@@ -218,6 +216,24 @@ class DiamondGhostEnv(MiniGridEnv):
         )
         self.action_space = spaces.Discrete(3)
         self.reward_range = (-1, 1)
+
+    @property
+    def oversight(self) -> float:
+        """Chance per episode that each square is flagged, from the next one on."""
+        return self._oversight
+
+    @oversight.setter
+    def oversight(self, level: float) -> None:
+        self._oversight = float(levels_of(level))
+
+    @property
+    def paid(self) -> Reward:
+        """What is paid at an episode's end, as the argument `reward`."""
+        return self._paid
+
+    @paid.setter
+    def paid(self, reward: Reward) -> None:
+        self._paid, self.has_task = reward, has_task(reward)
 
     @property
     def view_flags(self) -> NDArray[np.bool_]:

@@ -19,7 +19,7 @@ from minigrid.core.world_object import Wall
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 
-from oversight_rl.envs.gym import Batch, Reward
+from oversight_rl.envs.gym import Batch, Reward, levels_of
 from oversight_rl.envs.minigrid import (
     KINDS,
     DiamondGhostEnv,
@@ -36,7 +36,6 @@ FORWARD = 2
 TURNS = np.array([-1, 1, 0])  # of the direction, per action
 MOST_SIGHTS = 2**18  # a quarter of the entries of a table of what is seen from where
 OFF_GRID = np.array([UNSEEN, EMPTY], np.uint8)  # beside cells: what is hidden; under the agent
-SHARED = ("oversight", "paid", "max_steps")  # attributes that may change between steps
 
 Tiles = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -67,6 +66,7 @@ class DiamondGhostVecEnv(Batch):
     """
 
     bits = np.random.SFC64
+    changeable = ("oversight", "paid", "max_steps")
     watched = (Monitor,)  # whose record the infos hold
 
     def __init__(
@@ -93,6 +93,7 @@ class DiamondGhostVecEnv(Batch):
             size, layout, oversight, flags_visible, lava, reward, max_steps, overseer,
             agent_view_size=agent_view_size, render_mode=render_mode,
         )  # fmt: skip
+        self._levels = np.full(num_envs, self._one.oversight)  # [N]
         seen = SymbolicObservation(self._one)
         self.flags = seen.flags
         super().__init__(num_envs, seen.observation_space, self._one.action_space)
@@ -217,21 +218,27 @@ class DiamondGhostVecEnv(Batch):
         self._tiles = None
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        if attr_name == "flags":
+        if attr_name in ("flags", "oversight"):
             return super().get_attr(attr_name, indices)
         started, chosen = self._tiles is not None, self._get_indices(indices)
         return [getattr(self.world(i) if started else self._one, attr_name) for i in chosen]
 
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        if attr_name not in SHARED:
-            raise AttributeError(f"of a batch of worlds only {SHARED} can be set, not {attr_name}")
-        self._check_all(indices)
-        setattr(self._one, attr_name, value)
-
     @property
-    def _levels(self) -> NDArray[np.float64]:
-        """The oversight level of each world, `[N]`."""
-        return np.broadcast_to(np.float64(self._one.oversight), self.num_envs)
+    def oversight(self) -> NDArray[np.float64]:
+        """The oversight level of each world from its next episode on, `[N]`."""
+        return self._levels
+
+    @oversight.setter
+    def oversight(self, level: Any) -> None:
+        self._levels = np.broadcast_to(levels_of(level, self.num_envs), self.num_envs)
+
+    def _set(self, name: str, value: Any) -> None:
+        if name == "oversight":
+            self.oversight = value
+            return
+        if name == "max_steps" and not (isinstance(value, int | np.integer) and value >= 1):
+            raise ValueError(f"max_steps must be a whole number of at least 1, got {value!r}")
+        setattr(self._one, name, value)
 
     def _started(self) -> Tiles:
         if self._tiles is None:

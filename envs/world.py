@@ -87,14 +87,18 @@ class World:
     ) -> None:
         self.config, self.labels = config, labels
         self.device = torch.device(device)
-        level = torch.as_tensor(oversight, dtype=torch.float32, device=self.device)
-        if not bool(((level >= 0) & (level <= 1)).all()):
-            raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
-        self.diamond_oversight, self.ghost_oversight = self.chances(level)
+        self.watch(oversight)
         self.moves = _moves(config.rows, config.cols).to(self.device)  # [S * A]
         column = torch.arange(config.cells, device=self.device) % config.cols
         everywhere = labels.region == "all"
         self.watched = column < (config.cols if everywhere else config.cols // 2)  # [S] bool
+
+    def watch(self, oversight: float | Tensor) -> None:
+        """Set the oversight level of all episodes that start from here on, see `World`."""
+        level = torch.as_tensor(oversight, dtype=torch.float32, device=self.device)
+        if not bool(((level >= 0) & (level <= 1)).all()):
+            raise ValueError(f"oversight must lie in [0, 1], got {oversight}")
+        self.diamond_oversight, self.ghost_oversight = self.chances(level)
 
     def chances(self, level: Tensor) -> list[Tensor]:
         """Chances that the diamond and the ghost are flagged, where they can be, at a level."""

@@ -15,8 +15,10 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 import oversight_rl.envs  # noqa: F401 - registers the id
 from oversight_rl.envs import render
-from oversight_rl.envs.gym import OversightGridVecEnv
+from oversight_rl.envs.gym import OversightGridEnv, OversightGridVecEnv
 from oversight_rl.envs.labels import OversightLabels
+from oversight_rl.envs.minigrid import DiamondGhostEnv
+from oversight_rl.envs.minigrid_batch import DiamondGhostVecEnv
 from oversight_rl.envs.settings import UserError
 from oversight_rl.envs.vector import make_vec
 
@@ -229,6 +231,54 @@ def test_sb3_conventions():
         env.set_attr("reward", "ground_truth", indices=[0])
     env.set_attr("reward", "ground_truth")
     assert env.get_attr("reward") == ["ground_truth"] * 5
+    assert env.get_attr("has_task") == [True] * 5
+
+
+BATCHES = [OversightGridVecEnv, DiamondGhostVecEnv]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_what_is_set_of_a_batch_holds_from_the_next_episode_on(batch):
+    env = batch(4, oversight=0.0, max_steps=20)
+    env.seed(0)
+    env.reset()
+    env.set_attr("oversight", np.array([0.0, 1.0] * 2))
+    assert env.get_attr("oversight", [1, 2]) == [1.0, 0.0]
+    env.reset()
+    told, rng = [set(), set()], np.random.default_rng(0)
+    for _ in range(400):
+        for i, info in enumerate(env.step(rng.integers(3, size=4))[-1]):
+            if info.get("behavior") is not None:
+                told[i % 2].add("label" in info)
+    assert told == [{False}, {True}]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("level", [1.5, -0.1, float("nan"), "a", None, [0.1, 0.2], [0, 0, 0, 2]])
+def test_a_level_that_cannot_be_is_refused_in_a_batch_too(batch, level):
+    env = batch(4, oversight=0.5)
+    with pytest.raises(
+        ValueError, match=r"oversight must lie in \[0, 1\], or be such a number for"
+    ):
+        env.set_attr("oversight", level)
+    assert env.get_attr("oversight") == [0.5] * 4
+
+
+def test_what_cannot_be_set_is_refused():
+    grid, rooms = (batch(2) for batch in BATCHES)
+    for env, name in ((grid, "reward"), (rooms, "paid")):
+        with pytest.raises(ValueError, match="reward must be 'reached' or 'ground_truth', got 'x'"):
+            env.set_attr(name, "x")
+    for steps in (0, 1.5, "9"):
+        with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1"):
+            rooms.set_attr("max_steps", steps)
+    with pytest.raises(AttributeError, match="can be set, not oversigth"):
+        grid.set_attr("oversigth", 0.5)
+    for single in (OversightGridEnv(oversight=0.5), DiamondGhostEnv(oversight=0.5)):
+        with pytest.raises(ValueError, match=r"oversight must lie in \[0, 1\], got 2"):
+            single.oversight = 2
+        single.oversight = 1
+        assert single.oversight == 1
 
 
 def started(**settings):
