@@ -296,7 +296,7 @@ class Prepared:
     def products(self, observation: Tensor) -> Sequence[Any]:
         """All that takes time: what `output` needs, `[R, J, B, ...]` each."""
         parts = self._hidden(observation), self.out_weight, self.out_bias
-        apart = _learns() and self.agent.n_experts > 1  # of one expert nothing is routed
+        apart = _learns() and self.agent.n_experts > 1  # one expert and W learn from the same
         two = _two_ways(*parts) if apart else (affine(*parts), None)
         return (*two, self.affine_value(observation)) if self.agent.affine_value else two
 

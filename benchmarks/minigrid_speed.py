@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -97,7 +98,9 @@ def show(title: str, values: Mapping[str, Sequence[float]], file: Path | None) -
         table.add_column(heading, justify="right")
     figures = {}
     for name, found in values.items():
-        low, middle, high = np.percentile(found, [25, 50, 75]).tolist()
+        # between a number and forever there is none
+        method: Any = "linear" if np.isfinite(found).all() else "inverted_cdf"
+        low, middle, high = np.percentile(found, [25, 50, 75], method=method).tolist()
         table.add_row(name, f"{middle:,.4g}", f"{low:,.4g} to {high:,.4g}" if low != high else "")
         figures |= {name: middle, f"{name}_q25": low, f"{name}_q75": high}
     Console().print(table)

@@ -138,7 +138,7 @@ class RoutedPPO(CollectingPPO):
         behaviors: Sequence[str] | None = None,
         labeled_weight: float = 20.0,
         gate_coef: float = 1.0,
-        contrast_coef: float = 1.0,
+        contrast_coef: float = 2.0,
         solo_share: float = 0.75,
         task_weight: float = 0.5,
         gate_replay: int = 512,

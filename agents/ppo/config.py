@@ -54,7 +54,7 @@ class PPOConfig(Settings):
     """Remembered labeled observations that the gate learns from in each minibatch."""
     label_reach: int = Field(256, ge=0, le=2**16)
     """Steps before a rollout's end that its labels reach; a step waits for its label so long."""
-    contrast_coef: NonNegative = 1.0
+    contrast_coef: NonNegative = 2.0
     """Weight of the contrast loss, for the methods that have one."""
     solo_share: float = Field(0.75, ge=0, lt=1)
     """Share of the episodes in which experts act by themselves, in turn, with imputed_routing."""
