@@ -467,7 +467,7 @@ def test_an_update_that_breaks_off_is_named_and_left_out(monkeypatch, break_it, 
 def test_an_update_that_learns_nothing_shows_no_old_numbers(env, method):
     """Where steps wait for labels there may be none to learn from; a resumed run knows no other."""
     env = make_vec(env, 2, oversight=0.5) if isinstance(env, str) else DummyVecEnv([env] * 2)
-    settings = PPOConfig(updates=200, steps=2, batch_size=2)
+    settings = PPOConfig(updates=200, steps=2, batch_size=2, solo_share=0.25)
     learner = PPOLearner(settings, AGENT, env, method, Overseer(0.5), seed=1)
     seen = []
     for _ in range(200):
