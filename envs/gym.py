@@ -64,8 +64,9 @@ class _View:
 
     @oversight.setter
     def oversight(self, level: Any) -> None:
-        self.world.watch(torch.from_numpy(levels_of(level, self._n)))
-        self._oversight = level
+        levels = levels_of(level, self._n)
+        self.world.watch(torch.from_numpy(levels))
+        self._oversight = levels if levels.ndim else float(levels)
 
     @property
     def reward(self) -> Reward:
@@ -323,8 +324,7 @@ class Batch(VecEnv):
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         chosen = list(self._get_indices(indices))
         if attr_name == "oversight":
-            levels: list[float] = np.broadcast_to(self.oversight, self.num_envs)[chosen].tolist()
-            return levels
+            return list(np.broadcast_to(self.oversight, self.num_envs)[chosen].tolist())
         return [getattr(self, attr_name) for _ in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -418,13 +418,13 @@ def has_task(reward: Reward) -> bool:
 
 
 def levels_of(oversight: Any, worlds: int = 1) -> NDArray[np.float64]:
-    """Oversight levels as an array: a number, or one for each of the worlds.
+    """Oversight levels as an array of their own: a number, or one for each of the worlds.
 
     Raises:
         ValueError: it is neither, or out of range.
     """
     try:
-        levels = np.asarray(oversight, np.float64)
+        levels = np.array(oversight, np.float64)
     except (TypeError, ValueError):
         levels = np.array(np.nan)
     if levels.shape not in ((), (worlds,)) or not ((levels >= 0) & (levels <= 1)).all():

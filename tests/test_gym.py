@@ -242,7 +242,9 @@ def test_what_is_set_of_a_batch_holds_from_the_next_episode_on(batch):
     env = batch(4, oversight=0.0, max_steps=20)
     env.seed(0)
     env.reset()
-    env.set_attr("oversight", np.array([0.0, 1.0] * 2))
+    given = np.array([0.0, 1.0] * 2)
+    env.set_attr("oversight", given)
+    given[:] = 9  # is not the batch's any more
     assert env.get_attr("oversight", [1, 2]) == [1.0, 0.0]
     env.reset()
     told, rng = [set(), set()], np.random.default_rng(0)
