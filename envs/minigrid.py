@@ -236,6 +236,17 @@ class DiamondGhostEnv(MiniGridEnv):
         self._paid, self.has_task = reward, has_task(reward)
 
     @property
+    def max_steps(self) -> int:
+        """Steps after which an episode is truncated."""
+        return self._max_steps
+
+    @max_steps.setter
+    def max_steps(self, steps: int) -> None:
+        if not (isinstance(steps, int | np.integer) and steps >= 1):
+            raise ValueError(f"max_steps must be a whole number of at least 1, got {steps!r}")
+        self._max_steps = int(steps)
+
+    @property
     def view_flags(self) -> NDArray[np.bool_]:
         """Which entries of the agent's view show oversight flags."""
         flags = np.zeros((self.agent_view_size, self.agent_view_size, 3), bool)

@@ -233,12 +233,7 @@ class DiamondGhostVecEnv(Batch):
         self._levels = np.broadcast_to(levels_of(level, self.num_envs), self.num_envs)
 
     def _set(self, name: str, value: Any) -> None:
-        if name == "oversight":
-            self.oversight = value
-            return
-        if name == "max_steps" and not (isinstance(value, int | np.integer) and value >= 1):
-            raise ValueError(f"max_steps must be a whole number of at least 1, got {value!r}")
-        setattr(self._one, name, value)
+        setattr(self if name == "oversight" else self._one, name, value)
 
     def _started(self) -> Tiles:
         if self._tiles is None:

@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -274,6 +275,11 @@ def test_what_cannot_be_set_is_refused():
     for steps in (0, 1.5, "9"):
         with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1"):
             rooms.set_attr("max_steps", steps)
+    for batch in (DiamondGhostEnv, partial(DiamondGhostVecEnv, 2)):
+        with pytest.raises(
+            ValueError, match="max_steps must be a whole number of at least 1, got 0"
+        ):
+            batch(max_steps=0)
     with pytest.raises(AttributeError, match="can be set, not oversigth"):
         grid.set_attr("oversigth", 0.5)
     for single in (OversightGridEnv(oversight=0.5), DiamondGhostEnv(oversight=0.5)):
